@@ -1,0 +1,1 @@
+"""The training program around the library: `torchrun train/main.py --config fqt_1bit.yaml`."""

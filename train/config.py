@@ -1,0 +1,330 @@
+"""What a run is: a tree of frozen, strictly typed values, read from a YAML file and `--set key.sub=value`.
+
+Everything is checked here, before torch is imported, so that a typing mistake costs a second and not a minute. Every
+error is one paragraph that names the key's full path, the value, and the nearest valid name. Nothing is converted
+silently: `epochs: "3"` is a mistake, and so is a key that would have no effect (`momentum` for adam).
+"""
+
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from train.wording import ConfigError, known_name, nearest, sentence, show
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+MODELS = {
+    "vgg_small": "six 3x3 convolutions of 16-16-32-32-64-64 channels and three max-pools; the main job's model",
+    "vgg16": "VGG-16 for small images: thirteen 3x3 convolutions with BatchNorm, one linear classifier",
+    "resnet18": "ResNet-18 with the CIFAR stem: a 3x3 convolution and no max-pool",
+    "resnet20": "ResNet-20 of the CIFAR family, 16-32-64 channels, option-A shortcuts",
+    "resnet56": "ResNet-56 of the CIFAR family, 16-32-64 channels, option-A shortcuts",
+    "alexnet": "AlexNet for small images: five convolutions and three linear layers, all with BatchNorm",
+    "mlp": "two hidden layers of 256 units with BatchNorm",
+    "torchvision:<name>": "any classifier of torchvision.models, untrained",
+    "timm:<name>": "any model of timm, untrained",
+}
+DATASETS = {
+    "fashion_mnist": "60,000 + 10,000 grey 28x28 images; searched in data.path, $FQT_DATA, ./data, Debian's package",
+    "cifar10": "50,000 + 10,000 colour 32x32 images: torchvision's files, or an image folder with train/ and test/",
+    "imagefolder:<path>": "<path>/train/<class>/*.jpg and <path>/val (or test), decoded by worker processes",
+    "digits": "1,797 grey 8x8 digits that scikit-learn ships; nothing to download",
+    "synthetic": "2,048 + 512 colour 32x32 images of ten noisy patterns, made on the spot",
+}
+
+
+RECIPE_PATTERNS = (r"dorefa_w\d+a\d+g\d+",)
+"""Families of recipes that fqt makes from their name; it checks the numbers itself."""
+
+
+def _as_tuple(value: Any) -> Any:
+    """YAML knows lists only; strict pydantic wants the tuple that a frozen value needs."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _refuse_unused(section: BaseModel, because: str, unused: Sequence[str], prefix: str) -> None:
+    """A key that is given, differs from its default and would have no effect is a mistake."""
+    for name in unused:
+        value = getattr(section, name)
+        if value != type(section).model_fields[name].default:
+            raise ValueError(f"{prefix}{name} = {show(value)}: it has no effect with {because}; leave it out")
+
+
+Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Model(_Section):
+    name: str
+    """which model; see the list of models"""
+    weights: str | None = None
+    """checkpoint or state dict to start from (a warm start), e.g. of a float run"""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return known_name(name, MODELS)
+
+
+class Data(_Section):
+    name: str
+    """which images; see the list of data sets"""
+    path: str | None = None
+    """folder of fashion_mnist or cifar10, instead of searching for it"""
+    batch_size: int = Field(128, ge=1)
+    """images an optimizer step, all ranks and accumulated parts together"""
+    validation: float = Field(0.0, ge=0, lt=1)
+    """fraction of the training images held out (always the same ones) to choose settings on"""
+    limit: int | None = Field(None, ge=1)
+    """train on this many of the training images (always the same ones); null: all"""
+    augment: Literal["none", "flip", "crop_flip"] = "none"
+    """random changes of the training images"""
+    image_size: int = Field(224, ge=8)
+    """imagefolder only: height and width after resizing, in pixels"""
+    workers: int = Field(2, ge=0)
+    """imagefolder only: processes that decode images"""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return known_name(name, DATASETS)
+
+    @model_validator(mode="after")
+    def _used(self) -> "Data":
+        folder = self.name.startswith("imagefolder:")
+        _refuse_unused(self, f"data.name {self.name}", () if folder else ("image_size", "workers"), "data.")
+        _refuse_unused(
+            self, f"data.name {self.name}", () if self.name in ("fashion_mnist", "cifar10") else ("path",), "data."
+        )
+        return self
+
+
+class Optimizer(_Section):
+    name: Literal["sgd", "adam", "adamw", "apex_adam", "apex_sgd"] = "adam"
+    """torch's, fused where torch can; apex_*: NVIDIA apex's fused ones, which need a GPU"""
+    lr: float = Field(1e-3, gt=0)
+    """learning rate, the highest of the schedule"""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """sgd and apex_sgd only"""
+    betas: Floats = (0.9, 0.999)
+    """adam, adamw and apex_adam only: decay of the two running means"""
+    weight_decay: float = Field(0.0, ge=0)
+    """L2 penalty (adamw: decoupled decay)"""
+
+    @model_validator(mode="after")
+    def _used(self) -> "Optimizer":
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                f"optimizer.betas = {list(self.betas)}: it should be two numbers in [0, 1), e.g. [0.9, 0.999]"
+            )
+        _refuse_unused(
+            self, f"optimizer.name {self.name}", ("betas",) if "sgd" in self.name else ("momentum",), "optimizer."
+        )
+        return self
+
+
+class Schedule(_Section):
+    name: Literal["constant", "step", "cosine", "onecycle"] = "onecycle"
+    """how the learning rate moves: flat; times gamma at each milestone; cosine to zero; up and down again"""
+    warmup: float | None = Field(None, ge=0, lt=1)
+    """fraction of all steps in which the rate rises to its highest; null: 0.3 for onecycle, else 0"""
+    milestones: Floats = ()
+    """step only: epochs after which the rate falls"""
+    gamma: float = Field(0.1, gt=0, lt=1)
+    """step only: factor of each fall"""
+
+    @model_validator(mode="after")
+    def _used(self) -> "Schedule":
+        _refuse_unused(
+            self, f"schedule.name {self.name}", () if self.name == "step" else ("milestones", "gamma"), "schedule."
+        )
+        if self.name == "step" and (not self.milestones or list(self.milestones) != sorted(set(self.milestones))):
+            raise ValueError(
+                f"schedule.milestones = {list(self.milestones)}: schedule.name step needs rising epochs, e.g. [10, 15]"
+            )
+        if self.name == "onecycle" and self.warmup == 0:
+            raise ValueError("schedule.warmup = 0: onecycle rises first; give a fraction above 0, or use cosine")
+        return self
+
+
+class Training(_Section):
+    epochs: int = Field(1, ge=1)
+    """passes over the training images"""
+    accumulate: int = Field(1, ge=1)
+    """parts a batch is cut into, one forward and backward each, before the optimizer steps"""
+    clip_norm: float | None = Field(None, gt=0)
+    """largest norm of all gradients together; null: no clipping"""
+    autocast: bool = False
+    """run the float layers in bfloat16"""
+    compile: bool = False
+    """torch.compile the model"""
+    channels_last: bool = True
+    """keep images and convolution weights in channels_last memory format"""
+
+
+class Tracking(_Section):
+    enabled: bool = True
+    """write TensorBoard scalars and metrics.jsonl, and measure the speed-up"""
+    every: int = Field(10, ge=1)
+    """steps between two points of the step curves"""
+    baseline_steps: int = Field(5, ge=0)
+    """steps of the unconverted model and of this one timed for speedup/measured, after 2 of warm-up; 0: do not"""
+    variance_every: int = Field(100, ge=0)
+    """steps between two measurements of each layer's gradient quantization error; 0: never"""
+
+
+class Checkpoint(_Section):
+    enabled: bool = True
+    """write last.pt after every epoch"""
+
+
+class Config(_Section):
+    model: Model
+    data: Data
+    recipe: str = "fp32"
+    """name of a recipe or path of a recipe's YAML file; fp32: do not convert the model"""
+    skip: Names | None = None
+    """patterns of layer names to leave in float; null: as the recipe says"""
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    training: Training = Training()
+    tracking: Tracking = Tracking()
+    checkpoint: Checkpoint = Checkpoint()
+    seed: int = Field(0, ge=0, lt=2**62)
+    """seed of initial weights, order of images, augmentation and quantization noise (plus the rank, there)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one"""
+    output: str = "runs"
+    """folder of all runs; a run writes to <output>/<name>/<date-time>"""
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$")
+    """name of the run; from a file: the file's name"""
+    quiet: bool = False
+    """print nothing and show no progress bar"""
+
+    @field_validator("recipe")
+    @classmethod
+    def _known_recipe(cls, recipe: str) -> str:
+        if "/" in recipe or recipe.endswith((".yaml", ".yml")):
+            if not Path(recipe).is_file():
+                raise ValueError("there is no such recipe file")
+        elif not any(re.fullmatch(known, recipe) for known in RECIPE_PATTERNS) and recipe not in recipe_names():
+            raise ValueError(nearest(recipe, recipe_names(), "recipe"))
+        return recipe
+
+    @model_validator(mode="after")
+    def _effective(self) -> "Config":
+        if self.recipe == "fp32":
+            _refuse_unused(self, "recipe fp32", ("skip",), "")
+        if self.data.batch_size % self.training.accumulate:
+            raise ValueError(
+                f"training.accumulate = {self.training.accumulate}: it should divide data.batch_size, which is "
+                f"{self.data.batch_size}"
+            )
+        return self
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipe files inside fqt, found without importing it (it would import torch)."""
+    spec = importlib.util.find_spec("fqt")
+    folders = spec.submodule_search_locations if spec else None
+    return sorted(path.stem for folder in folders or () for path in (Path(folder) / "recipes").glob("*.yaml"))
+
+
+def load(config: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a configuration: a path, or a bare name that is looked up in configs/, with or without `.yaml`.
+
+    overrides: `key.sub=value`, the value in YAML, applied in order. Raises ConfigError.
+    """
+    path = find(config)
+    tree = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {show(tree)}: it should hold keys and values, such as `recipe: fqt_1bit`.")
+    tree.setdefault("name", path.stem)
+    for override in overrides:
+        _apply(tree, override)
+    return parse(tree, str(path))
+
+
+def find(config: str | Path) -> Path:
+    """The file that `--config` means. Raises ConfigError with the nearest name."""
+    for path in (Path(config), CONFIGS / config, CONFIGS / f"{config}.yaml"):
+        if path.is_file():
+            return path
+    names = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+    raise ConfigError(
+        f"--config {config}: there is no such file, here or in configs/; {nearest(str(config), names, 'file')}."
+    )
+
+
+def parse(tree: Mapping[str, Any], origin: str = "configuration") -> Config:
+    """Checks a tree of plain values. Raises ConfigError, which says all that is wrong with it in one paragraph."""
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as error:
+        known = {path: (default, description) for path, default, description in key_table()}
+        sentences = [sentence(item, known) for item in error.errors()]
+        raise ConfigError(f"{origin}: {' '.join(sentences)}") from None
+
+
+def dump(config: Config) -> str:
+    """The whole configuration, defaults included, as YAML that `load` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def key_table(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every key as (path, default, description), sections flattened: for --help and for the nearest name."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from key_table(field.annotation, f"{prefix}{name}.")
+            continue
+        choices = getattr(field.annotation, "__args__", ()) if "Literal" in str(field.annotation) else ()
+        description = (field.description or "") + (f" ({' | '.join(choices)})" if choices else "")
+        yield f"{prefix}{name}", "required" if field.is_required() else show(field.default), description
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers (PyYAML reads `8e-3` as a string) and no key given twice (PyYAML drops the first)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = [key.value for key, _ in node.value]
+        for name in seen:
+            if seen.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not YAML: {' '.join(str(error).split())}.") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Sets one `key.sub=value` in place."""
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"--set {override}: it should be key=value, such as --set optimizer.lr=0.003.")
+    *sections, last = path.strip().split(".")
+    for depth, section in enumerate(sections):
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            parent = ".".join(sections[: depth + 1])
+            raise ConfigError(f"--set {override}: {parent} is a value, {show(tree)}, and has no keys below it.")
+    tree[last] = _parse_yaml(text, f"--set {override}")

@@ -1,0 +1,87 @@
+"""The processes of one run: one alone, or the ranks that torchrun started. Every collective of the program is here."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from train.wording import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among `world` processes, and the device it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process prints, tracks and writes checkpoints."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over all ranks."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order of rank, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, tensors: Iterator[Tensor]) -> None:
+        """Overwrites the tensors with rank 0's."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as one that averages gradients over the ranks; it starts from rank 0's weights."""
+        if self.world == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 does the block before the others: what it downloads, they find."""
+        if self.world > 1 and not self.main:
+            dist.barrier()
+        yield
+        if self.world > 1 and self.main:
+            dist.barrier()
+
+
+@contextmanager
+def join(device: str) -> Iterator[Ranks]:
+    """Takes this process's place, and leaves it when the block ends. device: "auto", "cpu" or "cuda".
+
+    Raises ConfigError where cuda is asked for and absent.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('device = "cuda": torch finds no GPU here; leave it out, or set device=cpu.')
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    place = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+    if world == 1:
+        yield Ranks(0, 1, place)
+        return
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), world, place)
+    finally:
+        dist.destroy_process_group()

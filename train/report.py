@@ -1,0 +1,148 @@
+"""What a run says: the names of its curves, its lines and its final table."""
+
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from train.checkpoint import NAME
+from train.config import Config
+from train.measure import Comparison
+from train.ranks import Ranks
+from train.step import Outcome
+
+MIB = 2**20
+
+
+def sums(outcome: Outcome) -> dict[str, float]:
+    """A step's values in the form that can be added up over steps and ranks."""
+    return {
+        "steps": 1,
+        "images": outcome.images,
+        "loss": outcome.loss * outcome.images,
+        "correct": outcome.correct,
+        **{f"{phase}_ms": ms for phase, ms in outcome.ms.items()},
+    }
+
+
+def step_scalars(sums: Mapping[str, float], learning_rate: float) -> dict[str, float]:
+    """The step curves: means since the last point, over all ranks."""
+    return {
+        "loss/train": sums["loss"] / sums["images"],
+        "learning_rate": learning_rate,
+        "images_per_second": 1e3 * sums["images"] / sums["step_ms"],
+        **{f"time/{name}": sums[name] / sums["steps"] for name in sums if name.endswith("_ms")},
+    }
+
+
+def gradient_scalars(outcome: Outcome) -> dict[str, float]:
+    """Relative quantization error of each layer's gradient, E||Q(g) - g||^2 / ||g||^2."""
+    return {
+        f"gradient_error/{product}/{layer}": error
+        for layer, products in outcome.gradient_error.items()
+        for product, error in products.items()
+    }
+
+
+def comparison_scalars(comparison: Comparison | None, modelled: float) -> dict[str, float]:
+    """Speed and memory against the unconverted model."""
+    scalars = {"speedup/modelled": modelled}
+    if comparison:
+        scalars |= {
+            "speedup/measured": comparison.speedup,
+            "speedup/step_ms": comparison.ms,
+            "speedup/step_ms_fp32": comparison.ms_fp32,
+            "memory/saved_for_backward_mib": comparison.saved_bytes / MIB,
+            "memory/saved_for_backward_mib_fp32": comparison.saved_bytes_fp32 / MIB,
+        }
+    return scalars
+
+
+def epoch_scalars(row: Mapping[str, Any], peak_bytes: int) -> dict[str, float]:
+    """The epoch curves."""
+    scalars = {
+        "loss/epoch": row["loss"],
+        "accuracy/train": row["train_accuracy"],
+        "accuracy/test": row["test_accuracy"],
+        "memory/peak_mib": peak_bytes / MIB,
+    }
+    return scalars if row["valid_accuracy"] is None else {**scalars, "accuracy/valid": row["valid_accuracy"]}
+
+
+def final_metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    """What TensorBoard's table of runs shows."""
+    return {name: row[name] for name in ("test_accuracy", "valid_accuracy", "loss") if row[name] is not None}
+
+
+def opening(config: Config, ranks: Ranks, folder: Path | None, epochs_done: int) -> str:
+    """The first line: what is trained on what, and where its curves are."""
+    processes = "" if ranks.world == 1 else f", {ranks.world} processes"
+    line = f"{config.model.name} on {config.data.name}, recipe {config.recipe}, {ranks.device}{processes}"
+    if epochs_done:
+        line += f", resumed after epoch {epochs_done}"
+    return f"{line}\n{_log_line(config, folder)}".rstrip()
+
+
+def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
+    """One line an epoch."""
+    accuracies = ((name, row[f"{name}_accuracy"]) for name in ("train", "valid", "test"))
+    shown = "  ".join(f"{name} {percent(value)}" for name, value in accuracies if value is not None)
+    return (
+        f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  {shown}  "
+        f"{row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
+    )
+
+
+def closing(
+    config: Config,
+    history: Sequence[Mapping[str, Any]],
+    comparison: Comparison | None,
+    modelled: float,
+    folder: Path | None,
+) -> str:
+    """The final table; its last line is the test accuracy."""
+    last = history[-1]
+    table = Table(title=f"{config.name}: {config.recipe}", title_justify="left", show_header=False)
+    table.add_row("model, data", f"{config.model.name}, {config.data.name}")
+    table.add_row("epochs, time", f"{len(history)}, {sum(row['seconds'] for row in history):.1f} s")
+    table.add_row("training loss", f"{last['loss']:.4f}")
+    if comparison:
+        table.add_row(
+            "speed-up, measured",
+            f"{comparison.speedup:.2f}x ({comparison.ms:.1f} ms a step, unconverted {comparison.ms_fp32:.1f} ms)",
+        )
+    table.add_row("speed-up, modelled", f"{modelled:.2f}x (multiply-adds times bits)")
+    if comparison:
+        table.add_row(
+            "kept for backward",
+            f"{comparison.saved_bytes / MIB:.1f} MiB (unconverted {comparison.saved_bytes_fp32 / MIB:.1f} MiB)",
+        )
+    for name in ("train", "valid"):
+        if last[f"{name}_accuracy"] is not None:
+            table.add_row(f"{name} accuracy", percent(last[f"{name}_accuracy"]))
+    text = StringIO()
+    Console(file=text, width=100).print(table)
+    return f"\n{text.getvalue()}{_log_line(config, folder)}test accuracy {percent(last['test_accuracy'])}"
+
+
+def diverged(reason: str, step: int, folder: Path | None, epochs_done: int) -> str:
+    """Why the training stopped, and what to try."""
+    kept = f"{folder / NAME} holds the state after epoch {epochs_done}. " if folder and epochs_done else ""
+    return (
+        f"Training stopped in step {step}: {reason}, and the weights were left as they were. {kept}"
+        "Try a lower optimizer.lr, a longer schedule.warmup or training.clip_norm=1, or a recipe with more bits."
+    )
+
+
+def percent(fraction: float) -> str:
+    """A fraction as `88.12 %`."""
+    return f"{100 * fraction:.2f} %"
+
+
+def _log_line(config: Config, folder: Path | None) -> str:
+    if folder is None or not config.tracking.enabled:
+        return ""
+    return f"TensorBoard log in {folder}; open it with: tensorboard --logdir {config.output}\n"
