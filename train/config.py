@@ -82,17 +82,17 @@ class Data(_Section):
     """which images; see the list of data sets"""
     path: str | None = None
     """folder of fashion_mnist or cifar10, instead of searching for it"""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(default=128, ge=1)
     """images an optimizer step, all ranks and accumulated parts together"""
-    validation: float = Field(0.0, ge=0, lt=1)
+    validation: float = Field(default=0.0, ge=0, lt=1)
     """fraction of the training images held out (always the same ones) to choose settings on"""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """train on this many of the training images (always the same ones); null: all"""
     augment: Literal["none", "flip", "crop_flip"] = "none"
     """random changes of the training images"""
-    image_size: int = Field(224, ge=8)
+    image_size: int = Field(default=224, ge=8)
     """imagefolder only: height and width after resizing, in pixels"""
-    workers: int = Field(2, ge=0)
+    workers: int = Field(default=2, ge=0)
     """imagefolder only: processes that decode images"""
 
     @field_validator("name")
@@ -113,13 +113,13 @@ class Data(_Section):
 class Optimizer(_Section):
     name: Literal["sgd", "adam", "adamw", "apex_adam", "apex_sgd"] = "adam"
     """torch's, fused where torch can; apex_*: NVIDIA apex's fused ones, which need a GPU"""
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """learning rate, the highest of the schedule"""
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     """sgd and apex_sgd only"""
     betas: Floats = (0.9, 0.999)
     """adam, adamw and apex_adam only: decay of the two running means"""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """L2 penalty (adamw: decoupled decay)"""
 
     @model_validator(mode="after")
@@ -137,11 +137,11 @@ class Optimizer(_Section):
 class Schedule(_Section):
     name: Literal["constant", "step", "cosine", "onecycle"] = "onecycle"
     """how the learning rate moves: flat; times gamma at each milestone; cosine to zero; up and down again"""
-    warmup: float | None = Field(None, ge=0, lt=1)
+    warmup: float | None = Field(default=None, ge=0, lt=1)
     """fraction of all steps in which the rate rises to its highest; null: 0.3 for onecycle, else 0"""
     milestones: Floats = ()
     """step only: epochs after which the rate falls"""
-    gamma: float = Field(0.1, gt=0, lt=1)
+    gamma: float = Field(default=0.1, gt=0, lt=1)
     """step only: factor of each fall"""
 
     @model_validator(mode="after")
@@ -159,11 +159,11 @@ class Schedule(_Section):
 
 
 class Training(_Section):
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     """passes over the training images"""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     """parts a batch is cut into, one forward and backward each, before the optimizer steps"""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(default=None, gt=0)
     """largest norm of all gradients together; null: no clipping"""
     autocast: bool = False
     """run the float layers in bfloat16"""
@@ -176,11 +176,11 @@ class Training(_Section):
 class Tracking(_Section):
     enabled: bool = True
     """write TensorBoard scalars and metrics.jsonl, and measure the speed-up"""
-    every: int = Field(10, ge=1)
+    every: int = Field(default=10, ge=1)
     """steps between two points of the step curves"""
-    baseline_steps: int = Field(5, ge=0)
+    baseline_steps: int = Field(default=5, ge=0)
     """steps of the unconverted model and of this one timed for speedup/measured, after 2 of warm-up; 0: do not"""
-    variance_every: int = Field(100, ge=0)
+    variance_every: int = Field(default=100, ge=0)
     """steps between two measurements of each layer's gradient quantization error; 0: never"""
 
 
@@ -201,13 +201,13 @@ class Config(_Section):
     training: Training = Training()
     tracking: Tracking = Tracking()
     checkpoint: Checkpoint = Checkpoint()
-    seed: int = Field(0, ge=0, lt=2**62)
+    seed: int = Field(default=0, ge=0, lt=2**62)
     """seed of initial weights, order of images, augmentation and quantization noise (plus the rank, there)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one"""
     output: str = "runs"
     """folder of all runs; a run writes to <output>/<name>/<date-time>"""
-    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
     """name of the run; from a file: the file's name"""
     quiet: bool = False
     """print nothing and show no progress bar"""

@@ -112,7 +112,9 @@ class Folder(Dataset[tuple[Tensor, int]]):
         if self.augment is not None:
             x = self.augment(x, self.indices[index])
         x = v2.functional.center_crop(v2.functional.resize(x, [self.size], antialias=True), [self.size, self.size])
-        return v2.functional.normalize(v2.functional.to_dtype(x, torch.float32, scale=True), *map(list, RGB)), label
+        return v2.functional.normalize(
+            v2.functional.to_dtype(x, torch.float32, scale=True), list(RGB[0]), list(RGB[1])
+        ), label
 
     def take(self, indices: Sequence[int]) -> "Folder":
         return replace(self, indices=[self.indices[index] for index in indices])

@@ -1,0 +1,54 @@
+# Works from a clean clone on Debian with python3 (3.11 or newer), python3-venv and make. `make help` lists the targets.
+
+PYTHON ?= python3
+# torch and torchvision as tested; on a GPU host choose others: make test TORCH="torch torchvision"
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+# what `make train` runs: make train CONFIG=int8 ARGS="--set training.epochs=1"
+CONFIG ?= fqt_1bit.yaml
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: help train test lint data clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+train: $(STAMP) data ## train the main job (CONFIG=..., ARGS="--set key=value ..."): 1 bit forward and backward, Fashion-MNIST
+	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=1 train/main.py --config $(CONFIG) $(ARGS)
+	@echo "Curves: $(BIN)/tensorboard --logdir runs, then open the address that it prints"
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest -q
+
+lint: .venv/linted ## ruff, pyright, import-linter
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	PYTHONPATH=. $(BIN)/lint-imports
+
+data: $(STAMP) ## get Fashion-MNIST: already here, by apt, by apt without root, or left to torchvision's download
+	@found() { $(BIN)/python -c 'import sys; from train.data import find_fashion_mnist; place = find_fashion_mnist(); \
+	    print("Fashion-MNIST:", place or "not here"); sys.exit(place is None)'; }; \
+	 if found; then exit 0; fi; \
+	 if [ "$$(id -u)" = 0 ]; then apt-get -q update && apt-get -q install -y dataset-fashion-mnist; \
+	 else mkdir -p data/apt && (cd data/apt && apt-get -q download dataset-fashion-mnist && dpkg-deb -x *.deb .) && \
+	   mv data/apt/usr/share/datasets/fashion-mnist data/; rm -rf data/apt; fi; \
+	 found || echo "apt has it not; torchvision will try to download it"
+
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fqt needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "No virtual environment could be made: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install -q $(TORCH) -e '.[test]'
+	@touch $@
+
+.venv/linted: $(STAMP)
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+clean: ## remove the environment, builds and caches; runs/ and data/ stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
