@@ -1,0 +1,40 @@
+"""fqt: fully quantized training for PyTorch.
+
+    model = fqt.convert(model, "fqt_1bit")
+
+Weights, activations and gradients of every linear and convolution layer then go through low-bit matrix products, forward and
+backward. This page is the whole public face.
+"""
+
+from fqt.convert import convert, revert
+from fqt.formats import Format
+from fqt.nn import QuantConv2d, QuantLinear, quantized_layers
+from fqt.observe import count_saved_bytes, observe_gradients
+from fqt.qtensor import QTensor
+from fqt.quantizers import Quantizer, quantize, register
+from fqt.recipe import Product, Recipe, Rule, load_recipe, recipes
+from fqt.summary import Summary, modelled_speedup, summary
+
+__all__ = [
+    "Format",
+    "Product",
+    "QTensor",
+    "QuantConv2d",
+    "QuantLinear",
+    "Quantizer",
+    "Recipe",
+    "Rule",
+    "Summary",
+    "convert",
+    "count_saved_bytes",
+    "load_recipe",
+    "modelled_speedup",
+    "observe_gradients",
+    "quantize",
+    "quantized_layers",
+    "recipes",
+    "register",
+    "revert",
+    "summary",
+]
+__version__ = "0.1.0"

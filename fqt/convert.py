@@ -1,0 +1,168 @@
+"""convert and revert: from a model to one that trains in low bits, and back.
+
+A layer is converted by changing its class (nn.Linear to QuantLinear), so the module, its parameters, hooks, ties, device, dtype
+and training mode are the same objects and values as before, and a reference to it held elsewhere stays good.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from torch import nn
+
+from fqt.nn import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers
+from fqt.quantizers.base import nearest
+from fqt.recipe import PLACES, Recipe, load_recipe
+from fqt.summary import backends, count_macs, forget_macs
+
+_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
+_FLOAT_OF = {quant: plain for plain, quant in _CLASSES.items()}
+_log = logging.getLogger("fqt")
+
+
+def convert(model: nn.Module, recipe: str | Path | Recipe, *, skip: Sequence[str] | str | None = None) -> nn.Module:
+    """Make every nn.Linear and nn.Conv2d of a model train by a recipe, in place.
+
+    Subclasses of the two are left alone (they may compute something else); `summary` lists them. The order of layers, for
+    the places <first> and <last>, is that of `model.named_modules()`.
+
+    Args:
+        model: any module; may itself be a layer.
+        recipe: a built-in name (`fqt.recipes()`), the path of a YAML file, or a `Recipe`. "fp32" changes nothing.
+        skip: fnmatch patterns of module names ("features.0", "*.downsample.*") that stay in float, beside the recipe's own
+            rules.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model is converted already, a pattern matches no layer, or nothing is left to convert.
+        TypeError: `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert takes a torch.nn.Module, not {type(model).__name__}")
+    recipe = load_recipe(recipe)
+    patterns = [skip] if isinstance(skip, str) else list(skip or ())
+    converted = [name for name, _ in quantized_layers(model)]
+    if converted:
+        raise ValueError(
+            f"the model is converted already ({len(converted)} layers, the first is {converted[0]!r}): "
+            f"call fqt.revert(model) before another conversion"
+        )
+    layers = {name: module for name, module in model.named_modules() if type(module) in _CLASSES}
+    chosen = _choose(layers, recipe, patterns)
+    if recipe.is_float:
+        return model
+    if not chosen:
+        if layers:
+            reason = f"all {len(layers)} layers ({', '.join(list(layers)[:4])}) stay float by the recipe's rules or `skip`"
+            remedy = "loosen `skip`, or pass fqt.load_recipe(...).everywhere() to drop the recipe's rules"
+        else:
+            reason, remedy = "it has no nn.Linear and no nn.Conv2d", "check that this is the model you meant"
+        raise ValueError(f"recipe {recipe.name!r} converts nothing in this {type(model).__name__}: {reason}; {remedy}")
+    for name, layer_recipe in chosen.items():
+        try:
+            layer_recipe.check("conv" if isinstance(layers[name], nn.Conv2d) else "linear")
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+
+    for name, layer_recipe in chosen.items():
+        layer = layers[name]
+        layer.__class__ = _CLASSES[type(layer)]
+        assert isinstance(layer, QuantizedLayer)
+        layer.recipe = layer_recipe
+    for layer in layers.values():
+        count_macs(layer)
+    replaced = _replace_modules(model, recipe)
+    served = {backend for _, layer in quantized_layers(model) for backend, _ in backends(layer).values()}
+    _log.log(
+        logging.WARNING if "reference" in served else logging.INFO,
+        "%s: %d of %d layers converted, %d activations replaced%s",
+        recipe.name,
+        len(chosen),
+        len(layers),
+        replaced,
+        "; some products have no low-bit kernel here and run on the reference, see fqt.summary(model)"
+        if "reference" in served
+        else "",
+    )
+    return model
+
+
+def _choose(layers: dict[str, nn.Module], recipe: Recipe, skip: Sequence[str]) -> dict[str, Recipe]:
+    """Layer name -> its recipe, for those that do not stay float."""
+    for pattern in skip:
+        if not any(_matches(pattern, name, layers) for name in layers):
+            raise ValueError(f"skip pattern {pattern!r} matches no layer{nearest(pattern, layers)}; layers: {_some(layers)}")
+    for rule in recipe.rules:
+        if rule.match not in PLACES and not any(_matches(rule.match, name, layers) for name in layers):
+            raise ValueError(
+                f"recipe {recipe.name!r}: rule {rule.match!r} matches no layer{nearest(rule.match, layers)}; "
+                f"layers: {_some(layers)}"
+            )
+    chosen = {}
+    for name in layers:
+        if any(_matches(pattern, name, layers) for pattern in skip):
+            continue
+        rule = next((rule for rule in recipe.rules if _matches(rule.match, name, layers)), None)
+        layer_recipe = recipe if rule is None else rule.recipe
+        if layer_recipe is not None and not layer_recipe.everywhere().is_float:
+            chosen[name] = layer_recipe
+    return chosen
+
+
+def _matches(pattern: str, name: str, layers: dict[str, nn.Module]) -> bool:
+    names = list(layers)
+    if pattern == "<first>":
+        return name == names[0]
+    if pattern == "<last>":
+        return name == names[-1]
+    if pattern == "<downsample>":
+        layer = layers[name]
+        return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
+    return fnmatchcase(name, pattern)
+
+
+def _some(names: dict[str, nn.Module]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:8]) + (f", ... ({len(listed)} in all)" if len(listed) > 8 else "")
+
+
+def _replace_modules(model: nn.Module, recipe: Recipe) -> int:
+    """Exchange classes by the recipe's `replace`, remembering the old one on the module for `revert`."""
+    exchange = {}
+    for old, new in recipe.replace:
+        for name in (old, new):
+            if not isinstance(getattr(nn, name, None), type):
+                raise ValueError(f"recipe {recipe.name!r}: replace names {name!r}, which is no class of torch.nn")
+        exchange[getattr(nn, old)] = getattr(nn, new)
+    count = 0
+    for module in model.modules():
+        if type(module) in exchange:
+            module._fqt_replaced = type(module)  # type: ignore[assignment]
+            module.__class__ = exchange[type(module)]
+            count += 1
+    return count
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo `convert`, in place: plain layers and activations again, the parameters as they are now. Returns the model.
+
+    Raises:
+        ValueError: nothing in the model is converted.
+    """
+    layers = [layer for _, layer in quantized_layers(model)]
+    if not layers:
+        raise ValueError(f"nothing in this {type(model).__name__} is converted: there is nothing to revert")
+    for layer in layers:
+        del layer.recipe
+        layer.__class__ = _FLOAT_OF[type(layer)]
+    for module in model.modules():
+        forget_macs(module)
+        if "_fqt_replaced" in module.__dict__:
+            module.__class__ = module.__dict__.pop("_fqt_replaced")
+    return model
+

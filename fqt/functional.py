@@ -1,0 +1,278 @@
+"""The one autograd function, where a layer's three products meet. `linear` and `conv2d` only hand it their geometry.
+
+Everything of x and w is encoded in the forward; of x only the packed codes and, for the clipped estimator, one bit an element
+are kept for the backward, never a float copy (unless the recipe keeps an operand in float). g is encoded in the backward, once
+for each product that runs in low bits.
+
+All random draws of one call share a 64-bit key, drawn from torch's default generator of the tensor's device, one stream a use.
+It is drawn in training mode and whenever gradients are enabled, so activation checkpointing, which first runs without
+gradients and restores the generator before it runs again, sees the same codes both times.
+
+Shapes: x (N, ..., I) or (N, I, H, W); canonical x_NPC, w_OKI, g_NPO as in `fqt.formats`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fqt.formats import Shape3
+from fqt.geometry import Geometry
+from fqt.qtensor import QTensor
+from fqt.quantizers.base import Quantizer, quantize, transformed
+from fqt.recipe import Recipe
+from fqt.reference import apply_mask, multiply_grad_input, multiply_grad_weight, multiply_output, spread
+
+FORWARD_OPERANDS = ("output.x", "output.w", "grad_weight.x", "grad_input.w")
+STREAM = {name: 2 * i for i, name in enumerate((*FORWARD_OPERANDS, "grad_input.g", "grad_weight.g"))}
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, *, training: bool = True) -> Tensor:
+    """`torch.nn.functional.linear` by a recipe.
+
+    Args:
+        x: (..., I) of any float dtype; sample = the first axis, token = the axes between.
+        weight: (O, I).
+        bias: (O,) or None; added in float32.
+        training: whether a random key may be drawn when gradients are disabled, see the module's text.
+
+    Returns:
+        (..., O) in x's dtype, or autocast's when that is on.
+    """
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear: input of shape {tuple(x.shape)} does not fit weight {tuple(weight.shape)}: "
+            f"the input's last axis must be {weight.shape[-1]}"
+        )
+    n = x.shape[0] if x.dim() > 1 else 1
+    positions = 1
+    for size in x.shape[1:-1]:
+        positions *= size
+    x_NPC = x.reshape(n, positions, x.shape[-1])
+    y_NPO = _layer(x_NPC, weight.unsqueeze(1), bias, recipe, None, training)
+    return y_NPO.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    training: bool = True,
+) -> Tensor:
+    """`torch.nn.functional.conv2d` by a recipe.
+
+    Args:
+        x: (N, I, H, W) or (I, H, W), any float dtype and memory format.
+        weight: (O, I/groups, kh, kw).
+        padding: zeros at the top, bottom, left and right.
+
+    Returns:
+        (N, O, H', W') in x's dtype (or autocast's) and memory format.
+    """
+    if x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
+        raise ValueError(
+            f"conv2d: input of shape {tuple(x.shape)} does not fit weight {tuple(weight.shape)} with groups={groups}: "
+            f"expected (N, {weight.shape[1] * groups}, H, W)"
+        )
+    x_NCHW = x if x.dim() == 4 else x.unsqueeze(0)
+    n, _, height, width = x_NCHW.shape
+    kernel = (weight.shape[2], weight.shape[3])
+    geometry = Geometry(height, width, kernel, stride, padding, dilation, groups)
+    out_height, out_width = geometry.output_size
+    if out_height < 1 or out_width < 1:
+        raise ValueError(
+            f"conv2d: a {kernel[0]}x{kernel[1]} window (dilation {dilation}) does not fit the padded "
+            f"{height}x{width} input: enlarge the input or the padding"
+        )
+    x_NPC = x_NCHW.flatten(2).transpose(1, 2)
+    w_OKI = weight.flatten(2).transpose(1, 2)
+    y_NPO = _layer(x_NPC, w_OKI, bias, recipe, geometry, training)
+    y_NCHW = y_NPO.view(n, out_height, out_width, weight.shape[0]).permute(0, 3, 1, 2)
+    if x_NCHW.is_contiguous() and not x_NCHW.is_contiguous(memory_format=torch.channels_last):
+        y_NCHW = y_NCHW.contiguous()
+    return y_NCHW if x.dim() == 4 else y_NCHW.squeeze(0)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call computes, beside its tensors."""
+
+    recipe: Recipe
+    geometry: Geometry | None
+    x_shape: Shape3
+    w_shape: Shape3
+    x_dtype: torch.dtype
+    w_dtype: torch.dtype
+
+    def made(self, name: str) -> bool:
+        """Whether the forward encodes this operand, rather than taking codes made before or the float tensor."""
+        product, letter = name.split(".")
+        return self.recipe.quantizer(product, letter) is not None and not self.recipe.saved(product, letter)
+
+    def qtensors(self, flat: Sequence[Tensor]) -> dict[str, QTensor]:
+        """Operand name -> its codes, from the flat tensors of those that `made` says were made."""
+        found: dict[str, QTensor] = {}
+        for name in FORWARD_OPERANDS:
+            product, letter = name.split(".")
+            format = self.recipe.format(product, letter)
+            if format is None:
+                continue
+            if self.made(name):
+                shape = self.x_shape if letter == "x" else self.w_shape
+                found[name] = QTensor.from_tensors(flat[:4], format, shape)
+                flat = flat[4:]
+            else:
+                found[name] = found[f"output.{letter}"]
+        return found
+
+
+def _layer(
+    x_NPC: Tensor, w_OKI: Tensor, bias: Tensor | None, recipe: Recipe, geometry: Geometry | None, training: bool
+) -> Tensor:
+    device = x_NPC.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_NPC.dtype
+    key = torch.ops.fqt.draw_key(x_NPC) if recipe.random and (training or torch.is_grad_enabled()) else None
+    w_quantizer = recipe.quantizer("output", "w") or recipe.quantizer("grad_input", "w")
+    if w_quantizer is not None:
+        w_OKI = transformed(w_OKI, w_quantizer)
+    x_shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
+    w_shape = (w_OKI.shape[0], w_OKI.shape[1], w_OKI.shape[2])
+    call = _Call(recipe, geometry, x_shape, w_shape, x_NPC.dtype, w_OKI.dtype)
+
+    masks = {"x": x_NPC.new_empty(0, dtype=torch.uint8), "w": x_NPC.new_empty(0, dtype=torch.uint8)}
+    flat: list[Tensor] = []
+    for name in FORWARD_OPERANDS:
+        product, letter = name.split(".")
+        quantizer = recipe.quantizer(product, letter)
+        if quantizer is None or not call.made(name):
+            continue
+        if not training:
+            quantizer = replace(quantizer, stochastic=False)
+        value = (x_NPC if letter == "x" else w_OKI).detach()
+        q, mask = quantize(value, quantizer, letter, key=key, stream=STREAM[name])
+        flat += q.tensors()
+        if product == "output":
+            masks[letter] = mask
+    return _Products.apply(x_NPC, w_OKI, bias, key, masks["x"], masks["w"], call, *flat).to(dtype)
+
+
+class _Products(torch.autograd.Function):
+    """output in the forward, grad_input and grad_weight in the backward."""
+
+    @staticmethod
+    def forward(
+        x_NPC: Tensor,
+        w_OKI: Tensor,
+        bias: Tensor | None,
+        key: Tensor | None,
+        x_mask: Tensor,
+        w_mask: Tensor,
+        call: _Call,
+        *flat: Tensor,
+    ) -> Tensor:
+        q = call.qtensors(flat)
+        if call.recipe.low_bit("output"):
+            return _output(q["output.x"], q["output.w"], bias, call.geometry)
+        x_NPC = q["output.x"].decode().to(call.x_dtype) if "output.x" in q else x_NPC
+        w_OKI = (q["output.w"].decode() if "output.w" in q else w_OKI).to(call.x_dtype)
+        y_NPO = multiply_output(x_NPC, w_OKI, call.geometry)
+        return y_NPO if bias is None else y_NPO + bias.to(y_NPO.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x_NPC, w_OKI, _, key, x_mask, w_mask, call, *flat = inputs
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        q = call.qtensors(flat)
+        # each side keeps only what its product reads, and a float tensor only where the recipe asks for one
+        w = q["grad_input.w"].tensors() if "grad_input.w" in q else [w_OKI]
+        x = q["grad_weight.x"].tensors() if "grad_weight.x" in q else [x_NPC]
+        saved_w = [*w, x_mask] if needs_x else []
+        saved_x = [*x, w_mask] if needs_w else []
+        ctx.save_for_backward(key, *saved_w, *saved_x)
+        ctx.call = call
+        ctx.split = len(saved_w)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_NPO: Tensor):
+        key, *saved = ctx.saved_tensors
+        saved_w, saved_x = saved[: ctx.split], saved[ctx.split :]
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_w = grad_bias = None
+        if needs_x:
+            grad_x = _grad_input(ctx.call, g_NPO, saved_w[:-1], saved_w[-1], key)
+        if needs_w:
+            grad_w = _grad_weight(ctx.call, g_NPO, saved_x[:-1], saved_x[-1], key)
+        if needs_bias:
+            grad_bias = g_NPO.sum((0, 1), dtype=torch.float32)
+        return (grad_x, grad_w, grad_bias, *([None] * (len(ctx.needs_input_grad) - 3)))
+
+
+def _output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
+    flat = [] if geometry is None else geometry.flat()
+    return torch.ops.fqt.output(
+        x.tensors(), x.format.name, x.shape, w.tensors(), w.format.name, w.shape, bias, flat
+    )
+
+
+def _grad_input(call: _Call, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, key: Tensor | None) -> Tensor:
+    """dX = G W in x's dtype, times the estimator's mask of x."""
+    recipe, geometry = call.recipe, call.geometry
+    format, quantizer = recipe.format("grad_input", "w"), recipe.quantizer("grad_input", "g")
+    w = None if format is None else QTensor.from_tensors(saved, format, call.w_shape)
+    if w is not None and quantizer is not None and recipe.low_bit("grad_input"):
+        fold = None
+        if recipe.place("grad_input", "w", "conv" if geometry else "linear") == "folded":
+            fold, w = spread(w.scale, w).permute(1, 2, 0), _unscaled(w)
+        g, _ = quantize(g_NPO, quantizer, "g", key=key, stream=STREAM["grad_input.g"], fold=fold)
+        flat = [] if geometry is None else geometry.flat()
+        return torch.ops.fqt.grad_input(
+            g.tensors(), g.format.name, g.shape, w.tensors(), w.format.name, w.shape, mask, call.x_shape, flat
+        ).to(call.x_dtype)
+    w_OKI = saved[0] if w is None else w.decode()
+    g_NPO = _float_gradient(g_NPO, quantizer, key, "grad_input.g")
+    grad = multiply_grad_input(g_NPO, w_OKI.to(g_NPO.dtype), call.x_shape[2], geometry)
+    return (apply_mask(grad, mask) if mask.numel() else grad).to(call.x_dtype)
+
+
+def _grad_weight(call: _Call, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, key: Tensor | None) -> Tensor:
+    """dW = G^T X in w's dtype, times the estimator's mask of w."""
+    recipe, geometry = call.recipe, call.geometry
+    format, quantizer = recipe.format("grad_weight", "x"), recipe.quantizer("grad_weight", "g")
+    x = None if format is None else QTensor.from_tensors(saved, format, call.x_shape)
+    if x is not None and quantizer is not None and recipe.low_bit("grad_weight"):
+        fold = None
+        if recipe.place("grad_weight", "x", "conv" if geometry else "linear") == "folded":
+            fold, x = spread(x.scale, x), _unscaled(x)
+        g, _ = quantize(g_NPO, quantizer, "g", key=key, stream=STREAM["grad_weight.g"], fold=fold)
+        flat = [] if geometry is None else geometry.flat()
+        grad = torch.ops.fqt.grad_weight(
+            g.tensors(), g.format.name, g.shape, x.tensors(), x.format.name, x.shape, flat
+        )
+    else:
+        x_NPC = saved[0] if x is None else x.decode()
+        g_NPO = _float_gradient(g_NPO, quantizer, key, "grad_weight.g")
+        grad = multiply_grad_weight(g_NPO, x_NPC.to(g_NPO.dtype), geometry)
+    return (apply_mask(grad, mask) if mask.numel() else grad).to(call.w_dtype)
+
+
+def _float_gradient(g_NPO: Tensor, quantizer: Quantizer | None, key: Tensor | None, name: str) -> Tensor:
+    """The gradient for a float product: as it is, or the values of its codes."""
+    if quantizer is None:
+        return g_NPO
+    return quantize(g_NPO, quantizer, "g", key=key, stream=STREAM[name])[0].decode().to(g_NPO.dtype)
+
+
+def _unscaled(q: QTensor) -> QTensor:
+    """The codes with scale 1, their own scale having been folded into the other operand."""
+    return replace(q, scale=q.scale.new_ones(1), format=replace(q.format, axes=""))

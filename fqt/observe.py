@@ -1,0 +1,94 @@
+"""Looking at a model while it trains: bytes kept for the backward, and what quantizing does to each layer's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fqt.nn import QuantizedLayer, quantized_layers
+from fqt.quantizers.base import quantize
+
+
+@dataclass
+class SavedBytes:
+    """What autograd keeps for the backward.
+
+    Attributes:
+        bytes: of distinct storages, counted whole; parameters and the tensors given as `exclude` are not counted.
+        by_dtype: the same, by dtype name.
+    """
+
+    bytes: int = 0
+    by_dtype: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def count_saved_bytes(*exclude: Tensor) -> Iterator[SavedBytes]:
+    """Count the bytes that forwards within the block save for backward.
+
+        with fqt.count_saved_bytes() as saved:
+            loss = model(x).sum()
+        print(saved.bytes)
+    """
+    saved = SavedBytes()
+    seen = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    kept: list[Tensor] = []  # alive until the end, so that no storage's address is counted for another
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen and not isinstance(tensor, nn.Parameter) and storage.nbytes():
+            base = tensor._base
+            if not isinstance(base, nn.Parameter):
+                seen.add(storage.data_ptr())
+                kept.append(tensor)
+                saved.bytes += storage.nbytes()
+                name = str(tensor.dtype).removeprefix("torch.")
+                saved.by_dtype[name] = saved.by_dtype.get(name, 0) + storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+@contextmanager
+def observe_gradients(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]:
+    """Measure each layer's gradient quantization error, E||Q(g) - g||^2 / ||g||^2, in the backwards within the block.
+
+        with fqt.observe_gradients(model) as seen:
+            model(x).sum().backward()
+        seen["features.3"]["grad_input"]
+
+    Forward and backward both belong in the block. Draws come from a key of their own: torch's generator and the training
+    are not touched. A product whose gradient stays float has no entry; nor has a layer whose gradient is zero.
+    """
+    seen: dict[str, dict[str, float]] = {}
+
+    def measure(name: str, layer: QuantizedLayer, g: Tensor) -> None:
+        g_NPO = g.flatten(2).transpose(1, 2) if isinstance(layer, nn.Conv2d) else g.reshape(g.shape[0], -1, g.shape[-1])
+        g_NPO = g_NPO.float()
+        key = torch.zeros((), dtype=torch.int64, device=g.device)
+        power = g_NPO.double().square().sum()
+        for product in ("grad_input", "grad_weight"):
+            quantizer = layer.recipe.quantizer(product, "g")
+            if quantizer is not None and power > 0:
+                q, _ = quantize(g_NPO, quantizer, "g", key=key)
+                error = (q.decode() - g_NPO).double().square().sum() / power
+                seen.setdefault(name, {})[product] = float(error)
+
+    def watch(name: str, layer: QuantizedLayer):
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda g: measure(name, layer, g))
+
+        return layer.register_forward_hook(hook)
+
+    handles = [watch(name, layer) for name, layer in quantized_layers(model)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

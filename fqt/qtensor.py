@@ -1,0 +1,77 @@
+"""QTensor: packed codes with their scales. A plain container, not a torch.Tensor subclass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fqt.formats import Format, Shape3
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized tensor: `value = scale * code + offset`, group by group.
+
+    Attributes:
+        codes: packed, of shape `format.packed_shape(shape)`; uint8 up to 8 bits, else int16 or int32.
+        scale: (G,) float32, one a group. A group whose values are not all representable (NaN, or an infinite range) has
+            scale NaN, so it decodes to NaN; a pruned group has scale 0.
+        offset: (G,) float32, or None when the format has none.
+        index: (G,) int32 or None: after pruning the numbers of the kept groups in ascending order, then -1.
+        format: what the codes mean.
+        shape: logical (N, P, C) or (O, K, I).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    index: Tensor | None
+    format: Format
+    shape: Shape3
+
+    def tensors(self) -> list[Tensor]:
+        """[codes, scale, offset, index], an empty tensor for each that is absent: what crosses an operator's schema."""
+        empty = self.scale.new_empty(0)
+        return [
+            self.codes,
+            self.scale,
+            empty if self.offset is None else self.offset,
+            empty.int() if self.index is None else self.index,
+        ]
+
+    @staticmethod
+    def from_tensors(tensors: Sequence[Tensor], format: Format, shape: Shape3) -> QTensor:
+        """The inverse of `tensors`."""
+        codes, scale, offset, index = tensors
+        pruned = index.numel() > 0
+        return QTensor(codes, scale, offset if format.offset else None, index if pruned else None, format, shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this tensor occupies, codes, scales, offsets and index together."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def decode(self) -> Tensor:
+        """The values, (N, P, C) or (O, K, I) float32, contiguous."""
+        return torch.ops.fqt.decode(self.tensors(), self.format.name, self.shape)
+
+
+def check(q: QTensor) -> None:
+    """Raise AssertionError unless `q` keeps the invariants that its docstring states."""
+    f, groups = q.format, q.format.groups(q.shape)
+    dtype = {16: torch.int16, 32: torch.int32}.get(f.storage_bits, torch.uint8)
+    assert q.codes.dtype == dtype and tuple(q.codes.shape) == f.packed_shape(q.shape), (q.codes.dtype, q.codes.shape)
+    assert q.scale.dtype == torch.float32 and q.scale.shape == (groups,), (q.scale.dtype, q.scale.shape)
+    assert (q.offset is not None) == f.offset
+    if q.offset is not None:
+        assert q.offset.dtype == torch.float32 and q.offset.shape == (groups,)
+    if q.index is not None:
+        kept = q.index[q.index >= 0]
+        assert q.index.dtype == torch.int32 and q.index.shape == (groups,)
+        assert bool((q.index[kept.numel() :] == -1).all()) and bool((kept.diff() > 0).all())
+        pruned = torch.ones(groups, dtype=torch.bool, device=q.scale.device)
+        pruned[kept.long()] = False
+        assert not bool(q.scale[pruned].any()), "a pruned group must have scale 0"

@@ -1,0 +1,192 @@
+"""Quantizer: transform -> calibrate -> prune -> encode, and the gradient estimator. `Format` says what the codes then mean.
+
+A paper's quantizer is a function that returns a `Quantizer`, registered under its own name with the operands it is meant for:
+
+    @register("g")
+    def my_gradient(bits: int = 4) -> Quantizer: ...
+
+and is from then on a word of the recipes' YAML: `g: {quantizer: my_gradient, bits: 2}`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fqt.ops  # noqa: F401  registers torch.ops.fqt
+from fqt.formats import GRANULARITY_AXES, Format
+from fqt.qtensor import QTensor
+
+OPERANDS = {"x": "activation", "w": "weight", "g": "gradient"}
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How the codes of an operand are made.
+
+    Attributes:
+        grid, bits, offset: as in `Format`.
+        granularity: "tensor", "sample", "token", "channel" (of w: output channel) or "sample_channel".
+        calibrate: "absmax", "minmax", "absmean", or "none" for the fixed range `limits`.
+        limits: the values of the smallest and the largest code, with calibrate="none".
+        stochastic: stochastic rounding, unbiased within the range; else to nearest, ties to even.
+        prune: "" or AGP's "bernoulli" (unbiased) or "topk".
+        keep_one_in: b: pruning keeps one group in b.
+        pass_range: clipped straight-through estimator: the gradient passes where low <= x <= high. None: everywhere.
+        transform: "" or "tanh" (DoReFa's weights: tanh(w) / max|tanh(w)|, differentiated by autograd).
+
+    Raises:
+        ValueError: a combination that means nothing, by name and with the remedy.
+    """
+
+    grid: str
+    bits: int
+    granularity: str = "tensor"
+    calibrate: str = "absmax"
+    limits: tuple[float, float] = (-1.0, 1.0)
+    offset: bool = False
+    stochastic: bool = False
+    prune: str = ""
+    keep_one_in: int = 1
+    pass_range: tuple[float, float] | None = None
+    transform: str = ""
+
+    def __post_init__(self) -> None:
+        Format(self.grid, self.bits, offset=self.offset)
+        choices = {
+            "granularity": tuple(GRANULARITY_AXES["activation"]),
+            "calibrate": ("absmax", "minmax", "absmean", "none"),
+            "prune": ("", "bernoulli", "topk"),
+            "transform": ("", "tanh"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} {getattr(self, field)!r} is not one of {', '.join(map(repr, allowed))}")
+        if self.calibrate == "minmax" and not self.offset:
+            raise ValueError("calibrate 'minmax' needs an offset: use grid 'uint' with offset=True, or 'absmax'")
+        if self.calibrate == "absmean" and self.grid not in ("sign", "ternary"):
+            raise ValueError(f"calibrate 'absmean' is for the grids sign and ternary, not {self.grid!r}: use 'absmax'")
+        if self.calibrate == "absmax" and self.grid == "uint" and not self.offset:
+            raise ValueError("grid 'uint' without an offset has no negative codes: set offset=True or calibrate='none'")
+        if self.calibrate != "none" and self.grid == "fixed":
+            raise ValueError("a fixed-point scale is 2^-fraction_length, not calibrated: use calibrate='none'")
+        if not self.limits[0] < self.limits[1]:
+            raise ValueError(f"limits {self.limits} are empty: the first must be below the second")
+        if self.stochastic and self.grid == "sign":
+            raise ValueError("the grid 'sign' has no stochastic rounding: use grid 'uint' with 1 bit and an offset")
+        if self.keep_one_in < 1 or (self.prune == "" and self.keep_one_in != 1):
+            raise ValueError(f"keep_one_in={self.keep_one_in} needs prune='bernoulli' or 'topk' and a value of at least 1")
+
+    def format(self, operand: str) -> Format:
+        """The Format of operand "x", "w" or "g"'s codes. ValueError for a granularity that the operand does not have."""
+        axes = GRANULARITY_AXES["weight" if operand == "w" else "activation"]
+        if self.granularity not in axes:
+            raise ValueError(f"a weight has no granularity {self.granularity!r}: choose one of {', '.join(axes)}")
+        return Format(self.grid, self.bits, axes[self.granularity], self.offset)
+
+    @property
+    def random(self) -> bool:
+        """Whether encoding draws random numbers."""
+        return self.stochastic or self.prune == "bernoulli"
+
+    def __str__(self) -> str:
+        bits = "" if self.grid in ("sign", "ternary", "e4m3", "e5m2") else str(self.bits)
+        name = f"{self.grid}{bits}/{self.granularity}"
+        return name + (f" keep 1/{self.keep_one_in} {self.prune}" if self.prune else "")
+
+
+QUANTIZERS: dict[str, tuple[Callable[..., Quantizer], str]] = {}
+"""Name -> (function that makes the Quantizer, operands it is for)."""
+
+
+def register(operands: str) -> Callable:
+    """Register the decorated function as a quantizer for the given operands, any of the letters x, w and g."""
+
+    def add(make: Callable[..., Quantizer]) -> Callable[..., Quantizer]:
+        name = make.__name__
+        if name in QUANTIZERS:
+            raise ValueError(f"a quantizer named {name!r} exists already: choose another name")
+        QUANTIZERS[name] = (make, operands)
+        return make
+
+    return add
+
+
+def build(name: str, operand: str, **options: object) -> Quantizer | None:
+    """The quantizer `name` with its options, for operand "x", "w" or "g"; None if it says that the operand stays float.
+
+    Raises:
+        ValueError: unknown name or option, or a quantizer that is not meant for this operand.
+    """
+    if name not in QUANTIZERS:
+        raise ValueError(f"unknown quantizer {name!r}{nearest(name, QUANTIZERS)}; known: {', '.join(sorted(QUANTIZERS))}")
+    make, operands = QUANTIZERS[name]
+    if operand not in operands:
+        meant = " and ".join(f"{letter} ({OPERANDS[letter]})" for letter in operands)
+        raise ValueError(f"quantizer {name!r} is for {meant}, not for {operand} ({OPERANDS[operand]})")
+    known = inspect.signature(make).parameters
+    for option in options:
+        if option not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise ValueError(f"quantizer {name!r} has no option {option!r}{nearest(option, known)}; {takes}")
+    try:
+        return make(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"quantizer {name!r} with {options or 'no options'}: {error}") from error
+
+
+def nearest(word: str, known: object) -> str:
+    """' (did you mean ...?)' for an error message, or ''."""
+    match = difflib.get_close_matches(str(word), list(known), n=1)  # type: ignore[call-overload]
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def transformed(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """The quantizer's transform, differentiable."""
+    if quantizer.transform == "":
+        return x
+    squashed = torch.tanh(x.float())
+    widest = squashed.abs().amax()
+    return squashed / torch.where(widest > 0, widest, 1.0)
+
+
+def quantize(
+    x_NPC: Tensor,
+    quantizer: Quantizer,
+    operand: str,
+    *,
+    key: Tensor | None = None,
+    stream: int = 0,
+    fold: Tensor | None = None,
+) -> tuple[QTensor, Tensor]:
+    """Quantize (N, P, C), or for a weight (O, K, I), after its transform.
+
+    Args:
+        key: () int64, `torch.ops.fqt.draw_key(x)`; needed if `quantizer.random`.
+        stream: even number of the draw within one key.
+        fold: broadcastable to x, multiplied into it first.
+
+    Returns:
+        The codes, and the estimator's packed mask, (N, P, ceil(C/8)) uint8 (empty without a `pass_range`).
+    """
+    format = quantizer.format(operand)
+    *tensors, mask = torch.ops.fqt.quantize(
+        x_NPC,
+        fold,
+        key,
+        format.name,
+        quantizer.calibrate,
+        quantizer.limits,
+        quantizer.stochastic,
+        quantizer.prune,
+        quantizer.keep_one_in,
+        stream,
+        quantizer.pass_range or (),
+    )
+    shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
+    return QTensor.from_tensors(tensors, format, shape), mask

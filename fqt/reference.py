@@ -1,0 +1,529 @@
+"""The specification: how tensors are quantized and multiplied, in plain PyTorch. Every kernel equals this, bit for bit.
+
+quantize = fold -> calibrate -> prune -> encode -> pack. All arithmetic is float32, one rounding an operation, none fused:
+
+    y = (x - offset) * inverse          inverse: one division a group (a division an element would flip rare codes)
+    nearest:    code = y rounded, ties to even
+    stochastic: code = k + (u24 < (y - k) * 2^24) with k = floor(y) and 24 random bits u24, an exact comparison
+
+One rule for what is not finite: a group with a NaN, or whose range is infinite, gets scale NaN and stored bits 0, so it
+decodes to NaN and the loss shows it; where the range is fixed beforehand (calibrate="none") infinities saturate like any
+large value. A group whose range is below `MIN_RANGE` counts as constant: its scale is 0.
+
+The products accumulate codes exactly, turn the accumulator into float32 once, and then, in this order:
+
+    t = acc * a_scale;  t = t * b_scale
+    t = t + ((sum of a's codes) * a_scale) * b_offset      if b has an offset
+    t = t + ((sum of b's codes) * b_scale) * a_offset      if a has an offset
+    t = t + (number of terms * a_offset) * b_offset        if both have
+
+where the sums run over the positions inside the image: zero padding is the value 0, not the code 0. `grad_weight` with a
+scale for each sample does this within every sample and adds the samples in ascending order. Bias or mask come last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fqt.formats import FLOAT8_MAX, Format, Shape3
+from fqt.geometry import Geometry
+from fqt.philox import uniform_u24
+from fqt.qtensor import QTensor
+
+MIN_RANGE = 2.0**-100
+_ONE = 1 << 24  # the probability 1, in the integers that decide
+_FLOAT8_DTYPE = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+_FLOAT8_MIN_EXPONENT = {"e4m3": -6, "e5m2": -14}
+_FLOAT8_MANTISSA_BITS = {"e4m3": 3, "e5m2": 2}
+_BLOCK_ELEMENTS = 1 << 24  # of unfolded images at a time, in a product with a scale for each sample
+
+
+def quantize(
+    x_NPC: Tensor,
+    format: Format,
+    *,
+    calibrate: str,
+    limits: tuple[float, float] = (-1.0, 1.0),
+    stochastic: bool = False,
+    prune: str = "",
+    keep_one_in: int = 1,
+    fold: Tensor | None = None,
+    key: Tensor | None = None,
+    stream: int = 0,
+    pass_range: tuple[float, float] | None = None,
+) -> tuple[QTensor, Tensor | None]:
+    """Quantize a tensor.
+
+    Args:
+        x_NPC: (N, P, C) or (O, K, I), any float dtype, any strides.
+        calibrate: "absmax" (symmetric range), "minmax", "absmean" (scale = mean |x|; sign and ternary) or "none".
+        limits: with calibrate="none", the values of the smallest and the largest code.
+        stochastic: stochastic instead of nearest rounding; needs `key`.
+        prune: "" (nothing), "bernoulli" or "topk", see `keep_groups`.
+        keep_one_in: b: pruning keeps one group in b.
+        fold: broadcastable to x and multiplied into it first: the other operand's scale that cannot leave the product.
+        key: () int64, the Philox key.
+        stream: even; rounding draws from this stream, pruning from the next.
+        pass_range: of the clipped straight-through estimator; None passes every gradient.
+
+    Returns:
+        The codes, and the packed mask of `pass_mask` (None without `pass_range`).
+    """
+    mask = None if pass_range is None else pass_mask(x_NPC, *pass_range)
+    shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
+    values = x_NPC.float() if fold is None else x_NPC.float() * fold
+    rows_GE = group_rows(values, format)
+    groups = rows_GE.shape[0]
+    scale, inverse, offset = calibrate_groups(rows_GE, format, calibrate, limits)
+    if not prune:
+        numbers = torch.arange(groups, device=values.device)
+        codes_GE = encode(rows_GE, format, inverse, offset, numbers, key if stochastic else None, stream)
+        stored_GE = _stored(codes_GE, format, scale)
+        return QTensor(pack(stored_GE, format, shape), scale, offset, None, format, shape), mask
+
+    kept, factor = keep_groups(rows_GE, prune, keep_one_in, key, stream + 1)
+    index = torch.full((groups,), -1, dtype=torch.int32, device=values.device)
+    index[: kept.numel()] = kept.int()
+    kept_offset = None if offset is None else offset[kept]
+    codes_GE = encode(rows_GE[kept], format, inverse[kept], kept_offset, kept, key if stochastic else None, stream)
+    kept_stored_GE = _stored(codes_GE, format, scale[kept])
+    stored_GE = kept_stored_GE.new_zeros(rows_GE.shape).index_copy_(0, kept, kept_stored_GE)
+    scale, offset = _keep(scale, factor), None if offset is None else _keep(offset, factor)
+    return QTensor(pack(stored_GE, format, shape), scale, offset, index, format, shape), mask
+
+
+def group_rows(x_NPC: Tensor, format: Format) -> Tensor:
+    """(N, P, C) as (groups, elements of a group), in the order of `fqt.formats`."""
+    shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
+    groups = format.groups(shape)
+    stored = x_NPC.permute(2, 0, 1) if format.channel_major else x_NPC
+    return stored.reshape(groups, x_NPC.numel() // max(groups, 1))
+
+
+def calibrate_groups(
+    rows_GE: Tensor, format: Format, calibrate: str, limits: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scale, its reciprocal for encoding, and offset, each (G,) float32 (offset None if the format has none)."""
+    groups, elements = rows_GE.shape
+    low_code, high_code = format.code_range
+    steps = float(high_code) if low_code < 0 else float(high_code - low_code)
+    zeros = rows_GE.new_zeros(groups)
+    if elements == 0:
+        return zeros, zeros, zeros if format.offset else None
+
+    if calibrate == "none":
+        low, high = (torch.full_like(zeros, limit) for limit in limits)
+        if format.grid == "fixed":  # two's complement reaches one step further down than up
+            scale, inverse = low / low_code, low_code / low
+        else:
+            span = high if low_code < 0 else high - low
+            scale, inverse = span / steps, steps / span
+        bad = rows_GE.amax(1).isnan()
+        offset = low
+    else:
+        if calibrate == "minmax":
+            offset = rows_GE.amin(1)
+            span = rows_GE.amax(1) - offset
+        else:
+            span = _absmean(rows_GE) if calibrate == "absmean" else rows_GE.abs().amax(1)
+            offset = torch.where(span >= MIN_RANGE, -span, 0.0)
+            span, steps = (span * 2, steps) if format.offset else (span, 1.0 if calibrate == "absmean" else steps)
+        bad = ~span.isfinite()
+        wide = span >= MIN_RANGE
+        scale = torch.where(wide, span / steps, 0.0)
+        inverse = torch.where(wide, steps / span, 0.0)
+    scale = torch.where(bad, torch.nan, scale)
+    inverse = torch.where(bad, 0.0, inverse)
+    return scale, inverse, torch.where(bad, 0.0, offset) if format.offset else None
+
+
+def _absmean(rows_GE: Tensor) -> Tensor:
+    """Mean |x| of each row through a float64 sum over a fixed binary tree, so that every device gets the same bits."""
+    total = rows_GE.abs().double()
+    while total.shape[1] > 1:
+        total = F.pad(total, (0, total.shape[1] % 2))
+        total = total[:, 0::2] + total[:, 1::2]
+    return (total[:, 0] / rows_GE.shape[1]).float()
+
+
+def keep_groups(rows_GE: Tensor, mode: str, b: int, key: Tensor | None, stream: int) -> tuple[Tensor, Tensor]:
+    """Activation gradient pruning (1-Bit FQT, section 4.2): which groups are kept, and by what they are multiplied.
+
+    "bernoulli": group i is kept with probability p_i = min(1, c * R_i), c such that the p_i sum to G/b (at least 1), and
+    multiplied by 1/p_i: unbiased. The paper's p_i = (G/b) R_i / sum R can exceed 1; clipping that alone would keep too few,
+    so the excess is spread. R_i = max(x, 0) - min(x, 0) includes the zero, so a constant group is not lost.
+    "topk": the max(1, G // b) groups of the largest max |x|, not rescaled: what the paper's code does. Biased.
+
+    The probabilities are multiples of 2^-24 that come from exact integer sums, hence equal everywhere. A group that is not
+    finite is kept as it is.
+
+    Returns:
+        (kept,) int64 ascending, and (G,) float32, 0 for a pruned group.
+    """
+    groups = rows_GE.shape[0]
+    if rows_GE.numel() == 0:
+        return torch.arange(groups, device=rows_GE.device), rows_GE.new_ones(groups)
+    high, low = rows_GE.amax(1).clamp(min=0), rows_GE.amin(1).clamp(max=0)
+    bad = ~(high - low).isfinite()
+    if mode == "topk":
+        order = torch.where(bad, torch.inf, torch.maximum(high, -low)).argsort(descending=True, stable=True)
+        keep = torch.zeros_like(bad).index_fill_(0, order[: max(1, groups // b)], True) | bad
+        return keep.nonzero()[:, 0], keep.float()
+
+    span = torch.where(bad, 0.0, high - low).double()
+    widest = span.max()
+    range_30 = torch.where(span > 0, (span * (2.0**30 / widest)).floor().clamp(min=1), 0.0).long()
+    budget = max(groups * _ONE / b, float(_ONE))
+    largest = range_30.sort(descending=True).values
+    rest = largest.flip(0).cumsum(0).flip(0)  # of the ranges from the k-th largest on
+    left = (budget - _ONE * torch.arange(groups, device=span.device, dtype=torch.float64)).clamp(min=0)
+    fits = left * largest <= _ONE * rest  # with the k widest kept for sure, no other probability exceeds 1
+    k = int(fits.long().argmax()) if bool(fits.any()) else groups
+    probability = range_30 * (left[k] / rest[k].clamp(min=1)) if k < groups else torch.zeros_like(span)
+    threshold = probability.round().clamp(1, _ONE)
+    sure = (largest[k - 1] <= range_30) & (k > 0) if k else torch.zeros_like(bad)
+    threshold = torch.where(sure | bad, float(_ONE), torch.where(range_30 > 0, threshold, 0.0))
+    draw = uniform_u24(torch.zeros(1, dtype=torch.int64, device=span.device), groups, key, stream)[0]
+    keep = draw < threshold
+    return keep.nonzero()[:, 0], torch.where(keep, _ONE / threshold, 0.0).float()
+
+
+def _keep(values: Tensor, factor: Tensor) -> Tensor:
+    """values * factor, and 0 (not 0 * NaN) where the group is pruned."""
+    return torch.where(factor > 0, values * factor, 0.0)
+
+
+def encode(
+    rows_GE: Tensor,
+    format: Format,
+    inverse: Tensor,
+    offset: Tensor | None,
+    numbers: Tensor,
+    key: Tensor | None,
+    stream: int,
+) -> Tensor:
+    """Codes, (G, E) float32 holding integers (float64 above 24 bits; the float8 grids: their values).
+
+    Args:
+        numbers: (G,) int64, the groups' numbers, which the random numbers go by.
+        key: None rounds to nearest, ties to even; else stochastic rounding draws with it.
+    """
+    if format.grid == "sign":
+        return torch.where(rows_GE >= 0, 1.0, -1.0)
+    shifted = rows_GE if offset is None else rows_GE - offset.unsqueeze(1)
+    y = (shifted.double() if format.bits > 24 else shifted) * inverse.unsqueeze(1)
+    y = y.clamp(*format.code_range)
+    step = _float8_step(y, format.grid) if format.grid in FLOAT8_MAX else None
+    y = y if step is None else y / step  # a power of two: exact
+    if key is None:
+        codes = y.round()
+    else:
+        below = y.floor()
+        codes = below + (uniform_u24(numbers, y.shape[1], key, stream) < (y - below) * _ONE)
+    return codes if step is None else codes * step
+
+
+def _float8_step(y: Tensor, grid: str) -> Tensor:
+    """Distance of neighbours on a float8 grid around y."""
+    exponent = torch.frexp(y).exponent - 1
+    smallest = torch.full_like(exponent, _FLOAT8_MIN_EXPONENT[grid])
+    return torch.ldexp(torch.ones_like(y), torch.maximum(exponent, smallest) - _FLOAT8_MANTISSA_BITS[grid])
+
+
+# --- packed codes ----------------------------------------------------------------------------------------------------
+
+
+def _stored(codes_GE: Tensor, format: Format, scale: Tensor) -> Tensor:
+    """Codes as the integers that are stored: bit 1 = +1 for sign, else two's complement in `storage_bits` bits."""
+    if format.grid == "sign":
+        stored = (codes_GE > 0).to(torch.uint8)
+    elif format.grid in FLOAT8_MAX:
+        stored = codes_GE.to(_FLOAT8_DTYPE[format.grid]).view(torch.uint8)
+    else:
+        bits = format.storage_bits
+        integers = torch.where(codes_GE.isnan(), 0, codes_GE).to(torch.int64 if bits == 32 else torch.int32)
+        dtype = {16: torch.int16, 32: torch.int32}.get(bits, torch.uint8)
+        stored = (integers if bits > 8 else integers & (2**bits - 1)).to(dtype)
+    return torch.where(scale.isnan().unsqueeze(1), torch.zeros_like(stored), stored)
+
+
+def pack(stored_GE: Tensor, format: Format, shape: Shape3) -> Tensor:
+    """(G, E) stored integers to `format.packed_shape(shape)`, the first code in the lowest bits of its byte."""
+    bits = format.storage_bits
+    packed_shape = format.packed_shape(shape)
+    last = shape[0] * shape[1] if format.axes == "C" else format.rows(shape)[2]
+    codes = stored_GE.reshape(*packed_shape[:2], last)
+    if bits >= 8:
+        return codes.contiguous()
+    lanes = 8 // bits
+    lane = F.pad(codes, (0, -last % lanes)).reshape(*packed_shape, lanes)
+    packed = lane[..., 0].clone(memory_format=torch.contiguous_format)
+    for i in range(1, lanes):
+        packed |= lane[..., i] << (i * bits)
+    return packed
+
+
+def unpack(codes: Tensor, format: Format, shape: Shape3) -> Tensor:
+    """Packed codes to (N, P, C) float32 (float64 above 24 bits), a view of what is stored channel-major."""
+    if format.storage_bits > 8:
+        values = codes.to(torch.float64 if format.bits > 24 else torch.float32)
+    else:
+        values = F.embedding(codes.int(), _byte_table(format, codes.device)).flatten(-2)
+    a, b, c = format.rows(shape)
+    values = values[..., : b * c if format.axes == "C" else c].reshape(a, b, c)
+    return values.permute(1, 2, 0) if format.channel_major else values
+
+
+def _byte_table(format: Format, device: torch.device) -> Tensor:
+    """(256, codes a byte) float32: the codes that each byte holds."""
+    bits = format.storage_bits
+    byte = torch.arange(256, device=device)
+    if format.grid in FLOAT8_MAX:
+        return byte.to(torch.uint8).view(_FLOAT8_DTYPE[format.grid]).float().unsqueeze(1)
+    lane = (byte.unsqueeze(1) >> torch.arange(0, 8, bits, device=device)) & (2**bits - 1)
+    if format.grid == "sign":
+        return (2 * lane - 1).float()
+    negative = (lane >= 2 ** (bits - 1)) & (format.grid != "uint")
+    return torch.where(negative, lane - 2**bits, lane).float()
+
+
+def decode(q: QTensor) -> Tensor:
+    """Values, (N, P, C) float32 contiguous: `scale * code + offset`, in that order."""
+    values = unpack(q.codes, q.format, q.shape) * spread(q.scale, q)
+    if q.offset is not None:
+        values = values + spread(q.offset, q)
+    return values.float().contiguous()
+
+
+def spread(scale_G: Tensor, q: QTensor) -> Tensor:
+    """A value for each group as a tensor that broadcasts against (N, P, C)."""
+    n, p, c = q.shape
+    if q.format.axes == "NC":
+        return scale_G.view(c, n).T.unsqueeze(1)
+    shapes = {"": (1, 1, 1), "N": (n, 1, 1), "O": (n, 1, 1), "NP": (n, p, 1), "C": (1, 1, c)}
+    return scale_G.view(shapes[q.format.axes])
+
+
+def pass_mask(x_NPC: Tensor, low: float, high: float) -> Tensor:
+    """Where the clipped straight-through estimator passes the gradient, low <= x <= high: (N, P, ceil(C/8)) uint8 bits."""
+    bit = Format("sign", 1)
+    inside = ((x_NPC >= low) & (x_NPC <= high)).to(torch.uint8)
+    return pack(inside, bit, (inside.shape[0], inside.shape[1], inside.shape[2]))
+
+
+def apply_mask(g_NPC: Tensor, mask: Tensor) -> Tensor:
+    """`g_NPC` where the mask of `pass_mask` is set, 0 elsewhere."""
+    shape = (g_NPC.shape[0], g_NPC.shape[1], g_NPC.shape[2])
+    return torch.where(unpack(mask, Format("sign", 1), shape) > 0, g_NPC, 0.0)
+
+
+# --- the three products ----------------------------------------------------------------------------------------------
+
+
+def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
+    """Y = X * W, (N, P', O) float32. x's scale: tensor, sample (linear layers: token); w's: tensor or channel."""
+    groups = geometry.groups if geometry else 1
+    x_codes, w_codes = unpack(x.codes, x.format, x.shape), unpack(w.codes, w.format, w.shape)
+    terms = w.shape[1] * w.shape[2]
+
+    def total(a: Tensor | None, b: Tensor | None) -> Tensor:
+        a = x_codes.new_ones(1, *x.shape[1:]) if a is None else a
+        if b is None:  # the window's sum is the same for all output channels of a group
+            ones = w_codes.new_ones(groups, *w.shape[1:])
+            per_group = multiply_output(*_exact(a, ones, terms, x, w), geometry)
+            return per_group.repeat_interleave(w.shape[0] // groups, -1)
+        return multiply_output(*_exact(a, b, terms, x, w), geometry)
+
+    w_scale = spread(w.scale, w).permute(1, 2, 0)
+    w_offset = None if w.offset is None else spread(w.offset, w).permute(1, 2, 0)
+    x_offset = None if x.offset is None else spread(x.offset, x)
+    y = _dequantize(total, x_codes, w_codes, spread(x.scale, x), w_scale, x_offset, w_offset)
+    return y if bias is None else y + bias.float()
+
+
+def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry | None, x_shape: Shape3) -> Tensor:
+    """The gradient of X, G * W, (N, P, C) float32. g's scale: tensor, sample (linear: token); w's: tensor."""
+    groups = geometry.groups if geometry else 1
+    n, p, c = x_shape
+    terms = w.shape[0] * w.shape[1]
+    w_codes = unpack(w.codes, w.format, w.shape)
+    g_codes = unpack(g.codes, g.format, g.shape)
+    g_scale, g_offset = spread(g.scale, g), None if g.offset is None else spread(g.offset, g)
+    kept = None
+    if g.index is not None and g.format.axes == "N":
+        kept = g.index[g.index >= 0].long()
+        g_codes, g_scale = g_codes[kept], g_scale[kept]
+        g_offset = None if g_offset is None else g_offset[kept]
+
+    def total(a: Tensor | None, b: Tensor | None) -> Tensor:
+        a = g_codes.new_ones(1, *g.shape[1:]) if a is None else a
+        if b is None:
+            ones = w_codes.new_ones(w.shape[0], w.shape[1], 1)
+            per_group = multiply_grad_input(*_exact(a, ones, terms, g, w), groups, geometry)
+            return per_group.repeat_interleave(c // groups, -1)
+        return multiply_grad_input(*_exact(a, b, terms, g, w), c, geometry)
+
+    w_scale = spread(w.scale, w)
+    w_offset = None if w.offset is None else spread(w.offset, w)
+    grad = _dequantize(total, g_codes, w_codes, g_scale, w_scale, g_offset, w_offset)
+    if kept is not None:
+        grad = grad.new_zeros(n, p, c).index_copy_(0, kept, grad)
+    return grad if mask is None else apply_mask(grad, mask)
+
+
+def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
+    """The gradient of W, G^T * X, (O, K, I) float32. g's scale: any but token; x's: tensor."""
+    groups = geometry.groups if geometry else 1
+    taps = geometry.kernel[0] * geometry.kernel[1] if geometry else 1
+    grad = x.scale.new_zeros(g.shape[2], taps, x.shape[2] // groups)
+    g_codes, x_codes = unpack(g.codes, g.format, g.shape), unpack(x.codes, x.format, x.shape)
+    g_scale, g_offset = spread(g.scale, g), None if g.offset is None else spread(g.offset, g)
+    kept = None if g.index is None else g.index[g.index >= 0].long()
+
+    if "N" not in g.format.axes:
+        if kept is None or groups > 1:  # a group of channels shares its input: pruned ones multiply by 0
+            return _weight_terms(g, x, g_codes, x_codes, g_scale, g_offset, geometry, blocks=False)[0]
+        if kept.numel() == 0:  # a convolution without channels is an error
+            return grad
+        g_codes, g_scale = g_codes[..., kept], g_scale[..., kept]
+        g_offset = None if g_offset is None else g_offset[..., kept]
+        terms = _weight_terms(g, x, g_codes, x_codes, g_scale, g_offset, geometry, blocks=False)
+        return grad.index_copy_(0, kept, terms[0])
+
+    if kept is not None and g.format.axes == "N":
+        g_codes, g_scale, x_codes = g_codes[kept], g_scale[kept], x_codes[kept]
+        g_offset = None if g_offset is None else g_offset[kept]
+    unfolded = taps * x.shape[2] * g.shape[1] + grad.numel()
+    chunk = max(1, _BLOCK_ELEMENTS // max(unfolded, 1))
+    for first in range(0, g_codes.shape[0], chunk):
+        part = slice(first, first + chunk)
+        offset = None if g_offset is None else g_offset[part]
+        for term in _weight_terms(g, x, g_codes[part], x_codes[part], g_scale[part], offset, geometry, blocks=True):
+            grad = grad + term
+    return grad
+
+
+def _weight_terms(
+    g: QTensor,
+    x: QTensor,
+    g_codes: Tensor,
+    x_codes: Tensor,
+    g_scale: Tensor,
+    g_offset: Tensor | None,
+    geometry: Geometry | None,
+    blocks: bool,
+) -> Tensor:
+    """`grad_weight` of some samples and channels: (1, O, K, I), or with `blocks` one term for each sample."""
+    groups = geometry.groups if geometry else 1
+    samples, channels = x_codes.shape[0], g_codes.shape[2]
+
+    def total(a: Tensor | None, b: Tensor | None) -> Tensor:
+        times = 1
+        if not blocks and (a is None or b is None):  # the samples can be added first, leaving one image
+            times = samples if a is None and b is None else 1
+            a, b = (None if t is None else t.double().sum(0, keepdim=True) for t in (a, b))
+        images = samples if blocks else 1
+        ones = g_codes.new_ones(images, 1, groups)
+        a_codes = ones.expand(images, g.shape[1], groups) if a is None else a
+        b_codes = ones.expand(images, x.shape[1], groups) if b is None else b
+        a_codes, b_codes = _exact(a_codes, b_codes, samples * g.shape[1], g, x)
+        if blocks:
+            result = multiply_grad_weight_of_samples(a_codes, b_codes, geometry)
+        else:
+            result = multiply_grad_weight(a_codes, b_codes, geometry).unsqueeze(0) * times
+        return result if a is not None else result.repeat_interleave(channels // groups, 1)
+
+    x_offset = None if x.offset is None else spread(x.offset, x)
+    by_output = g_scale.permute(0, 2, 1).unsqueeze(-1)
+    offset_by_output = None if g_offset is None else g_offset.permute(0, 2, 1).unsqueeze(-1)
+    return _dequantize(total, g_codes, x_codes, by_output, spread(x.scale, x), offset_by_output, x_offset)
+
+
+def _dequantize(
+    total: Callable[[Tensor | None, Tensor | None], Tensor],
+    a_codes: Tensor,
+    b_codes: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_offset: Tensor | None,
+    b_offset: Tensor | None,
+) -> Tensor:
+    """The float part of a product, in the module's stated order. `total(a, b)` accumulates codes; None stands for ones."""
+    t = total(a_codes, b_codes).float() * a_scale * b_scale
+    if b_offset is not None:
+        t = t + total(a_codes, None).float() * a_scale * b_offset
+    if a_offset is not None:
+        t = t + total(None, b_codes).float() * b_scale * a_offset
+    if a_offset is not None and b_offset is not None:
+        t = t + total(None, None).float() * a_offset * b_offset
+    return t
+
+
+def _exact(a: Tensor, b: Tensor, terms: int, first: QTensor, second: QTensor) -> tuple[Tensor, Tensor]:
+    """Both operands in a dtype in which the sum of `terms` products is exact in any order.
+
+    float32 where every partial sum is an integer below 2^24 (a CPU's float32 may multiply in bfloat16 or TF32 where the user
+    allows it, exact for codes of 8 bits); elsewhere float64, exact below 2^53.
+    """
+    bound = terms
+    for q in (first, second):
+        bound *= max(abs(code) for code in q.format.code_range)
+    narrow = not any(q.format.grid in FLOAT8_MAX or q.format.bits > 8 for q in (first, second))
+    narrow = narrow and a.dtype == b.dtype == torch.float32
+    dtype = torch.float32 if narrow and bound < _ONE and a.device.type == "cpu" else torch.float64
+    return a.to(dtype), b.to(dtype)
+
+
+# --- the same products of plain tensors ------------------------------------------------------------------------------
+
+
+def multiply_output(x_NPC: Tensor, w_OKI: Tensor, geometry: Geometry | None) -> Tensor:
+    """Sum over the window and the input channels of a group, (N, P', O)."""
+    if geometry is None:
+        return x_NPC @ w_OKI[:, 0].T
+    y_NOHW = F.conv2d(
+        geometry.image(x_NPC), geometry.window(w_OKI), None, geometry.stride, 0, geometry.dilation, geometry.groups
+    )
+    return y_NOHW.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def multiply_grad_input(g_NPO: Tensor, w_OKI: Tensor, channels: int, geometry: Geometry | None) -> Tensor:
+    """Sum over the output channels of a group and the window, (N, P, C) with C = `channels`."""
+    if geometry is None:
+        return g_NPO @ w_OKI[:, 0]
+    samples, positions = g_NPO.shape[0], geometry.height * geometry.width
+    like = geometry.image(g_NPO.new_empty(1, 1, 1).expand(samples, positions, channels))
+    grad, _, _ = torch.ops.aten.convolution_backward(
+        geometry.gradient(g_NPO), like, geometry.window(w_OKI), None, geometry.stride, (0, 0), geometry.dilation, False,
+        (0, 0), geometry.groups, (True, False, False),
+    )  # fmt: skip
+    return geometry.crop(grad)
+
+
+def multiply_grad_weight(g_NPO: Tensor, x_NPC: Tensor, geometry: Geometry | None) -> Tensor:
+    """Sum over samples and positions, (O, K, I)."""
+    if geometry is None:
+        return (g_NPO.flatten(0, 1).T @ x_NPC.flatten(0, 1)).unsqueeze(1)
+    image = geometry.image(x_NPC)
+    like = image.new_empty(1).expand(g_NPO.shape[2], x_NPC.shape[2] // geometry.groups, *geometry.kernel)
+    _, grad, _ = torch.ops.aten.convolution_backward(
+        geometry.gradient(g_NPO), image, like, None, geometry.stride, (0, 0), geometry.dilation, False,
+        (0, 0), geometry.groups, (False, True, False),
+    )  # fmt: skip
+    return grad.flatten(2).transpose(1, 2)
+
+
+def multiply_grad_weight_of_samples(g_NPO: Tensor, x_NPC: Tensor, geometry: Geometry | None) -> Tensor:
+    """Sum over positions alone, (N, O, K, I)."""
+    if geometry is None:
+        return (g_NPO.transpose(1, 2) @ x_NPC).unsqueeze(2)
+    samples, positions, channels = g_NPO.shape
+    groups, taps = geometry.groups, geometry.kernel[0] * geometry.kernel[1]
+    columns = F.unfold(geometry.image(x_NPC), geometry.kernel, geometry.dilation, 0, geometry.stride)
+    columns = columns.view(samples, groups, -1, positions)
+    rows = g_NPO.transpose(1, 2).reshape(samples, groups, channels // groups, positions)
+    return (rows @ columns.transpose(2, 3)).view(samples, channels, -1, taps).transpose(2, 3)

@@ -1,0 +1,189 @@
+"""summary: what was decided for each layer, what serves it, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fqt import ops
+from fqt.nn import QuantizedLayer
+from fqt.ops import PRODUCTS
+from fqt.recipe import LEFT_RIGHT
+
+_MACS = "_fqt_macs"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer that holds a weight.
+
+    Attributes:
+        output, grad_input, grad_weight: operands of the product, "float x float" if it is not quantized.
+        parameters: numbers, bias included.
+        madds: multiply-adds of one sample's forward; None before the model's first forward after its conversion.
+        packed_bytes: of the weight as the forward reads it, scales included; of the float weight in a float layer.
+        backend: what serves the low-bit products; "torch" if there are none.
+        note: why a layer is float, or why no faster backend serves it.
+        bits: product -> bits at which it runs, 32 = float.
+        kept: product -> fraction of groups that pruning keeps.
+    """
+
+    name: str
+    kind: str
+    output: str
+    grad_input: str
+    grad_weight: str
+    parameters: int
+    madds: int | None
+    packed_bytes: int
+    backend: str
+    note: str
+    bits: dict[str, int]
+    kept: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`rows` is data, `str()` a table."""
+
+    rows: list[Row]
+
+    def __str__(self) -> str:
+        head = ["layer", "kind", *PRODUCTS, "parameters", "MAdds", "weight bytes", "backend", "note"]
+        table = [head]
+        for row in self.rows:
+            low = any(bits < 32 for bits in row.bits.values())
+            products = [getattr(row, p) for p in PRODUCTS] if low or "float x float" != row.output else ["float", "", ""]
+            macs = "?" if row.madds is None else f"{row.madds:,}"
+            table.append(
+                [row.name, row.kind, *products, f"{row.parameters:,}", macs, f"{row.packed_bytes:,}", row.backend, row.note]
+            )
+        known = [row.madds for row in self.rows if row.madds is not None]
+        table.append(
+            ["total", "", "", "", "", f"{sum(row.parameters for row in self.rows):,}"]
+            + [f"{sum(known):,}" if known else "?", f"{sum(row.packed_bytes for row in self.rows):,}", "", ""]
+        )
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        numeric = (5, 6, 7)
+        lines = [
+            "  ".join(c.rjust(w) if i in numeric else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in table
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        lines.insert(-1, "-" * len(lines[0]))
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """A row for each module that holds a weight of two or more axes, converted or not.
+
+    Multiply-adds are known once a converted model has run a forward.
+    """
+    rows = []
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, QuantizedLayer):
+            rows.append(_quantized_row(name, module))
+        elif weight is not None and weight.dim() > 1:
+            bits, kept = dict.fromkeys(PRODUCTS, 32), dict.fromkeys(PRODUCTS, 1.0)
+            nbytes = weight.numel() * weight.element_size()
+            rows.append(
+                Row(name, type(module).__name__, *(["float x float"] * 3), _parameters(module), module.__dict__.get(_MACS),
+                    nbytes, "torch", _why_float(module), bits, kept)
+            )  # fmt: skip
+    return Summary(rows)
+
+
+def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
+    recipe, served = layer.recipe, backends(layer)
+    weight = layer.weight
+    format = recipe.format("output", "w")
+    if format is None:
+        nbytes = weight.numel() * weight.element_size()
+    else:
+        shape = (weight.shape[0], weight[0, 0].numel() if weight.dim() == 4 else 1, weight.shape[1])
+        codes = 1
+        for size in format.packed_shape(shape):
+            codes *= size
+        nbytes = codes * max(format.storage_bits, 8) // 8 + format.groups(shape) * (8 if format.offset else 4)
+    names = list(dict.fromkeys(backend for backend, _ in served.values()))
+    reasons = list(dict.fromkeys(reason for _, reason in served.values() if reason))
+    return Row(
+        name,
+        type(layer).__name__,
+        *(recipe.describe(product) for product in PRODUCTS),
+        _parameters(layer),
+        layer.__dict__.get(_MACS),
+        nbytes,
+        "+".join(names) or "torch",
+        "; ".join(reasons),
+        {product: recipe.bits(product) for product in PRODUCTS},
+        {product: recipe.kept(product) for product in PRODUCTS},
+    )
+
+
+def backends(layer: QuantizedLayer) -> dict[str, tuple[str, str]]:
+    """Product -> (backend, why no faster one), for the products that run in low bits."""
+    served = {}
+    for product, letters in LEFT_RIGHT.items():
+        if not layer.recipe.low_bit(product):
+            continue
+        formats = tuple(f for f in (layer.recipe.format(product, letter) for letter in letters) if f is not None)
+        kernel, reasons = ops.select(product, ops.Request(layer.weight.device.type, formats))
+        if kernel.backend == "reference" and not reasons:
+            reasons = [f"no low-bit kernel for {layer.weight.device.type} yet"]
+        served[product] = (kernel.backend, "; ".join(reasons))
+    return served
+
+
+def _why_float(module: nn.Module) -> str:
+    if type(module) in (nn.Linear, nn.Conv2d):
+        return "kept float"
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        return "a subclass: left alone"
+    return "not a kind that fqt converts"
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+
+def count_macs(layer: nn.Module) -> None:
+    """Have a Linear or Conv2d remember the multiply-adds of its last eager forward, for `summary`."""
+    layer.register_forward_hook(_remember_macs)
+
+
+def _remember_macs(layer: nn.Module, inputs: object, output: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if isinstance(layer, nn.Conv2d):
+        positions = output.shape[-1] * output.shape[-2]
+    else:
+        positions = output[0].numel() // output.shape[-1] if output.dim() > 1 and output.shape[0] else 1
+    layer.__dict__[_MACS] = positions * layer.weight.numel()
+
+
+def forget_macs(module: nn.Module) -> None:
+    """Undo `count_macs`."""
+    for number, hook in list(module._forward_hooks.items()):
+        if hook is _remember_macs:
+            del module._forward_hooks[number]
+    module.__dict__.pop(_MACS, None)
+
+
+def modelled_speedup(model: nn.Module) -> float:
+    """What multiply-adds x bits promise: 32-bit cost over the cost at each product's bits and kept fraction. Not measured.
+
+    Raises:
+        ValueError: the model has not run a forward since its conversion.
+    """
+    rows: Iterable[Row] = summary(model).rows
+    counted = [(row, row.madds) for row in rows if row.madds is not None]
+    if not counted:
+        raise ValueError("multiply-adds are unknown: run one forward of the converted model before modelled_speedup")
+    float_cost = sum(32 * madds * len(PRODUCTS) for _, madds in counted)
+    cost = sum(madds * row.bits[p] * (row.kept[p] if row.bits[p] < 32 else 1.0) for row, madds in counted for p in PRODUCTS)
+    return float_cost / cost
