@@ -38,10 +38,6 @@ DATASETS = {
 }
 
 
-RECIPE_PATTERNS = (r"dorefa_w\d+a\d+g\d+",)
-"""Families of recipes that fqt makes from their name; it checks the numbers itself."""
-
-
 def _as_tuple(value: Any) -> Any:
     """YAML knows lists only; strict pydantic wants the tuple that a frozen value needs."""
     return tuple(value) if isinstance(value, list) else value
@@ -218,7 +214,7 @@ class Config(_Section):
         if "/" in recipe or recipe.endswith((".yaml", ".yml")):
             if not Path(recipe).is_file():
                 raise ValueError("there is no such recipe file")
-        elif not any(re.fullmatch(known, recipe) for known in RECIPE_PATTERNS) and recipe not in recipe_names():
+        elif not any(re.fullmatch(_family(known), recipe) for known in recipe_names()):
             raise ValueError(nearest(recipe, recipe_names(), "recipe"))
         return recipe
 
@@ -235,10 +231,18 @@ class Config(_Section):
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipe files inside fqt, found without importing it (it would import torch)."""
+    """Names of the recipe files inside fqt, found without importing it, which would import torch.
+
+    `psq_b{b}` stands for a family: any number in place of the braces (fqt itself says which numbers it takes).
+    """
     spec = importlib.util.find_spec("fqt")
     folders = spec.submodule_search_locations if spec else None
     return sorted(path.stem for folder in folders or () for path in (Path(folder) / "recipes").glob("*.yaml"))
+
+
+def _family(name: str) -> str:
+    """A recipe's name as a regular expression."""
+    return re.sub(r"\\{\w+\\}", r"\\d+", re.escape(name))
 
 
 def load(config: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -72,6 +72,7 @@ class Trainer:
 
     def __init__(self, config: Config, place: ranks.Ranks, resume: Path | None = None) -> None:
         self.config, self.place = config, place
+        recipe = load_recipe(config.recipe)
         found = checkpoint.find(resume) if resume else None
         state = checkpoint.load(found) if found else None
         if found and state:
@@ -89,7 +90,7 @@ class Trainer:
         self.model.to(place.device)
         compares = config.tracking.enabled and config.tracking.baseline_steps > 0 and config.recipe != "fp32"
         self.unconverted = copy.deepcopy(self.model) if compares else None
-        convert(self.model, config)
+        convert(self.model, recipe, config)
         seed(config.seed + place.rank)  # quantization noise of its own on every rank
 
         self.step = self.make_step(self.model, place.wrap(self.model))
@@ -203,10 +204,7 @@ class Trainer:
 
     def make_step(self, model: nn.Module, module: nn.Module | None = None) -> Step:
         """What trains a model, with an optimizer of its own."""
-        called: Any = module or model
-        if self.config.training.compile:
-            called = torch.compile(called)
-        return Step(model, called, build_optimizer(self.config.optimizer, model), self.config.training)
+        return Step(model, module or model, build_optimizer(self.config.optimizer, model), self.config.training)
 
     def chunks(self, epoch: int) -> list[list[int]]:
         """Indices of this rank's images in each step of an epoch. Raises ConfigError where they make no step."""
@@ -282,14 +280,22 @@ def seed(number: int) -> None:
     np.random.seed(number % 2**32)  # noqa: NPY002
 
 
-def convert(model: nn.Module, config: Config) -> None:
+def load_recipe(recipe: str) -> fqt.Recipe:
+    """Raises ConfigError with fqt's own words."""
+    try:
+        return fqt.load_recipe(recipe)
+    except ValueError as error:
+        raise ConfigError(f"recipe = {recipe}: {error}.") from error
+
+
+def convert(model: nn.Module, recipe: fqt.Recipe, config: Config) -> None:
     """Makes the model a low-bit one, in place. Raises ConfigError with fqt's own words."""
     if config.recipe == "fp32":
         return
     try:
-        fqt.convert(model, config.recipe, skip=config.skip)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"recipe = {config.recipe}: {error}") from error
+        fqt.convert(model, recipe, skip=config.skip)
+    except ValueError as error:
+        raise ConfigError(f"recipe = {config.recipe}: {error}.") from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

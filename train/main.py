@@ -92,14 +92,13 @@ def _epilog() -> str:
         for path in sorted(configuration.CONFIGS.glob("*.yaml"))
     ]
     keys = [(path, f"{text} [{default}]") for path, default, text in configuration.key_table()]
-    recipes = ", ".join([*configuration.recipe_names(), "dorefa_w{k}a{k}g{k}"])
     return "\n\n".join(
         [
             section("configurations (--config)", files),
             section("keys (--set), with their default", keys),
             section("models (model.name)", list(configuration.MODELS.items())),
             section("data sets (data.name)", list(configuration.DATASETS.items())),
-            f"recipes (recipe):\n  {recipes}, or the path of a YAML file",
+            f"recipes (recipe):\n  {', '.join(configuration.recipe_names())}, or the path of a YAML file",
             "example:\n  torchrun train/main.py --config fqt_1bit.yaml --set optimizer.lr=0.003 --set data.limit=6000",
         ]
     )

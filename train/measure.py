@@ -79,7 +79,8 @@ def describe(model: nn.Module, images_NCHW: Tensor) -> tuple[fqt.Summary, float]
     probe = copy.deepcopy(model).train()
     with undisturbed(), torch.no_grad():
         probe(images_NCHW)
-    return fqt.summary(probe), fqt.modelled_speedup(probe)
+    converted = any(fqt.quantized_layers(probe))
+    return fqt.summary(probe), fqt.modelled_speedup(probe) if converted else 1.0
 
 
 def layer_scalars(model: nn.Module) -> dict[str, float]:

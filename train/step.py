@@ -61,11 +61,12 @@ class Stopwatch:
 class Step:
     """Forward and backward of each part, clipping, update.
 
-    module: what is called in place of the model: itself, or compiled, or wrapped for DDP.
+    module: what is called in place of the model: itself, or wrapped for DDP.
     """
 
     def __init__(self, model: nn.Module, module: nn.Module, optimizer: Optimizer, config: Training) -> None:
         self.model, self.module, self.optimizer, self.config = model, module, optimizer, config
+        self._called: nn.Module = torch.compile(module) if config.compile else module  # type: ignore[assignment]
         self._no_sync = getattr(module, "no_sync", nullcontext)  # DDP's: gradients are averaged with the last part only
 
     def __call__(self, parts: Parts, *, observe: bool = False) -> Outcome:
@@ -77,9 +78,13 @@ class Step:
         results = []
         for part in parts[:-1]:
             with self._no_sync():
-                results.append(self._backward(*part, len(parts), watch))
-        with fqt.observe_gradients(self.model) if observe else nullcontext({}) as gradient_error:
-            results.append(self._backward(*parts[-1], len(parts), watch))
+                results.append(self._backward(self._called, part, len(parts), watch))
+        if observe:  # through hooks, which a compiled model does not run
+            with fqt.observe_gradients(self.model) as gradient_error:
+                results.append(self._backward(self.module, parts[-1], len(parts), watch))
+        else:
+            gradient_error = {}
+            results.append(self._backward(self._called, parts[-1], len(parts), watch))
         losses, hits = zip(*results, strict=True)
 
         loss = torch.stack(losses).mean().item()
@@ -97,9 +102,11 @@ class Step:
         ms = {**watch.ms, "step": sum(watch.ms.values())}
         return Outcome(loss, int(torch.stack(hits).sum()), images, ms, gradient_error)
 
-    def _backward(self, x_NCHW: Tensor, y_N: Tensor, parts: int, watch: Stopwatch) -> tuple[Tensor, Tensor]:
+    def _backward(
+        self, module: nn.Module, part: tuple[Tensor, Tensor], parts: int, watch: Stopwatch
+    ) -> tuple[Tensor, Tensor]:
         """Adds one part's share to the gradients; returns its loss and how many images it recognized."""
-        loss, correct = forward(self.module, x_NCHW, y_N, autocast=self.config.autocast)
+        loss, correct = forward(module, *part, autocast=self.config.autocast)
         watch.mark("forward")
         (loss / parts).backward()
         watch.mark("backward")
