@@ -16,7 +16,7 @@ from torch import Tensor
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)  # for words 0 and 2
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
-_CHUNK = 1 << 13  # counters at a time: the int64 temporaries stay in the cache
+_CHUNK = 1 << 14  # counters at a time: the int64 temporaries stay in the cache
 
 
 def philox_4x32(counter: Tensor, key: Tensor) -> Tensor:

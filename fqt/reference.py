@@ -126,8 +126,8 @@ def calibrate_groups(
         offset = low
     else:
         if calibrate == "minmax":
-            offset = rows_GE.amin(1)
-            span = rows_GE.amax(1) - offset
+            offset, highest = rows_GE.aminmax(dim=1)
+            span = highest - offset
         else:
             span = _absmean(rows_GE) if calibrate == "absmean" else rows_GE.abs().amax(1)
             offset = torch.where(span >= MIN_RANGE, -span, 0.0)
@@ -216,14 +216,14 @@ def encode(
         return torch.where(rows_GE >= 0, 1.0, -1.0)
     shifted = rows_GE if offset is None else rows_GE - offset.unsqueeze(1)
     y = (shifted.double() if format.bits > 24 else shifted) * inverse.unsqueeze(1)
-    y = y.clamp(*format.code_range)
+    y = y.clamp_(*format.code_range)
     step = _float8_step(y, format.grid) if format.grid in FLOAT8_MAX else None
     y = y if step is None else y / step  # a power of two: exact
     if key is None:
         codes = y.round()
     else:
         below = y.floor()
-        codes = below + (uniform_u24(numbers, y.shape[1], key, stream) < (y - below) * _ONE)
+        codes = below + (uniform_u24(numbers, y.shape[1], key, stream) < (y - below).mul_(_ONE))
     return codes if step is None else codes * step
 
 
@@ -239,16 +239,19 @@ def _float8_step(y: Tensor, grid: str) -> Tensor:
 
 def _stored(codes_GE: Tensor, format: Format, scale: Tensor) -> Tensor:
     """Codes as the integers that are stored: bit 1 = +1 for sign, else two's complement in `storage_bits` bits."""
+    bad = scale.isnan().unsqueeze(1)
+    if bool(bad.any()):
+        codes_GE = codes_GE.masked_fill(bad, 0.0)
     if format.grid == "sign":
-        stored = (codes_GE > 0).to(torch.uint8)
-    elif format.grid in FLOAT8_MAX:
-        stored = codes_GE.to(_FLOAT8_DTYPE[format.grid]).view(torch.uint8)
-    else:
-        bits = format.storage_bits
-        integers = torch.where(codes_GE.isnan(), 0, codes_GE).to(torch.int64 if bits == 32 else torch.int32)
-        dtype = {16: torch.int16, 32: torch.int32}.get(bits, torch.uint8)
-        stored = (integers if bits > 8 else integers & (2**bits - 1)).to(dtype)
-    return torch.where(scale.isnan().unsqueeze(1), torch.zeros_like(stored), stored)
+        return (codes_GE > 0).to(torch.uint8)
+    if format.grid in FLOAT8_MAX:
+        return codes_GE.to(_FLOAT8_DTYPE[format.grid]).view(torch.uint8)
+    bits = format.storage_bits
+    if bits > 8:
+        return codes_GE.to(torch.int64).to(torch.int16 if bits == 16 else torch.int32)
+    if format.grid == "uint":
+        return codes_GE.to(torch.uint8)
+    return (codes_GE.to(torch.int32) & (2**bits - 1)).to(torch.uint8)
 
 
 def pack(stored_GE: Tensor, format: Format, shape: Shape3) -> Tensor:
@@ -522,8 +525,15 @@ def multiply_grad_weight_of_samples(g_NPO: Tensor, x_NPC: Tensor, geometry: Geom
     if geometry is None:
         return (g_NPO.transpose(1, 2) @ x_NPC).unsqueeze(2)
     samples, positions, channels = g_NPO.shape
-    groups, taps = geometry.groups, geometry.kernel[0] * geometry.kernel[1]
-    columns = F.unfold(geometry.image(x_NPC), geometry.kernel, geometry.dilation, 0, geometry.stride)
-    columns = columns.view(samples, groups, -1, positions)
+    groups, (kh, kw) = geometry.groups, geometry.kernel
+    padded_NHWC = geometry.image(x_NPC).permute(0, 2, 3, 1).contiguous()
+    sn, sh, sw, sc = padded_NHWC.stride()
+    window = (kh, kw, padded_NHWC.shape[3])
+    strides = (sh * geometry.dilation[0], sw * geometry.dilation[1], sc)
+    windows = padded_NHWC.as_strided(
+        (samples, *geometry.output_size, *window),
+        (sn, sh * geometry.stride[0], sw * geometry.stride[1], *strides),
+    )
+    columns = windows.reshape(samples, positions, kh * kw, groups, -1).permute(0, 3, 1, 2, 4).flatten(3)
     rows = g_NPO.transpose(1, 2).reshape(samples, groups, channels // groups, positions)
-    return (rows @ columns.transpose(2, 3)).view(samples, channels, -1, taps).transpose(2, 3)
+    return (rows @ columns).view(samples, channels, kh * kw, -1)
