@@ -181,7 +181,7 @@ def keep_groups(rows_GE: Tensor, mode: str, b: int, key: Tensor | None, stream: 
     largest = range_30.sort(descending=True).values
     rest = largest.flip(0).cumsum(0).flip(0)  # of the ranges from the k-th largest on
     left = (budget - _ONE * torch.arange(groups, device=span.device, dtype=torch.float64)).clamp(min=0)
-    fits = left * largest <= _ONE * rest  # with the k widest kept for sure, no other probability exceeds 1
+    fits = left * largest <= _ONE * rest.double()  # with the k widest kept for sure, no other p exceeds 1
     k = int(fits.long().argmax()) if bool(fits.any()) else groups
     probability = range_30 * (left[k] / rest[k].clamp(min=1)) if k < groups else torch.zeros_like(span)
     threshold = probability.round().clamp(1, _ONE)
@@ -273,6 +273,7 @@ def pack(stored_GE: Tensor, format: Format, shape: Shape3) -> Tensor:
 def unpack(codes: Tensor, format: Format, shape: Shape3) -> Tensor:
     """Packed codes to (N, P, C) float32 (float64 above 24 bits), a view of what is stored channel-major."""
     if format.storage_bits > 8:
+        codes = codes.int() & 0xFFFF if format.grid == "uint" else codes  # 16-bit codes fill int16's sign bit
         values = codes.to(torch.float64 if format.bits > 24 else torch.float32)
     else:
         values = F.embedding(codes.int(), _byte_table(format, codes.device)).flatten(-2)
@@ -388,7 +389,8 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
     kept = None if g.index is None else g.index[g.index >= 0].long()
 
     if "N" not in g.format.axes:
-        if kept is None or groups > 1:  # a group of channels shares its input: pruned ones multiply by 0
+        # pruned channels are left out; where groups of them share an input, they multiply by 0
+        if kept is None or groups > 1 or g.format.axes != "C":
             return _weight_terms(g, x, g_codes, x_codes, g_scale, g_offset, geometry, blocks=False)[0]
         if kept.numel() == 0:  # a convolution without channels is an error
             return grad
