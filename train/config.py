@@ -19,7 +19,7 @@ from train.wording import ConfigError, known_name, nearest, sentence, show
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 MODELS = {
-    "vgg_small": "six 3x3 convolutions of 16-16-32-32-64-64 channels and three max-pools; the main job's model",
+    "vgg_small": "five 3x3 convolutions of 16-32-32-64-64 channels and three max-pools; the main job's model",
     "vgg16": "VGG-16 for small images: thirteen 3x3 convolutions with BatchNorm, one linear classifier",
     "resnet18": "ResNet-18 with the CIFAR stem: a 3x3 convolution and no max-pool",
     "resnet20": "ResNet-20 of the CIFAR family, 16-32-64 channels, option-A shortcuts",
@@ -301,10 +301,11 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers (PyYAML reads `8e-3` as a string) and no key given twice (PyYAML drops the first)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = [key.value for key, _ in node.value]
-        for name in seen:
-            if seen.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", node.start_mark)
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -316,6 +317,9 @@ _Loader.add_implicit_resolver(
 def _parse_yaml(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise ConfigError(f"{origin} is not YAML: {error.problem}{line}.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin} is not YAML: {' '.join(str(error).split())}.") from None
 
