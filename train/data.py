@@ -172,8 +172,9 @@ def load(config: DataConfig) -> Data:
 
 def chunks(count: int, size: int, *, seed: int, epoch: int, rank: int = 0, world: int = 1) -> list[list[int]]:
     """This rank's share of an epoch's shuffled indices, in whole chunks of `size`."""
-    sampler = DistributedSampler(range(count), world, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
-    sampler.set_epoch(epoch)
+    # not the sampler's own seed + epoch: runs with neighbouring seeds would see each other's orders
+    mixed = hash((seed, epoch)) % 2**63
+    sampler = DistributedSampler(range(count), world, rank, shuffle=True, seed=mixed, drop_last=True)  # type: ignore[arg-type]
     order = list(sampler)
     return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
 
@@ -271,13 +272,15 @@ def read_idx(folder: Path, name: str) -> Tensor:
 def cifar10(config: DataConfig) -> Raw:
     """CIFAR-10 from torchvision's files or an image folder; else from torchvision's download."""
     roots = [Path(config.path)] if config.path else [place for place in _places() if place != DEBIAN]
-    for root in roots:
-        for place in (root, root / "cifar10"):
-            if (place / "cifar-10-batches-py").is_dir():
-                return _cifar10_batches(place)
-            if (place / "train").is_dir() and (place / "test").is_dir():
-                train, test = (_decode_all(place / part) for part in ("train", "test"))
-                return RGB, train, test
+    for place in [root / inside for root in roots for inside in ("", "cifar10")]:
+        if (place / "cifar-10-batches-py").is_dir():
+            try:
+                return _cifar10_batches(place, download=False)
+            except RuntimeError as error:
+                raise ConfigError(f"{place}/cifar-10-batches-py is damaged ({error}): fetch it again.") from None
+        if (place / "train").is_dir() and (place / "test").is_dir():
+            train, test = (_decode_all(place / part) for part in ("train", "test"))
+            return RGB, train, test
     if config.path:
         raise ConfigError(f'data.path = "{config.path}": it should hold cifar-10-batches-py/, or train/ and test/.')
     try:
@@ -290,7 +293,7 @@ def cifar10(config: DataConfig) -> Raw:
         ) from None
 
 
-def _cifar10_batches(root: Path, download: bool = False) -> Raw:
+def _cifar10_batches(root: Path, *, download: bool) -> Raw:
     train, test = (torchvision.datasets.CIFAR10(str(root), train=part, download=download) for part in (True, False))
     return RGB, _from_nhwc(train.data, train.targets), _from_nhwc(test.data, test.targets)
 

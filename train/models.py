@@ -37,7 +37,7 @@ def build(name: str, shape: Shape, classes: int) -> nn.Module:
 
 def vgg_small(shape: Shape, classes: int) -> nn.Module:
     """The main job's network: wide enough for 1-bit products to learn, small enough for two cores."""
-    return _vgg([16, "M", 32, 32, "M", 64, 64, "M"], shape, classes, pool_to=3)
+    return _vgg([16, "M", 32, 32, "M", 64, 64, "M"], shape, classes, pool_to=4)
 
 
 def vgg16(shape: Shape, classes: int) -> nn.Module:

@@ -1,0 +1,137 @@
+"""The curves that a run leaves: which there are, and that both copies agree."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from train import config, report
+from train.loop import run
+from train.step import Outcome
+from train.tracking import Tracker
+
+
+def read(folder):
+    """{(tag, step): value} of TensorBoard's scalars and of metrics.jsonl, and the texts by tag."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    curves = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    copies = {
+        (tag, line["step"]): value for line in lines for tag, value in line.items() if tag not in ("step", "time")
+    }
+    return curves, copies, texts
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory):
+    """One run on vgg_small whose last layers are known by name: 4 steps an epoch, 2 epochs."""
+    folder = tmp_path_factory.mktemp("tracked")
+    tree = {
+        "model": {"name": "vgg_small"},
+        "data": {"name": "digits", "batch_size": 64, "limit": 256, "validation": 0.1},
+        "recipe": "fqt_1bit",
+        "training": {"epochs": 2},
+        "tracking": {"every": 2, "variance_every": 4, "baseline_steps": 1},
+        "checkpoint": {"enabled": False},
+        "device": "cpu",
+        "output": str(folder),
+        "quiet": True,
+    }
+    wanted = config.parse(tree)
+    return wanted, run(wanted)
+
+
+def test_every_curve_is_there_at_its_steps(tracked):
+    _, result = tracked
+    curves, _, _ = read(result.folder)
+    steps = {tag: sorted(step for name, step in curves if name == tag) for tag, _ in curves}
+    step_curves = ["loss/train", "learning_rate", "images_per_second"]
+    step_curves += [f"time/{phase}_ms" for phase in ("step", "forward", "backward", "optimizer")]
+    epoch_curves = ["loss/epoch", "accuracy/train", "accuracy/test", "accuracy/valid", "memory/peak_mib"]
+    once = ["speedup/measured", "speedup/modelled", "speedup/step_ms", "speedup/step_ms_fp32"]
+    once += ["memory/saved_for_backward_mib", "memory/saved_for_backward_mib_fp32"]
+    for tags, wanted in ((step_curves, [2, 4, 6, 8]), (epoch_curves, [4, 8]), (once, [0])):
+        for tag in tags:
+            assert steps[tag] == wanted, tag
+    layers = {tag.split("/")[1] for tag in steps if tag.startswith("zero_fraction/")}
+    assert len(layers) == 4, "five convolutions, of which the first stays float"
+    for layer in layers:
+        assert steps[f"zero_fraction/{layer}"] == [4, 8]
+        for product in ("grad_input", "grad_weight"):
+            assert steps[f"gradient_error/{product}/{layer}"] == [1, 5]
+            assert curves[f"bits/{layer}/{product}", 8] == 4
+        assert curves[f"bits/{layer}/output", 8] == 1
+    assert curves["bits/0/output", 8] == 32
+
+
+def test_curves_say_what_the_result_says(tracked):
+    _, result = tracked
+    curves, _, _ = read(result.folder)
+    assert curves["accuracy/test", 8] == pytest.approx(result.test_accuracy)
+    assert curves["accuracy/valid", 8] == pytest.approx(result.valid_accuracy)
+    assert curves["loss/epoch", 4] == pytest.approx(result.history[0]["loss"])
+    assert curves["speedup/measured", 0] == pytest.approx(result.comparison.speedup)
+    assert curves["speedup/modelled", 0] == pytest.approx(result.modelled_speedup)
+    assert curves["memory/saved_for_backward_mib", 0] == pytest.approx(result.comparison.saved_bytes / 2**20)
+
+
+def test_json_lines_are_a_copy(tracked):
+    _, result = tracked
+    curves, copies, _ = read(result.folder)
+    assert copies.keys() == {key for key in curves if not key[0].startswith("hparam/")}
+    for key, value in copies.items():
+        assert curves[key] == pytest.approx(value, rel=1e-6), key
+
+
+def test_configuration_and_summary_are_texts(tracked):
+    wanted, result = tracked
+    _, _, texts = read(result.folder)
+    assert all(f"    {line}" in texts["config/text_summary"] for line in config.dump(wanted).splitlines())
+    assert "QuantConv2d" in texts["summary/text_summary"]
+
+
+def test_hyperparameters_are_in_the_table_of_runs(tracked):
+    _, result = tracked
+    events = EventAccumulator(str(result.folder))
+    events.Reload()
+    plugin = events.PluginTagToContent("hparams")
+    assert b"optimizer.lr" in plugin["_hparams_/session_start_info"]
+    assert events.Scalars("hparam/test_accuracy")[0].value == pytest.approx(result.test_accuracy)
+    assert [path.name for path in Path(result.folder).iterdir() if path.is_dir()] == [], "no folder of its own"
+
+
+def test_resumed_tracker_drops_what_was_written_beyond_its_step(tmp_path):
+    first = Tracker(tmp_path)
+    for step in range(1, 5):
+        first.scalars(step, {"loss": float(step)})
+    first.close()
+    second = Tracker(tmp_path, resumed_at=2)
+    second.scalars(3, {"loss": 30.0})
+    second.close()
+    curves, copies, _ = read(tmp_path)
+    assert copies == {("loss", 1): 1.0, ("loss", 2): 2.0, ("loss", 3): 30.0}
+    assert curves == copies
+
+
+def test_tracker_without_a_folder_writes_nothing(tmp_path):
+    tracker = Tracker(None)
+    tracker.scalars(1, {"loss": 1.0})
+    tracker.text("config", "text")
+    tracker.hparams({"lr": 1}, {"loss": 1.0})
+    tracker.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_step_scalars_are_means():
+    sums: dict[str, float] = {}
+    for outcome in (Outcome(1.0, 3, 10, {"step": 20.0}, {}), Outcome(4.0, 5, 20, {"step": 40.0}, {})):
+        sums = {name: sums.get(name, 0) + value for name, value in report.sums(outcome).items()}
+    assert report.step_scalars(sums, 0.1) == {
+        "loss/train": 3.0,
+        "learning_rate": 0.1,
+        "images_per_second": 500.0,
+        "time/step_ms": 30.0,
+    }
