@@ -1,0 +1,133 @@
+"""Does low-bit training learn? Test accuracy of each method, from scratch, at the best of a few learning rates.
+
+    python -m benchmarks.accuracy              about an hour on 2 cores: README's table
+    python -m benchmarks.accuracy --quick      minutes: fewer images and epochs, one seed; a smoke test, not evidence
+
+Every method trains the same network (the main job's `vgg_small`) on Fashion-MNIST with Adam and a one-cycle schedule, from the
+same initial weights and the same batches for one seed. First its learning rate is chosen: one shorter run for each
+candidate, judged on a tenth of the *training* set that is held out. Then it trains on the whole training set with several
+other seeds at that rate, and only then is the test set looked at.
+
+Each finished run is a line of --log at once, and a run whose line is there is not repeated, so an interrupted benchmark goes
+on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.common import table, write_json
+
+METHODS = ("fp32", "xnor", "psq_b1", "psq_b4", "fqt_1bit", "fqt_1bit_topk", "fqt_w1a1g4", "dorefa_w1a2g6")
+RATES = (2e-3, 6e-3, 2e-2)
+SEED_OF_RATES = 100
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run. `validation`: fraction of the training set held out (0: the run whose test accuracy counts)."""
+
+    method: str
+    rate: float
+    seed: int
+    epochs: int
+    limit: int | None
+    validation: float
+
+
+def train(job: Job) -> dict[str, object]:
+    """Run a job on one thread."""
+    import torch
+
+    from train.config import parse
+    from train.loop import run
+
+    torch.set_num_threads(1)
+    logging.getLogger("fqt").setLevel(logging.ERROR)
+    result = run(
+        parse(
+            {
+                "recipe": job.method,
+                "model": {"name": "vgg_small"},
+                "data": {"name": "fashion_mnist", "limit": job.limit, "validation": job.validation},
+                "optimizer": {"name": "adam", "lr": job.rate},
+                "schedule": {"name": "onecycle"},
+                "training": {"epochs": job.epochs},
+                "tracking": {"enabled": False},
+                "checkpoint": {"enabled": False},
+                "seed": job.seed,
+                "quiet": True,
+            }
+        )
+    )
+    return {**asdict(job), "valid": result.valid_accuracy, "test": result.test_accuracy, "seconds": result.seconds}
+
+
+def run_all(jobs: list[Job], log: Path, workers: int) -> list[dict[str, object]]:
+    """The results of `jobs`, from the log where they stand there, else by training."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    by_job = {Job(**{key: row[key] for key in Job.__dataclass_fields__}): row for row in done}
+    missing = [job for job in jobs if job not in by_job]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(train, job): job for job in missing}
+        for future in as_completed(futures):
+            job, row = futures[future], future.result()
+            by_job[job] = row
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            score = row["test"] if row["valid"] is None else row["valid"]
+            print(f"{job.method} lr {job.rate:g} seed {job.seed}: {100 * float(str(score)):.2f} %", flush=True)
+    return [by_job[job] for job in jobs]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few minutes, no evidence")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="recipes to compare")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--log", type=Path, help="lines of finished runs (default: runs/accuracy[-quick].jsonl)")
+    parser.add_argument("--json", type=Path, help="write the table's rows here")
+    args = parser.parse_args()
+    epochs, limit, seeds = (1, 6000, (0,)) if args.quick else (3, None, (0, 1, 2))
+    log = args.log or Path("runs") / f"accuracy{'-quick' if args.quick else ''}.jsonl"
+
+    rate_limit, rate_epochs = (3000, 1) if args.quick else (18000, 2)
+    searches = [Job(m, r, SEED_OF_RATES, rate_epochs, rate_limit, 0.1) for m in args.methods for r in RATES]
+    found = run_all(searches, log, args.workers)
+    best = {
+        method: max((row for row in found if row["method"] == method), key=lambda row: float(str(row["valid"])))["rate"]
+        for method in args.methods
+    }
+    finals = [Job(m, float(str(best[m])), seed, epochs, limit, 0.0) for seed in seeds for m in args.methods]
+    results = run_all(finals, log, args.workers)
+
+    rows = []
+    for method in args.methods:
+        scores = [100 * float(str(row["test"])) for row in results if row["method"] == method]
+        mean, spread = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+        rows.append({"method": method, "rate": best[method], "mean": mean, "stdev": spread, "scores": scores})
+    float_gradients = next((row["mean"] for row in rows if row["method"] == "xnor"), None)
+    print(
+        table(
+            ["recipe", "learning rate", "test accuracy, %", "stdev", "against xnor"],
+            [
+                [row["method"], f"{row['rate']:g}", f"{row['mean']:.2f}", f"{row['stdev']:.2f}",
+                 "" if float_gradients is None else f"{row['mean'] - float_gradients:+.2f}"]
+                for row in rows
+            ],
+        )
+    )  # fmt: skip
+    if args.json:
+        write_json(args.json, rows)
+
+
+if __name__ == "__main__":
+    main()
