@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fqt.formats import Shape3
 from fqt.geometry import Geometry
@@ -97,10 +96,23 @@ def conv2d(
     x_NPC = x_NCHW.flatten(2).transpose(1, 2)
     w_OKI = weight.flatten(2).transpose(1, 2)
     y_NPO = _layer(x_NPC, w_OKI, bias, recipe, geometry, training)
-    y_NCHW = y_NPO.view(n, out_height, out_width, weight.shape[0]).permute(0, 3, 1, 2)
-    if x_NCHW.is_contiguous() and not x_NCHW.is_contiguous(memory_format=torch.channels_last):
-        y_NCHW = y_NCHW.contiguous()
+    if _channels_last(x_NCHW):
+        y_NCHW = y_NPO.view(n, out_height, out_width, weight.shape[0]).permute(0, 3, 1, 2)
+    else:
+        y_NCHW = y_NPO.transpose(1, 2).flatten().view(n, weight.shape[0], out_height, out_width)
     return y_NCHW if x.dim() == 4 else y_NCHW.squeeze(0)
+
+
+def _channels_last(x_NCHW: Tensor) -> bool:
+    """Whether the strides are those of channels_last, by torch's own rule: it also decides where an axis of size 1 leaves
+    `is_contiguous` true for both formats, and for slices, where it is true for neither."""
+    least = 0
+    for axis in (1, 3, 2, 0):
+        stride, size = x_NCHW.stride(axis), x_NCHW.shape[axis]
+        if size == 0 or stride < least or (axis == 0 and least == x_NCHW.stride(1)):
+            return False
+        least = stride * max(size, 1)
+    return x_NCHW.stride(1) > 0
 
 
 @dataclass(frozen=True)
@@ -139,10 +151,14 @@ class _Call:
 def _layer(
     x_NPC: Tensor, w_OKI: Tensor, bias: Tensor | None, recipe: Recipe, geometry: Geometry | None, training: bool
 ) -> Tensor:
-    device = x_NPC.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_NPC.dtype
+    for name, tensor in (("input", x_NPC), ("weight", w_OKI)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"the {name} is {tensor.dtype}, not a float tensor: convert it, for instance by .float()")
+    if x_NPC.device != w_OKI.device:
+        raise ValueError(f"the input is on {x_NPC.device}, the weight on {w_OKI.device}: move one of them")
+    dtype = _output_dtype(x_NPC)
     key = torch.ops.fqt.draw_key(x_NPC) if recipe.random and (training or torch.is_grad_enabled()) else None
-    w_quantizer = recipe.quantizer("output", "w") or recipe.quantizer("grad_input", "w")
+    plain_w_OKI, w_quantizer = w_OKI, recipe.quantizer("output", "w")
     if w_quantizer is not None:
         w_OKI = transformed(w_OKI, w_quantizer)
     x_shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
@@ -159,11 +175,21 @@ def _layer(
         if not training:
             quantizer = replace(quantizer, stochastic=False)
         value = (x_NPC if letter == "x" else w_OKI).detach()
+        if product == "grad_input" and quantizer.transform:
+            value = transformed(plain_w_OKI.detach(), quantizer)
         q, mask = quantize(value, quantizer, letter, key=key, stream=STREAM[name])
         flat += q.tensors()
         if product == "output":
             masks[letter] = mask
     return _Products.apply(x_NPC, w_OKI, bias, key, masks["x"], masks["w"], call, *flat).to(dtype)
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    """The input's, or autocast's, which leaves float64 alone."""
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 class _Products(torch.autograd.Function):
@@ -203,8 +229,15 @@ class _Products(torch.autograd.Function):
         ctx.split = len(saved_w)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g_NPO: Tensor):
+        with torch.no_grad():
+            grads = _Products._gradients(ctx, g_NPO)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            grads = [None if grad is None else _DifferentiatedOnce.apply(_leaf(grad)) for grad in grads]
+        return (*grads, *([None] * (len(ctx.needs_input_grad) - 3)))
+
+    @staticmethod
+    def _gradients(ctx, g_NPO: Tensor) -> list[Tensor | None]:
         key, *saved = ctx.saved_tensors
         saved_w, saved_x = saved[: ctx.split], saved[ctx.split :]
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
@@ -214,8 +247,35 @@ class _Products(torch.autograd.Function):
         if needs_w:
             grad_w = _grad_weight(ctx.call, g_NPO, saved_x[:-1], saved_x[-1], key)
         if needs_bias:
-            grad_bias = g_NPO.sum((0, 1), dtype=torch.float32)
-        return (grad_x, grad_w, grad_bias, *([None] * (len(ctx.needs_input_grad) - 3)))
+            grad_bias = g_NPO.sum((0, 1), dtype=torch.promote_types(g_NPO.dtype, torch.float32))
+        return [grad_x, grad_w, grad_bias]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """The tensor's values, requiring a gradient of their own."""
+    tensor = tensor.detach()
+    tensor.requires_grad = True  # torch.func refuses requires_grad_()
+    return tensor
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    """The identity, standing behind each gradient of a graph made with create_graph=True: no second derivative is lost
+    silently (torch's once_differentiable lets it be where the incoming gradient is a constant)."""
+
+    @staticmethod
+    def forward(grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *_: Tensor):
+        raise RuntimeError(
+            "the gradient of a quantized layer cannot be differentiated again: codes have no derivative. Where a second "
+            "derivative is needed (a gradient penalty, a Hessian), keep the layers float: fqt.convert(..., skip=...)"
+        )
 
 
 def _output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:

@@ -79,7 +79,11 @@ def load(function: str) -> Callable:
 
 def _call(operator: str, request: Request, *args: object, **kwargs: object):
     kernel, _ = select(operator, request)
-    return load(kernel.function)(*args, **kwargs)
+    function = load(kernel.function)
+    if torch.is_autocast_enabled(request.device):  # it would round the products within an operator to its dtype
+        with torch.autocast(request.device, enabled=False):
+            return function(*args, **kwargs)
+    return function(*args, **kwargs)
 
 
 def _shape3(sizes: Sequence[int]) -> Shape3:
