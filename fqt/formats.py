@@ -39,7 +39,7 @@ GRANULARITY_AXES = {
     "weight": {"tensor": "", "channel": "O"},
 }
 _AXES = ("", "N", "O", "NP", "C", "NC")
-_NAME = re.compile(r"(sign|ternary|int|uint|fixed|e4m3|e5m2)(\d*)(\+?)(?::([A-Z]+))?")
+_NAME = re.compile(r"(sign|ternary|int|uint|fixed|e4m3|e5m2)((?:[1-9][0-9]*)?)(\+?)(?::([A-Z]+))?")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Format:
     def __post_init__(self) -> None:
         if self.grid not in GRIDS:
             raise ValueError(f"unknown grid {self.grid!r}: choose one of {', '.join(GRIDS)}")
+        if type(self.bits) is not int:
+            raise ValueError(f"bits are an integer, not {self.bits!r}")
         low, high = BITS[self.grid]
         if not low <= self.bits <= high:
             hint = "; for 1 bit use the grid 'sign'" if self.grid == "int" and self.bits == 1 else ""

@@ -1,0 +1,50 @@
+"""One seed for every randomized test (FQT_TEST_SEED=... repeats a failure), and uninitialized memory made visible."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+SEED = int(os.environ.get("FQT_TEST_SEED", "20240817"))
+
+
+def pytest_report_header() -> str:
+    return f"FQT_TEST_SEED={SEED}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    outcome = yield
+    report = outcome.get_result()
+    if report.failed:
+        report.sections.append(("seed", f"repeat with FQT_TEST_SEED={SEED}"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_threads_restored() -> Iterator[None]:
+    torch.manual_seed(SEED)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers of this test's own: they depend on the seed and on the test's name, not on the tests before it."""
+    return np.random.default_rng((SEED, zlib.crc32(request.node.nodeid.encode())))
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill torch.empty and its kin, those within operators included: NaN in floats, the largest integer in codes."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]

@@ -1,0 +1,559 @@
+"""Independent models of what fqt specifies, in Python integers, fractions and numpy.
+
+Of fqt they use the fields of Format and Geometry alone. A float32 operation is modelled in float64, which is exact enough
+for one operation on two float32 to be rounded correctly afterwards, and then one rounding to float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from statistics import NormalDist
+
+import numpy as np
+import torch
+
+from fqt.formats import Format
+from fqt.geometry import Geometry
+from fqt.qtensor import QTensor
+
+ONE = 1 << 24
+MASK = 0xFFFFFFFF
+FALSE_ALARM = 1e-6  # of one statistical test over all its comparisons, were the seed not fixed
+
+
+def f32(value: float) -> float:
+    """One rounding to float32."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
+
+
+# --- Philox 4x32-10, from the paper's text ---------------------------------------------------------------------------
+
+
+def philox(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & MASK, (key >> 32) & MASK
+    for _ in range(10):
+        high_0, low_0 = divmod(c0 * 0xD2511F53, 1 << 32)
+        high_1, low_1 = divmod(c2 * 0xCD9E8D57, 1 << 32)
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return c0, c1, c2, c3
+
+
+@functools.cache
+def _words(block: int, group: int, stream: int, key: int) -> tuple[int, int, int, int]:
+    return philox((block, group, stream, 0), key)
+
+
+def u24(element: int, group: int, stream: int, key: int) -> int:
+    """The 24 bits that decide about an element."""
+    return _words(element // 4, group, stream, key)[element % 4] >> 8
+
+
+# --- groups and packed codes, from the table of fqt.formats ----------------------------------------------------------
+
+
+def group_places(format: Format, shape: tuple[int, int, int]) -> list[list[tuple[int, int, int]]]:
+    """For each group, in order, the places (n, p, c) of its elements, in order."""
+    n, p, c = (range(size) for size in shape)
+    match format.axes:
+        case "":
+            return [list(itertools.product(n, p, c))]
+        case "N" | "O":
+            return [[(i, j, k) for j in p for k in c] for i in n]
+        case "NP":
+            return [[(i, j, k) for k in c] for i in n for j in p]
+        case "C":
+            return [[(i, j, k) for i in n for j in p] for k in c]
+        case "NC":
+            return [[(i, j, k) for j in p] for k in c for i in n]
+    raise AssertionError(format)
+
+
+def spread_groups(values: list[float], format: Format, shape: tuple[int, int, int]) -> np.ndarray:
+    """A value a group as (N, P, C)."""
+    out = np.zeros(shape, np.float32)
+    for value, places in zip(values, group_places(format, shape), strict=True):
+        for place in places:
+            out[place] = value
+    return out
+
+
+def storage(format: Format) -> int:
+    return min(s for s in (1, 2, 4, 8, 16, 32) if s >= format.bits)
+
+
+def stored_integer(code: float, format: Format) -> int:
+    """A code as the bits that stand for it."""
+    if format.grid == "sign":
+        return int(code > 0)
+    if format.grid in FLOAT8:
+        return float8_byte(code, format.grid)
+    return int(code) & (2 ** storage(format) - 1)
+
+
+def pack(codes: np.ndarray, format: Format) -> np.ndarray:
+    """(N, P, C) codes as they are stored: each line one long integer, the first code in its lowest bits."""
+    bits = storage(format)
+    if format.axes == "C":
+        lines = [[codes[:, :, k].reshape(-1)] for k in range(codes.shape[2])]
+        lines_shape = (codes.shape[2], 1, codes.shape[0] * codes.shape[1])
+    elif format.axes == "NC":
+        lines = [[codes[i, :, k] for i in range(codes.shape[0])] for k in range(codes.shape[2])]
+        lines_shape = (codes.shape[2], codes.shape[0], codes.shape[1])
+    else:
+        lines = [[codes[i, j] for j in range(codes.shape[1])] for i in range(codes.shape[0])]
+        lines_shape = codes.shape
+    line_bytes = -(-lines_shape[2] * bits // 8)
+    packed = bytearray()
+    for line in itertools.chain.from_iterable(lines):
+        whole = sum(stored_integer(code, format) << (bits * i) for i, code in enumerate(line))
+        packed += whole.to_bytes(line_bytes, "little")
+    dtype = {16: "<i2", 32: "<i4"}.get(bits, "u1")
+    return np.frombuffer(bytes(packed), dtype).reshape(*lines_shape[:2], line_bytes * 8 // max(bits, 8))
+
+
+# --- float8, from the OCP standard -----------------------------------------------------------------------------------
+
+FLOAT8 = {"e4m3": (4, 3, 7), "e5m2": (5, 2, 15)}  # exponent bits, mantissa bits, bias
+
+
+def float8_value(byte: int, grid: str) -> float:
+    """The value of an 8-bit float; NaN and infinities as such."""
+    exponent_bits, mantissa_bits, bias = FLOAT8[grid]
+    sign = -1.0 if byte >> 7 else 1.0
+    exponent, mantissa = (byte >> mantissa_bits) & (2**exponent_bits - 1), byte & (2**mantissa_bits - 1)
+    if grid == "e4m3" and byte & 0x7F == 0x7F:
+        return math.nan
+    if grid == "e5m2" and exponent == 31:
+        return math.nan if mantissa else sign * math.inf
+    if exponent == 0:
+        return sign * mantissa * 2.0 ** (1 - bias - mantissa_bits)
+    return sign * (1 + mantissa / 2**mantissa_bits) * 2.0 ** (exponent - bias)
+
+
+@functools.cache
+def float8_grid(grid: str) -> tuple[float, ...]:
+    """The finite values from the smallest to the largest, zero once."""
+    return tuple(sorted({float8_value(byte, grid) for byte in range(256) if math.isfinite(float8_value(byte, grid))}))
+
+
+@functools.cache
+def _float8_bytes(grid: str) -> dict[tuple[float, float], int]:
+    return {
+        (value, math.copysign(1, value)): byte
+        for byte in range(256)
+        if math.isfinite(value := float8_value(byte, grid))
+    }
+
+
+def float8_byte(value: float, grid: str) -> int:
+    return _float8_bytes(grid)[value, math.copysign(1, value)]
+
+
+def float8_neighbours(y: float, grid: str) -> tuple[float, float]:
+    """The grid's largest value <= y and smallest value >= y, for y within the grid."""
+    values = float8_grid(grid)
+    return max(v for v in values if v <= y), min(v for v in values if v >= y)
+
+
+def float8_nearest(y: float, grid: str) -> float:
+    """The nearest value, ties to the even mantissa, the sign of zero kept."""
+    low, high = float8_neighbours(y, grid)
+    down, up = Fraction(y) - Fraction(low), Fraction(high) - Fraction(y)
+    if down == up:
+        best = low if float8_byte(low, grid) % 2 == 0 else high
+    else:
+        best = low if down < up else high
+    return math.copysign(best, y) if best == 0 else best
+
+
+# --- quantize --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """What quantize should return, unpacked."""
+
+    codes: np.ndarray  # (N, P, C) float64
+    scale: list[float]
+    offset: list[float] | None
+    format: Format
+
+    def check(self, q: QTensor) -> None:
+        """Compare codes as stored, scales and offsets with ==."""
+        assert q.format == self.format
+        np.testing.assert_array_equal(q.codes.numpy(), pack(self.codes, self.format))
+        np.testing.assert_array_equal(q.scale.numpy(), np.array(self.scale, np.float32))
+        if self.offset is None:
+            assert q.offset is None
+        else:
+            assert q.offset is not None
+            np.testing.assert_array_equal(q.offset.numpy(), np.array(self.offset, np.float32))
+
+
+def round_code(y: float, format: Format, u: int | None) -> float:
+    """A scaled value within the range of codes to a code; u: 24 random bits, None = to nearest."""
+    if format.grid in FLOAT8:
+        if u is None:
+            return float8_nearest(y, format.grid)
+        low, high = float8_neighbours(y, format.grid)
+        part = f32((y - low) / (high - low)) if high > low else 0.0
+        return high if u < part * ONE else low
+    low = math.floor(y)
+    part = y - low if format.bits > 24 else f32(y - low)
+    if u is None:
+        up = part > 0.5 or (part == 0.5 and low % 2 == 1)
+        return float(low + up)
+    return float(low + (u < part * ONE))
+
+
+def quantize(
+    x: np.ndarray,
+    format: Format,
+    calibrate: str,
+    limits: tuple[float, float] = (-1.0, 1.0),
+    key: int | None = None,
+    stream: int = 0,
+) -> Model:
+    """The whole of fqt.reference.quantize but pruning, for float32 (N, P, C); key: None = to nearest."""
+    shape = (x.shape[0], x.shape[1], x.shape[2])
+    low_code, high_code = format.code_range
+    steps = high_code if low_code < 0 else high_code - low_code
+    codes = np.zeros(shape, np.float64)
+    scales, offsets = [], []
+    for group, places in enumerate(group_places(format, shape)):
+        values = [float(x[place]) for place in places]
+        scale, inverse, offset = _calibrate(values, format, calibrate, limits, steps)
+        scales.append(scale)
+        offsets.append(offset)
+        if math.isnan(scale):  # stored as bits 0, whatever code that is
+            for place in places:
+                codes[place] = -1 if format.grid == "sign" else 0
+            continue
+        for element, (place, value) in enumerate(zip(places, values, strict=True)):
+            if format.grid == "sign":
+                codes[place] = 1 if value >= 0 else -1
+                continue
+            shifted = f32(value - offset) if format.offset else value
+            y = shifted * inverse if format.bits > 24 else f32(shifted * inverse)
+            y = min(max(y, low_code), high_code)
+            codes[place] = round_code(y, format, None if key is None else u24(element, group, stream, key))
+    return Model(codes, scales, offsets if format.offset else None, format)
+
+
+def _calibrate(
+    values: list[float], format: Format, calibrate: str, limits: tuple[float, float], steps: float
+) -> tuple[float, float, float]:
+    """Scale, reciprocal and offset of a group."""
+    if not values:
+        return 0.0, 0.0, 0.0
+    nan = any(math.isnan(v) for v in values)
+    low_code, _ = format.code_range
+    if calibrate == "none":
+        low, high = f32(limits[0]), f32(limits[1])
+        span = high if low_code < 0 else f32(high - low)
+        scale, inverse = f32(span / steps), f32(steps / span)
+        if format.grid == "fixed":
+            scale, inverse = f32(low / low_code), f32(low_code / low)
+        return (math.nan, 0.0, 0.0) if nan else (scale, inverse, low)
+    infinite = any(math.isinf(v) for v in values)
+    if nan or infinite:
+        return math.nan, 0.0, 0.0
+    offset = 0.0
+    if calibrate == "minmax":
+        offset = min(values)
+        span = f32(max(values) - offset)
+    elif calibrate == "absmean":
+        span, steps = f32(_tree_sum([abs(v) for v in values]) / len(values)), 1.0
+    else:
+        span = max(abs(v) for v in values)
+        if format.offset:
+            offset = -span if span >= 2.0**-100 else 0.0
+            span = f32(2 * span)
+    if math.isinf(span):
+        return math.nan, 0.0, 0.0
+    if span < 2.0**-100:
+        return 0.0, 0.0, offset
+    return f32(span / steps), f32(steps / span), offset
+
+
+def _tree_sum(values: list[float]) -> float:
+    """Neighbours added two by two in float64, until one is left."""
+    while len(values) > 1:
+        values = [a + b for a, b in itertools.zip_longest(values[0::2], values[1::2], fillvalue=0.0)]
+    return values[0]
+
+
+def agp_probabilities(ranges: list[Fraction], b: int) -> list[Fraction]:
+    """min(1, c R_i) with c such that they sum to max(1, G/b): water filling in exact fractions."""
+    budget = max(Fraction(len(ranges), b), Fraction(1))
+    order = sorted((i for i, r in enumerate(ranges) if r > 0), key=lambda i: -ranges[i])
+    p = [Fraction(0)] * len(ranges)
+    for sure in range(len(order) + 1):
+        rest = order[sure:]
+        total = sum((ranges[i] for i in rest), Fraction(0))
+        left = budget - sure
+        if not rest or left * ranges[rest[0]] <= total:
+            for i in order[:sure]:
+                p[i] = Fraction(1)
+            for i in rest:
+                p[i] = left * ranges[i] / total
+            return p
+    raise AssertionError
+
+
+# --- the products ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Operand:
+    """A quantized tensor taken apart: integer codes and float32 scale and offset, all (N, P, C)."""
+
+    codes: np.ndarray
+    scale: np.ndarray
+    offset: np.ndarray | None
+    q: QTensor
+
+    @property
+    def values(self) -> np.ndarray:
+        """Decoded, float32: one rounding a product, one a sum."""
+        values = (self.codes.astype(np.float64) * self.scale).astype(np.float32)
+        return values if self.offset is None else values + self.offset
+
+
+def random_operand(
+    rng: np.random.Generator, format: Format, shape: tuple[int, int, int], keep: float | None = None
+) -> Operand:
+    """Codes drawn from the format's whole range, scales and offsets from floats with full mantissas.
+
+    keep: fraction of groups kept; the pruned have scale 0, stored bits 0 and are not in the index.
+    """
+    groups = group_places(format, shape)
+    count = len(groups)
+    low, high = format.code_range
+    if format.grid == "sign":
+        codes = rng.choice([-1, 1], shape).astype(np.float64)
+    elif format.grid in FLOAT8:
+        codes = rng.choice(np.array(float8_grid(format.grid)), shape)
+    else:
+        codes = rng.integers(low, high, shape, endpoint=True).astype(np.float64)
+    scale = np.exp(rng.normal(size=count)).astype(np.float32)
+    offset = rng.normal(size=count).astype(np.float32) if format.offset else None
+    index = None
+    if keep is not None:
+        kept = np.flatnonzero(rng.random(count) < keep)
+        index = np.full(count, -1, np.int32)
+        index[: len(kept)] = kept
+        for group in set(range(count)) - set(kept.tolist()):
+            scale[group] = 0
+            if offset is not None:
+                offset[group] = 0
+            for place in groups[group]:
+                codes[place] = -1 if format.grid == "sign" else 0
+    q = QTensor(
+        torch.from_numpy(pack(codes, format).copy()),
+        torch.from_numpy(scale),
+        None if offset is None else torch.from_numpy(offset),
+        None if index is None else torch.from_numpy(index),
+        format,
+        shape,
+    )
+    spread = spread_groups(scale.tolist(), format, shape)
+    spread_offset = None if offset is None else spread_groups(offset.tolist(), format, shape)
+    return Operand(codes, spread, spread_offset, q)
+
+
+def terms(x_shape: tuple[int, int, int], w_shape: tuple[int, int, int], geometry: Geometry | None):
+    """Each tap of a layer's forward that lies inside the image: (output position, position, tap, outputs, inputs).
+
+    The last two are slices, the output channels of a group and its input channels.
+    """
+    if geometry is None:
+        for p in range(x_shape[1]):
+            yield p, p, 0, slice(None), slice(None)
+        return
+    top, _, left, _ = geometry.padding
+    out_h, out_w = geometry.output_size
+    o_each, c_each = w_shape[0] // geometry.groups, x_shape[2] // geometry.groups
+    for oh, ow, i, j, group in itertools.product(
+        range(out_h), range(out_w), *map(range, geometry.kernel), range(geometry.groups)
+    ):
+        h = oh * geometry.stride[0] + i * geometry.dilation[0] - top
+        w = ow * geometry.stride[1] + j * geometry.dilation[1] - left
+        if 0 <= h < geometry.height and 0 <= w < geometry.width:
+            yield (
+                oh * out_w + ow,
+                h * geometry.width + w,
+                i * geometry.kernel[1] + j,
+                slice(group * o_each, (group + 1) * o_each),
+                slice(group * c_each, (group + 1) * c_each),
+            )
+
+
+def accumulate_output(x: np.ndarray, w: np.ndarray, geometry: Geometry | None, positions: int) -> np.ndarray:
+    """(N, P', O), in the arrays' own arithmetic."""
+    y = np.zeros((x.shape[0], positions, w.shape[0]), x.dtype)
+    for out, position, tap, o, c in terms(x.shape, w.shape, geometry):
+        y[:, out, o] += x[:, position, c] @ w[o, tap].T
+    return y
+
+
+def accumulate_grad_input(g: np.ndarray, w: np.ndarray, geometry: Geometry | None, x_shape) -> np.ndarray:
+    """(N, P, C)."""
+    grad = np.zeros((g.shape[0], *x_shape[1:]), g.dtype)
+    for out, position, tap, o, c in terms(x_shape, w.shape, geometry):
+        grad[:, position, c] += g[:, out, o] @ w[o, tap]
+    return grad
+
+
+def accumulate_grad_weight(g: np.ndarray, x: np.ndarray, geometry: Geometry | None, w_shape) -> np.ndarray:
+    """(N, O, K, I), a term for each sample."""
+    grad = np.zeros((g.shape[0], *w_shape), g.dtype)
+    for out, position, tap, o, c in terms(x.shape, w_shape, geometry):
+        grad[:, o, tap] += g[:, out, o, None] * x[:, position, None, c]
+    return grad
+
+
+def dequantize(total, a: Operand, b: Operand, a_scale, b_scale, a_offset, b_offset) -> np.ndarray:
+    """fqt.reference's order of floats, literally; `total(a codes, b codes)` accumulates int64 codes."""
+    ones_a, ones_b = np.ones_like(a.codes), np.ones_like(b.codes)
+
+    def accumulator(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return _to_float32(total(_exact(x, a.q.format), _exact(y, b.q.format)), a.q.format, b.q.format)
+
+    t = accumulator(a.codes, b.codes) * a_scale
+    t = t * b_scale
+    if b_offset is not None:
+        t = t + (accumulator(a.codes, ones_b) * a_scale) * b_offset
+    if a_offset is not None:
+        t = t + (accumulator(ones_a, b.codes) * b_scale) * a_offset
+    if a_offset is not None and b_offset is not None:
+        t = t + (accumulator(ones_a, ones_b) * a_offset) * b_offset
+    assert t.dtype == np.float32
+    return t
+
+
+def _unit(format: Format) -> int:
+    """Codes times 2^unit are integers."""
+    return {"e4m3": 9, "e5m2": 16}.get(format.grid, 0)
+
+
+def _exact(codes: np.ndarray, format: Format) -> np.ndarray:
+    """int64, or for float8 Python's integers of any length."""
+    if format.grid not in FLOAT8:
+        return codes.astype(np.int64)
+    return (codes * 2.0 ** _unit(format)).astype(np.int64).astype(object)
+
+
+def _to_float32(total: np.ndarray, *formats: Format) -> np.ndarray:
+    """One rounding."""
+    unit = sum(_unit(format) for format in formats)
+    if unit == 0:
+        return total.astype(np.int64).astype(np.float32)
+    return np.vectorize(lambda i: fraction_to_f32(Fraction(int(i), 2**unit)), otypes=[np.float32])(total)
+
+
+def fraction_to_f32(value: Fraction) -> np.float32:
+    """The float32 nearest to a fraction, ties to even (float64 first would round twice)."""
+    near = np.float32(float(value))
+    around = [near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))]
+    return min(around, key=lambda f: (abs(Fraction(float(f)) - value), int(f.view(np.int32)) & 1))
+
+
+def _reduced(scale: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """The scale with the axes that are summed cut to one: it must be constant along them."""
+    for axis in axes:
+        first = scale.take([0], axis)
+        assert np.array_equal(np.broadcast_to(first, scale.shape), scale), "the scale varies within the sum"
+        scale = first
+    return scale
+
+
+def output(x: Operand, w: Operand, bias: np.ndarray | None, geometry: Geometry | None) -> np.ndarray:
+    positions = x.codes.shape[1] if geometry is None else math.prod(geometry.output_size)
+    inner = (2,) if geometry is None else (1, 2)
+
+    def outer(scale: np.ndarray | None, axes: tuple[int, ...], order: tuple[int, ...] = (0, 1, 2)) -> np.ndarray | None:
+        return None if scale is None else _reduced(scale, axes).transpose(order)
+
+    t = dequantize(
+        lambda a, b: accumulate_output(a, b, geometry, positions),
+        x,
+        w,
+        outer(x.scale, inner),
+        outer(w.scale, (1, 2), (1, 2, 0)),
+        outer(x.offset, inner),
+        outer(w.offset, (1, 2), (1, 2, 0)),
+    )
+    return t if bias is None else t + bias
+
+
+def grad_input(g: Operand, w: Operand, geometry: Geometry | None, x_shape: tuple[int, int, int]) -> np.ndarray:
+    inner = (2,) if geometry is None else (1, 2)
+    return dequantize(
+        lambda a, b: accumulate_grad_input(a, b, geometry, x_shape),
+        g,
+        w,
+        _reduced(g.scale, inner),
+        _reduced(w.scale, (0, 1, 2)),
+        None if g.offset is None else _reduced(g.offset, inner),
+        None if w.offset is None else _reduced(w.offset, (0, 1, 2)),
+    )
+
+
+def grad_weight(g: Operand, x: Operand, geometry: Geometry | None, w_shape: tuple[int, int, int]) -> np.ndarray:
+    blocks = "N" in g.q.format.axes
+    summed = (1,) if blocks else (0, 1)
+
+    def total(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        by_sample = accumulate_grad_weight(a, b, geometry, w_shape)
+        return by_sample if blocks else by_sample.sum(0, keepdims=True)
+
+    def by_output(scale: np.ndarray | None) -> np.ndarray | None:
+        return None if scale is None else _reduced(scale, summed).transpose(0, 2, 1)[..., None]
+
+    def whole(scale: np.ndarray | None) -> np.ndarray | None:
+        return None if scale is None else _reduced(scale, (0, 1, 2))
+
+    terms_of_samples = dequantize(total, g, x, by_output(g.scale), whole(x.scale), by_output(g.offset), whole(x.offset))
+    grad = np.zeros(w_shape, np.float32)
+    for term in terms_of_samples:
+        grad = grad + term
+    return grad
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def z_limit(comparisons: int, false_alarm: float = FALSE_ALARM) -> float:
+    """|z| that one of so many normal comparisons exceeds with probability `false_alarm` (Bonferroni)."""
+    return NormalDist().inv_cdf(1 - false_alarm / (2 * comparisons))
+
+
+def assert_mean(
+    total: np.ndarray, draws: int, mean: np.ndarray, variance: np.ndarray, independent: bool = True
+) -> None:
+    """z-test, elementwise, of sums of `draws` independent draws of known mean and variance.
+
+    Each element alone, and if the elements are `independent` their chi-square too; FALSE_ALARM holds for all together.
+    """
+    total, mean, variance = (np.asarray(a, np.float64).reshape(-1) for a in (total, mean, variance))
+    sure = variance <= 0
+    np.testing.assert_allclose(total[sure], draws * mean[sure], rtol=1e-6, atol=0, err_msg="a certain value varies")
+    z = (total - draws * mean)[~sure] / np.sqrt(draws * variance[~sure])
+    if z.size == 0:
+        return
+    worst, limit = int(np.abs(z).argmax()), z_limit(z.size, FALSE_ALARM / 2)
+    assert abs(z[worst]) < limit, (
+        f"biased: |z| = {abs(z[worst]):.1f} in comparison {worst} of {z.size}, limit {limit:.1f}"
+    )
+    if independent:  # Wilson and Hilferty: the cube root of a chi-square is nearly normal
+        ninth = 2 / (9 * z.size)
+        chi = (np.cbrt(np.square(z).mean()) - (1 - ninth)) / math.sqrt(ninth)
+        assert chi < z_limit(1, FALSE_ALARM), f"biased: together the comparisons are {chi:.1f} sigma too far off"
