@@ -40,12 +40,17 @@ def convert(model: nn.Module, recipe: str | Path | Recipe, *, skip: Sequence[str
 
     Raises:
         ValueError: the model is converted already, a pattern matches no layer, or nothing is left to convert.
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `skip` is not strings.
+
+    An error leaves the model as it was.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"convert takes a torch.nn.Module, not {type(model).__name__}")
+        what = f"the class {model.__name__}: make an instance" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"convert takes a torch.nn.Module, not {what}")
     recipe = load_recipe(recipe)
-    patterns = [skip] if isinstance(skip, str) else list(skip or ())
+    patterns = [skip] if isinstance(skip, str) else [] if skip is None else skip
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"skip is a pattern of module names or a list of them, not {skip!r}")
     converted = [name for name, _ in quantized_layers(model)]
     if converted:
         raise ValueError(
@@ -68,6 +73,7 @@ def convert(model: nn.Module, recipe: str | Path | Recipe, *, skip: Sequence[str
             layer_recipe.check("conv" if isinstance(layers[name], nn.Conv2d) else "linear")
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
+    exchange = _exchange(recipe)
 
     for name, layer_recipe in chosen.items():
         layer = layers[name]
@@ -76,7 +82,7 @@ def convert(model: nn.Module, recipe: str | Path | Recipe, *, skip: Sequence[str
         layer.recipe = layer_recipe
     for layer in layers.values():
         count_macs(layer)
-    replaced = _replace_modules(model, recipe)
+    replaced = _replace_modules(model, exchange)
     served = {backend for _, layer in quantized_layers(model) for backend, _ in backends(layer).values()}
     _log.log(
         logging.WARNING if "reference" in served else logging.INFO,
@@ -131,19 +137,35 @@ def _some(names: dict[str, nn.Module]) -> str:
     return ", ".join(listed[:8]) + (f", ... ({len(listed)} in all)" if len(listed) > 8 else "")
 
 
-def _replace_modules(model: nn.Module, recipe: Recipe) -> int:
-    """Exchange classes by the recipe's `replace`, remembering the old one on the module for `revert`."""
+def _exchange(recipe: Recipe) -> dict[type[nn.Module], nn.Module]:
+    """The recipe's `replace`: class -> a fresh module of the class that takes its place."""
     exchange = {}
     for old, new in recipe.replace:
         for name in (old, new):
-            if not isinstance(getattr(nn, name, None), type):
-                raise ValueError(f"recipe {recipe.name!r}: replace names {name!r}, which is no class of torch.nn")
-        exchange[getattr(nn, old)] = getattr(nn, new)
+            if not (isinstance(getattr(nn, name, None), type) and issubclass(getattr(nn, name), nn.Module)):
+                raise ValueError(
+                    f"recipe {recipe.name!r}: replace names {name!r}, which is no module of torch.nn{nearest(name, dir(nn))}"
+                )
+        try:
+            fresh = getattr(nn, new)()
+        except TypeError as error:
+            raise ValueError(f"recipe {recipe.name!r}: replace cannot make a {new}: {error}; choose an activation") from error
+        if fresh.state_dict():
+            raise ValueError(f"recipe {recipe.name!r}: replace names {new!r}, which has parameters; choose one without")
+        exchange[getattr(nn, old)] = fresh
+    return exchange
+
+
+def _replace_modules(model: nn.Module, exchange: dict[type[nn.Module], nn.Module]) -> int:
+    """Exchange classes, remembering on the module what `revert` needs: its class, and the attributes that it had not."""
     count = 0
     for module in model.modules():
-        if type(module) in exchange:
-            module._fqt_replaced = type(module)  # type: ignore[assignment]
-            module.__class__ = exchange[type(module)]
+        fresh = exchange.get(type(module))
+        if fresh is not None:
+            added = {name: value for name, value in fresh.__dict__.items() if name not in module.__dict__}
+            module.__dict__.update(added)
+            module.__dict__["_fqt_replaced"] = (type(module), tuple(added))
+            module.__class__ = type(fresh)
             count += 1
     return count
 
@@ -152,17 +174,25 @@ def revert(model: nn.Module) -> nn.Module:
     """Undo `convert`, in place: plain layers and activations again, the parameters as they are now. Returns the model.
 
     Raises:
-        ValueError: nothing in the model is converted.
+        ValueError: nothing in the model is converted, or a layer has become something else since.
     """
-    layers = [layer for _, layer in quantized_layers(model)]
+    layers = dict(quantized_layers(model))
     if not layers:
         raise ValueError(f"nothing in this {type(model).__name__} is converted: there is nothing to revert")
-    for layer in layers:
-        del layer.recipe
+    for name, layer in layers.items():
+        if type(layer) not in _FLOAT_OF:
+            raise ValueError(
+                f"layer {name!r} is a {type(layer).__name__}, no longer what fqt.convert made of it: "
+                f"undo that first (a parametrization: torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+    for layer in layers.values():
+        del layer.__dict__["recipe"]
         layer.__class__ = _FLOAT_OF[type(layer)]
     for module in model.modules():
         forget_macs(module)
         if "_fqt_replaced" in module.__dict__:
-            module.__class__ = module.__dict__.pop("_fqt_replaced")
+            module.__class__, added = module.__dict__.pop("_fqt_replaced")
+            for name in added:
+                del module.__dict__[name]
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,31 +16,51 @@ from fqt.recipe import Recipe
 
 
 class QuantizedLayer(nn.Module):
-    """What both layers share.
+    """What both layers share."""
 
-    Attributes:
-        recipe: how the layer computes. A precision controller assigns a new one; it never changes one.
-    """
-
-    recipe: Recipe
+    kind: str
     weight: nn.Parameter
 
+    @property
+    def recipe(self) -> Recipe:
+        """How the layer computes. A precision controller assigns a new one; it never changes one.
+
+        Raises:
+            RuntimeError: on reading, if the layer has none yet.
+            TypeError: on assigning something else than a `Recipe`.
+            ValueError: on assigning one that a layer of this kind cannot follow.
+        """
+        if "recipe" not in self.__dict__:
+            raise RuntimeError(
+                f"this {type(self).__name__} has no recipe yet: assign its `recipe`, or make it by fqt.convert"
+            )
+        return self.__dict__["recipe"]
+
+    @recipe.setter
+    def recipe(self, recipe: Recipe) -> None:
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"a layer's recipe is a fqt.Recipe, not {recipe!r}: see fqt.load_recipe")
+        recipe.check(self.kind)
+        self.__dict__["recipe"] = recipe
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, recipe={self.recipe.name}"
+        recipe = self.__dict__.get("recipe")
+        return f"{super().extra_repr()}, recipe={recipe.name if recipe else None}"
 
     def quantized_weight(self) -> QTensor | None:
-        """The weight's codes as the forward computes with them, logical (O, K, I); None if the recipe keeps it float."""
+        """The weight's codes as an evaluation computes with them, logical (O, K, I); None if the recipe keeps it float."""
         quantizer = self.recipe.quantizer("output", "w")
         if quantizer is None:
             return None
         with torch.no_grad():
             w_OKI = self.weight.flatten(2).transpose(1, 2) if self.weight.dim() == 4 else self.weight.unsqueeze(1)
-            key = torch.zeros((), dtype=torch.int64, device=w_OKI.device) if quantizer.random else None
-            return quantize(transformed(w_OKI, quantizer), quantizer, "w", key=key)[0]
+            return quantize(transformed(w_OKI, quantizer), replace(quantizer, stochastic=False), "w")[0]
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
     """nn.Linear whose three products follow `recipe`."""
+
+    kind = "linear"
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight, self.bias, self.recipe, training=self.training)
@@ -48,10 +69,12 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """nn.Conv2d whose three products follow `recipe`: any stride, padding and padding mode, dilation and groups."""
 
+    kind = "conv"
+
     def forward(self, input: Tensor) -> Tensor:
         left, right, top, bottom = self._padding()
         if self.padding_mode != "zeros" and (left or right or top or bottom):
-            input = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
+            input = _pad(input, [left, right, top, bottom], self.padding_mode)
             left = right = top = bottom = 0
         return functional.conv2d(
             input,
@@ -73,6 +96,30 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             return 0, 0, 0, 0
         total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         return total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2
+
+
+def _pad(x: Tensor, padding: list[int], mode: str) -> Tensor:
+    if mode == "circular":
+        return F.pad(x, padding, mode)
+    return _MirrorPad.apply(x, padding, mode)
+
+
+class _MirrorPad(torch.autograd.Function):
+    """F.pad with "reflect" or "replicate", without keeping the float input, of which torch's backward needs the shape only."""
+
+    @staticmethod
+    def forward(x: Tensor, padding: list[int], mode: str) -> Tensor:
+        return F.pad(x, padding, mode)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, ctx.padding, ctx.mode = inputs
+        ctx.shape = x.shape
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        ops = {"reflect": torch.ops.aten.reflection_pad2d_backward, "replicate": torch.ops.aten.replication_pad2d_backward}
+        return ops[ctx.mode](g, g.new_empty(1).expand(ctx.shape), ctx.padding), None, None
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:

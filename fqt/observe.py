@@ -68,8 +68,10 @@ def observe_gradients(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]
     seen: dict[str, dict[str, float]] = {}
 
     def measure(name: str, layer: QuantizedLayer, g: Tensor) -> None:
-        g_NPO = g.flatten(2).transpose(1, 2) if isinstance(layer, nn.Conv2d) else g.reshape(g.shape[0], -1, g.shape[-1])
-        g_NPO = g_NPO.float()
+        if isinstance(layer, nn.Conv2d):
+            g_NPO = (g if g.dim() == 4 else g.unsqueeze(0)).flatten(2).transpose(1, 2).float()
+        else:
+            g_NPO = (g if g.dim() > 1 else g.unsqueeze(0)).unsqueeze(1).flatten(1, -2).float()
         key = torch.zeros((), dtype=torch.int64, device=g.device)
         power = g_NPO.double().square().sum()
         for product in ("grad_input", "grad_weight"):

@@ -187,12 +187,19 @@ class Recipe:
         raise ValueError(f"{refusal}: use granularity tensor or sample")
 
     def check(self, kind: str) -> None:
-        """Raise ValueError unless every low-bit product's scales have a place in a layer of this kind."""
+        """Raise ValueError unless every operand can have its quantizer, and every low-bit product's scales have a place in a
+        layer of this kind."""
         for product, letters in LEFT_RIGHT.items():
             for letter in letters:
                 quantizer = self.quantizer(product, letter)
                 if quantizer is not None:
                     quantizer.format(letter)
+                    for option, meant in (("transform", "w"), ("pass_range", "xw"), ("prune", "g")):
+                        if getattr(quantizer, option) and letter not in meant:
+                            raise ValueError(
+                                f"recipe {self.name!r}: {option}={getattr(quantizer, option)!r} of {product}.{letter} would "
+                                f"have no effect: it is for {' and '.join(meant)}, leave it away"
+                            )
                     if self.low_bit(product):
                         self.place(product, letter, kind)
 

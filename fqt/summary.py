@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from fqt import ops
 from fqt.nn import QuantizedLayer
@@ -84,12 +87,12 @@ def summary(model: nn.Module) -> Summary:
     """
     rows = []
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
+        weights = _weights(module)
         if isinstance(module, QuantizedLayer):
             rows.append(_quantized_row(name, module))
-        elif weight is not None and weight.dim() > 1:
+        elif any(is_lazy(weight) or weight.dim() > 1 for weight in weights):
             bits, kept = dict.fromkeys(PRODUCTS, 32), dict.fromkeys(PRODUCTS, 1.0)
-            nbytes = weight.numel() * weight.element_size()
+            nbytes = sum(weight.numel() * weight.element_size() for weight in weights if not is_lazy(weight))
             rows.append(
                 Row(name, type(module).__name__, *(["float x float"] * 3), _parameters(module), module.__dict__.get(_MACS),
                     nbytes, "torch", _why_float(module), bits, kept)
@@ -139,7 +142,21 @@ def backends(layer: QuantizedLayer) -> dict[str, tuple[str, str]]:
     return served
 
 
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own weights by whatever name (in_proj_weight, weight_ih_l0), those under a parametrization included."""
+    weights = [p for name, p in module._parameters.items() if p is not None and "weight" in name]
+    for name, parametrizations in _parametrizations(module).items():
+        weights += parametrizations.parameters(recurse=False) if "weight" in name else []
+    return weights
+
+
+def _parametrizations(module: nn.Module) -> dict[str, nn.Module]:
+    return dict(module.parametrizations.items()) if parametrize.is_parametrized(module) else {}
+
+
 def _why_float(module: nn.Module) -> str:
+    if any(is_lazy(weight) for weight in _weights(module)):
+        return "lazy: it has no shape before its first forward; convert after that"
     if type(module) in (nn.Linear, nn.Conv2d):
         return "kept float"
     if isinstance(module, nn.Linear | nn.Conv2d):
@@ -148,7 +165,9 @@ def _why_float(module: nn.Module) -> str:
 
 
 def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    holders = [module, *_parametrizations(module).values()]
+    own = [parameter for holder in holders for parameter in holder.parameters(recurse=False)]
+    return sum(parameter.numel() for parameter in own if not is_lazy(parameter))
 
 
 def count_macs(layer: nn.Module) -> None:
@@ -162,7 +181,7 @@ def _remember_macs(layer: nn.Module, inputs: object, output: Tensor) -> None:
     if isinstance(layer, nn.Conv2d):
         positions = output.shape[-1] * output.shape[-2]
     else:
-        positions = output[0].numel() // output.shape[-1] if output.dim() > 1 and output.shape[0] else 1
+        positions = math.prod(output.shape[1:-1])
     layer.__dict__[_MACS] = positions * layer.weight.numel()
 
 
