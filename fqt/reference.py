@@ -75,25 +75,22 @@ def quantize(
     """
     mask = None if pass_range is None else pass_mask(x_NPC, *pass_range)
     shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
-    values = x_NPC.float() if fold is None else x_NPC.float() * fold
-    rows_GE = group_rows(values, format)
-    groups = rows_GE.shape[0]
-    scale, inverse, offset = calibrate_groups(rows_GE, format, calibrate, limits)
-    if not prune:
-        numbers = torch.arange(groups, device=values.device)
-        codes_GE = encode(rows_GE, format, inverse, offset, numbers, key if stochastic else None, stream)
-        stored_GE = _stored(codes_GE, format, scale)
-        return QTensor(pack(stored_GE, format, shape), scale, offset, None, format, shape), mask
+    rows_GE = group_rows(x_NPC.float() if fold is None else x_NPC.float() * fold, format)
+    low, high = group_range(rows_GE)
+    mean = absmean(rows_GE) if calibrate == "absmean" else None
+    scale, inverse, offset = calibrate_groups(low, high, mean, format, calibrate, limits)
+    groups = torch.arange(rows_GE.shape[0], device=rows_GE.device)
+    kept, factor = groups, None
+    if prune:
+        kept, factor = keep_groups(low, high, prune, keep_one_in, key, stream + 1)
 
-    kept, factor = keep_groups(rows_GE, prune, keep_one_in, key, stream + 1)
-    index = torch.full((groups,), -1, dtype=torch.int32, device=values.device)
-    index[: kept.numel()] = kept.int()
     kept_offset = None if offset is None else offset[kept]
     codes_GE = encode(rows_GE[kept], format, inverse[kept], kept_offset, kept, key if stochastic else None, stream)
-    kept_stored_GE = _stored(codes_GE, format, scale[kept])
-    stored_GE = kept_stored_GE.new_zeros(rows_GE.shape).index_copy_(0, kept, kept_stored_GE)
-    scale, offset = _keep(scale, factor), None if offset is None else _keep(offset, factor)
-    return QTensor(pack(stored_GE, format, shape), scale, offset, index, format, shape), mask
+    stored_GE = _stored(codes_GE, format, scale[kept])
+    if factor is None:
+        return QTensor(pack(stored_GE, format, shape), scale, offset, None, format, shape), mask
+    stored_GE = stored_GE.new_zeros(rows_GE.shape).index_copy_(0, kept, stored_GE)
+    return pruned(QTensor(pack(stored_GE, format, shape), scale, offset, None, format, shape), kept, factor), mask
 
 
 def group_rows(x_NPC: Tensor, format: Format) -> Tensor:
@@ -104,36 +101,54 @@ def group_rows(x_NPC: Tensor, format: Format) -> Tensor:
     return stored.reshape(groups, x_NPC.numel() // max(groups, 1))
 
 
+def group_range(rows_GE: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each group, (G,) float32; NaN if the group holds one, 0 if it is empty."""
+    if rows_GE.shape[1] == 0:
+        return rows_GE.new_zeros(rows_GE.shape[0]), rows_GE.new_zeros(rows_GE.shape[0])
+    return torch.aminmax(rows_GE, dim=1)
+
+
+def absmean(rows_GE: Tensor) -> Tensor:
+    """Mean |x| of each group through a float64 sum over a fixed binary tree, so that every device gets the same bits."""
+    total = rows_GE.abs().double()
+    if total.shape[1] == 0:
+        return rows_GE.new_zeros(rows_GE.shape[0])
+    while total.shape[1] > 1:
+        total = F.pad(total, (0, total.shape[1] % 2))
+        total = total[:, 0::2] + total[:, 1::2]
+    return (total[:, 0] / rows_GE.shape[1]).float()
+
+
 def calibrate_groups(
-    rows_GE: Tensor, format: Format, calibrate: str, limits: tuple[float, float]
+    low: Tensor, high: Tensor, mean: Tensor | None, format: Format, calibrate: str, limits: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scale, its reciprocal for encoding, and offset, each (G,) float32 (offset None if the format has none)."""
-    groups, elements = rows_GE.shape
+    """Scale, its reciprocal for encoding, and offset, each (G,) float32 (offset None if the format has none).
+
+    Args:
+        low, high: of `group_range`.
+        mean: of `absmean`, with calibrate="absmean".
+    """
     low_code, high_code = format.code_range
     steps = float(high_code) if low_code < 0 else float(high_code - low_code)
-    zeros = rows_GE.new_zeros(groups)
-    if elements == 0:
-        return zeros, zeros, zeros if format.offset else None
-
     if calibrate == "none":
-        low, high = (torch.full_like(zeros, limit) for limit in limits)
+        first, last = (torch.full_like(low, limit) for limit in limits)
         if format.grid == "fixed":  # two's complement reaches one step further down than up
-            scale, inverse = low / low_code, low_code / low
+            scale, inverse = first / low_code, low_code / first
         else:
-            span = high if low_code < 0 else high - low
+            span = last if low_code < 0 else last - first
             scale, inverse = span / steps, steps / span
-        bad = rows_GE.amax(1).isnan()
-        offset = low
+        bad, offset = low.isnan(), first
     else:
         if calibrate == "minmax":
-            offset, highest = rows_GE.aminmax(dim=1)
-            span = highest - offset
-        else:
-            span = _absmean(rows_GE) if calibrate == "absmean" else rows_GE.abs().amax(1)
+            span, offset = high - low, low
+        elif calibrate == "absmax":
+            span = torch.maximum(high, -low)
             offset = torch.where(span >= MIN_RANGE, -span, 0.0)
-            span, steps = (span * 2, steps) if format.offset else (span, 1.0 if calibrate == "absmean" else steps)
-        bad = ~span.isfinite()
-        wide = span >= MIN_RANGE
+            span = span * 2 if format.offset else span
+        else:
+            assert mean is not None
+            span, offset, steps = mean, low, 1.0
+        bad, wide = ~span.isfinite(), span >= MIN_RANGE
         scale = torch.where(wide, span / steps, 0.0)
         inverse = torch.where(wide, steps / span, 0.0)
     scale = torch.where(bad, torch.nan, scale)
@@ -141,16 +156,9 @@ def calibrate_groups(
     return scale, inverse, torch.where(bad, 0.0, offset) if format.offset else None
 
 
-def _absmean(rows_GE: Tensor) -> Tensor:
-    """Mean |x| of each row through a float64 sum over a fixed binary tree, so that every device gets the same bits."""
-    total = rows_GE.abs().double()
-    while total.shape[1] > 1:
-        total = F.pad(total, (0, total.shape[1] % 2))
-        total = total[:, 0::2] + total[:, 1::2]
-    return (total[:, 0] / rows_GE.shape[1]).float()
-
-
-def keep_groups(rows_GE: Tensor, mode: str, b: int, key: Tensor | None, stream: int) -> tuple[Tensor, Tensor]:
+def keep_groups(
+    low: Tensor, high: Tensor, mode: str, b: int, key: Tensor | None, stream: int
+) -> tuple[Tensor, Tensor]:
     """Activation gradient pruning (1-Bit FQT, section 4.2): which groups are kept, and by what they are multiplied.
 
     "bernoulli": group i is kept with probability p_i = min(1, c * R_i), c such that the p_i sum to G/b (at least 1), and
@@ -161,13 +169,16 @@ def keep_groups(rows_GE: Tensor, mode: str, b: int, key: Tensor | None, stream: 
     The probabilities are multiples of 2^-24 that come from exact integer sums, hence equal everywhere. A group that is not
     finite is kept as it is.
 
+    Args:
+        low, high: of `group_range`.
+
     Returns:
         (kept,) int64 ascending, and (G,) float32, 0 for a pruned group.
     """
-    groups = rows_GE.shape[0]
-    if rows_GE.numel() == 0:
-        return torch.arange(groups, device=rows_GE.device), rows_GE.new_ones(groups)
-    high, low = rows_GE.amax(1).clamp(min=0), rows_GE.amin(1).clamp(max=0)
+    groups = low.shape[0]
+    if groups == 0:
+        return torch.arange(0, device=low.device), low
+    high, low = high.clamp(min=0), low.clamp(max=0)
     bad = ~(high - low).isfinite()
     if mode == "topk":
         order = torch.where(bad, torch.inf, torch.maximum(high, -low)).argsort(descending=True, stable=True)
@@ -175,26 +186,31 @@ def keep_groups(rows_GE: Tensor, mode: str, b: int, key: Tensor | None, stream: 
         return keep.nonzero()[:, 0], keep.float()
 
     span = torch.where(bad, 0.0, high - low).double()
-    widest = span.max()
-    range_30 = torch.where(span > 0, (span * (2.0**30 / widest)).floor().clamp(min=1), 0.0).long()
+    # ranges as integers of 30 bits, so that their sums are exact in any order
+    range_30 = torch.where(span > 0, (span * (2.0**30 / span.max())).floor().clamp(min=1), 0.0).long()
     budget = max(groups * _ONE / b, float(_ONE))
     largest = range_30.sort(descending=True).values
-    rest = largest.flip(0).cumsum(0).flip(0)  # of the ranges from the k-th largest on
+    rest = largest.flip(0).cumsum(0).flip(0).double()  # sum of the ranges from the k-th largest on
     left = (budget - _ONE * torch.arange(groups, device=span.device, dtype=torch.float64)).clamp(min=0)
-    fits = left * largest <= _ONE * rest.double()  # with the k widest kept for sure, no other p exceeds 1
-    k = int(fits.long().argmax()) if bool(fits.any()) else groups
-    probability = range_30 * (left[k] / rest[k].clamp(min=1)) if k < groups else torch.zeros_like(span)
-    threshold = probability.round().clamp(1, _ONE)
-    sure = (largest[k - 1] <= range_30) & (k > 0) if k else torch.zeros_like(bad)
-    threshold = torch.where(sure | bad, float(_ONE), torch.where(range_30 > 0, threshold, 0.0))
+    fits = (left * largest <= _ONE * rest).nonzero()  # with the k widest kept for sure, no other p exceeds 1
+    k = int(fits[0]) if fits.numel() else groups
+    sure = (range_30 >= largest[k - 1]) | bad if k else bad
+    share = left[k] / rest[k].clamp(min=1) if k < groups else torch.zeros_like(left[0])
+    threshold = torch.where(range_30 > 0, (range_30 * share).round().clamp(1, _ONE), 0.0)
+    threshold = torch.where(sure, float(_ONE), threshold)
+    assert key is not None, "pruning at random needs a key"
     draw = uniform_u24(torch.zeros(1, dtype=torch.int64, device=span.device), groups, key, stream)[0]
     keep = draw < threshold
     return keep.nonzero()[:, 0], torch.where(keep, _ONE / threshold, 0.0).float()
 
 
-def _keep(values: Tensor, factor: Tensor) -> Tensor:
-    """values * factor, and 0 (not 0 * NaN) where the group is pruned."""
-    return torch.where(factor > 0, values * factor, 0.0)
+def pruned(q: QTensor, kept: Tensor, factor: Tensor) -> QTensor:
+    """`q` with its kept groups multiplied, the others at scale and offset 0, and the index of the kept ones."""
+    index = torch.full(factor.shape, -1, dtype=torch.int32, device=factor.device)
+    index[: kept.numel()] = kept.int()
+    scale, offset = (None if v is None else torch.where(factor > 0, v * factor, 0.0) for v in (q.scale, q.offset))
+    assert scale is not None
+    return QTensor(q.codes, scale, offset, index, q.format, q.shape)
 
 
 def encode(
