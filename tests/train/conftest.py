@@ -4,8 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from train.config import Config, parse
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """The work here is small, and threads that wait for each other on a busy machine cost more than they bring."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -13,6 +20,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("FQT_DATA", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for what a test starts
 
 
 @pytest.fixture

@@ -232,3 +232,13 @@ def test_comparison_is_part_of_the_result(make):
     result = run(make(recipe="xnor", tracking={"enabled": True, "baseline_steps": 1}))
     assert isinstance(result.comparison, measure.Comparison)
     assert result.modelled_speedup > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recipe", ["fp32", "fqt_1bit"])
+def test_run_on_a_gpu(make, recipe):
+    keys = {"device": "cuda", "tracking": {"enabled": True, "baseline_steps": 1}, "recipe": recipe, **SAVED}
+    result = run(make(**keys))
+    assert 0 <= result.test_accuracy <= 1
+    assert run(make(**keys), resume=result.folder).history == result.history

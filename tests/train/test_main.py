@@ -50,7 +50,7 @@ def test_script_runs_from_any_folder(tmp_path):
     assert re.fullmatch(r"test accuracy \d+\.\d\d %", done.stdout.splitlines()[-1])
     assert "TensorBoard log in runs/fp32/" in done.stdout
     assert len(list(tmp_path.glob("runs/fp32/*/last.pt"))) == 1
-    assert len(list(tmp_path.glob("runs/fp32/*/events*"))) == 1
+    assert len(list(tmp_path.glob("runs/fp32/*/events*"))) == 2, "one of the curves, one of the hyperparameters"
 
 
 def test_resume_without_a_path_takes_the_newest_run(capsys):
