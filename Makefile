@@ -38,15 +38,17 @@ data: $(STAMP) ## get Fashion-MNIST: already here, by apt, by apt without root, 
 	   mv data/apt/usr/share/datasets/fashion-mnist data/; rm -rf data/apt; fi; \
 	 found || echo "apt has it not; torchvision will try to download it"
 
-$(STAMP): pyproject.toml setup.py
+# torch first, then fqt against it: the extension is built with the torch it will run with
+$(STAMP): pyproject.toml setup.py $(wildcard fqt/csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "fqt needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "No virtual environment could be made: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install -q $(TORCH) -e '.[test]'
+	$(BIN)/python -m pip install -q $(TORCH) 'setuptools>=77' wheel
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[test]'
 	@touch $@
 
 .venv/linted: $(STAMP)
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
 	@touch $@
 
 clean: ## remove the environment, builds and caches; runs/ and data/ stay
