@@ -116,7 +116,7 @@ def absmean(rows_GE: Tensor) -> Tensor:
     while total.shape[1] > 1:
         total = F.pad(total, (0, total.shape[1] % 2))
         total = total[:, 0::2] + total[:, 1::2]
-    return (total[:, 0] / rows_GE.shape[1]).float()
+    return (total[:, 0] / torch.full_like(total[:, 0], rows_GE.shape[1])).float()
 
 
 def calibrate_groups(
@@ -129,7 +129,8 @@ def calibrate_groups(
         mean: of `absmean`, with calibrate="absmean".
     """
     low_code, high_code = format.code_range
-    steps = float(high_code) if low_code < 0 else float(high_code - low_code)
+    # a tensor: torch takes number / tensor for a reciprocal and a product, and so does CUDA tensor / number
+    steps = torch.full_like(low, high_code if low_code < 0 else high_code - low_code)
     if calibrate == "none":
         first, last = (torch.full_like(low, limit) for limit in limits)
         if format.grid == "fixed":  # two's complement reaches one step further down than up
@@ -147,7 +148,7 @@ def calibrate_groups(
             span = span * 2 if format.offset else span
         else:
             assert mean is not None
-            span, offset, steps = mean, low, 1.0
+            span, offset, steps = mean, low, torch.ones_like(low)
         bad, wide = ~span.isfinite(), span >= MIN_RANGE
         scale = torch.where(wide, span / steps, 0.0)
         inverse = torch.where(wide, steps / span, 0.0)
@@ -331,6 +332,7 @@ def spread(scale_G: Tensor, q: QTensor) -> Tensor:
 def pass_mask(x_NPC: Tensor, low: float, high: float) -> Tensor:
     """Where the clipped straight-through estimator passes the gradient, low <= x <= high: (N, P, ceil(C/8)) uint8 bits."""
     bit = Format("sign", 1)
+    x_NPC = x_NPC.float()  # else the limits would be rounded to a narrower dtype
     inside = ((x_NPC >= low) & (x_NPC <= high)).to(torch.uint8)
     return pack(inside, bit, (inside.shape[0], inside.shape[1], inside.shape[2]))
 
