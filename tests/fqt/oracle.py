@@ -1,7 +1,7 @@
 """Independent models of what fqt specifies, in Python integers, fractions and numpy.
 
-Of fqt they use the fields of Format and Geometry alone. A float32 operation is modelled in float64, which is exact enough
-for one operation on two float32 to be rounded correctly afterwards, and then one rounding to float32.
+Of fqt they use the fields of Format and Geometry alone. A float32 operation is modelled in float64, exact enough for
+the rounding to float32 that follows to be the correct one.
 """
 
 from __future__ import annotations
@@ -257,10 +257,11 @@ def _calibrate(
     low_code, _ = format.code_range
     if calibrate == "none":
         low, high = f32(limits[0]), f32(limits[1])
-        span = high if low_code < 0 else f32(high - low)
-        scale, inverse = f32(span / steps), f32(steps / span)
         if format.grid == "fixed":
             scale, inverse = f32(low / low_code), f32(low_code / low)
+        else:
+            span = high if low_code < 0 else f32(high - low)
+            scale, inverse = f32(span / steps), f32(steps / span)
         return (math.nan, 0.0, 0.0) if nan else (scale, inverse, low)
     infinite = any(math.isinf(v) for v in values)
     if nan or infinite:

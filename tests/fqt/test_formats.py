@@ -41,8 +41,8 @@ def test_names_are_the_published_ones(format, name):
 
 
 MALFORMED_NAMES = [
-    "", "int", "uint", "fixed", "sign1", "e4m38", "int8 ", " int8", "int8:", "int8:o", "int-8", "int08", "int8.0", "int8++",
-    "uint4:N+", "INT8", "int٨", "uint4+:N\n", "sign:O:O", "float8", "None",
+    "", "int", "uint", "fixed", "sign1", "e4m38", "int8 ", " int8", "int8:", "int8:o", "int-8", "int08", "int8.0",
+    "int8++", "uint4:N+", "INT8", "int٨", "uint4+:N\n", "sign:O:O", "float8", "None",
 ]  # fmt: skip
 
 
