@@ -39,7 +39,7 @@ data: $(STAMP) ## get Fashion-MNIST: already here, by apt, by apt without root, 
 	 found || echo "apt has it not; torchvision will try to download it"
 
 # torch first, then fqt against it: the extension is built with the torch it will run with
-$(STAMP): pyproject.toml setup.py $(wildcard fqt/csrc/*/*)
+$(STAMP): pyproject.toml setup.py $(wildcard fqt/csrc/*/*) $(wildcard fqt/csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "fqt needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "No virtual environment could be made: apt-get install python3-venv"; exit 1; }

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fqt import cpu
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
@@ -53,7 +54,8 @@ class Kernel:
 
 
 KERNELS: list[Kernel] = [
-    Kernel(operator, "reference", "", f"fqt.reference:{operator}", lambda request: None) for operator in OPERATORS
+    Kernel("quantize", "cpu", "cpu", "fqt.cpu:quantize", lambda request: cpu.refuses_quantize(request.formats)),
+    *(Kernel(operator, "reference", "", f"fqt.reference:{operator}", lambda request: None) for operator in OPERATORS),
 ]
 
 

@@ -157,9 +157,7 @@ def calibrate_groups(
     return scale, inverse, torch.where(bad, 0.0, offset) if format.offset else None
 
 
-def keep_groups(
-    low: Tensor, high: Tensor, mode: str, b: int, key: Tensor | None, stream: int
-) -> tuple[Tensor, Tensor]:
+def keep_groups(low: Tensor, high: Tensor, mode: str, b: int, key: Tensor | None, stream: int) -> tuple[Tensor, Tensor]:
     """Activation gradient pruning (1-Bit FQT, section 4.2): which groups are kept, and by what they are multiplied.
 
     "bernoulli": group i is kept with probability p_i = min(1, c * R_i), c such that the p_i sum to G/b (at least 1), and
@@ -445,19 +443,20 @@ def _weight_terms(
     samples, channels = x_codes.shape[0], g_codes.shape[2]
 
     def total(a: Tensor | None, b: Tensor | None) -> Tensor:
-        times = 1
-        if not blocks and (a is None or b is None):  # the samples can be added first, leaving one image
-            times = samples if a is None and b is None else 1
-            a, b = (None if t is None else t.double().sum(0, keepdim=True) for t in (a, b))
-        images = samples if blocks else 1
-        ones = g_codes.new_ones(images, 1, groups)
-        a_codes = ones.expand(images, g.shape[1], groups) if a is None else a
-        b_codes = ones.expand(images, x.shape[1], groups) if b is None else b
-        a_codes, b_codes = _exact(a_codes, b_codes, samples * g.shape[1], g, x)
-        if blocks:
-            result = multiply_grad_weight_of_samples(a_codes, b_codes, geometry)
-        else:
-            result = multiply_grad_weight(a_codes, b_codes, geometry).unsqueeze(0) * times
+        if blocks or (a is not None and b is not None):
+            images = samples if blocks else 1
+            ones = g_codes.new_ones(images, 1, groups)
+            a_codes = ones.expand(images, g.shape[1], groups) if a is None else a
+            b_codes = ones.expand(images, x.shape[1], groups) if b is None else b
+            multiply = multiply_grad_weight_of_samples if blocks else multiply_grad_weight
+            result = multiply(*_exact(a_codes, b_codes, samples * g.shape[1], g, x), geometry)
+            result = result if blocks else result.unsqueeze(0)
+        else:  # the samples can be added first, leaving one image of sums
+            ones = g_codes.new_ones((1, 1, groups), dtype=torch.float64)
+            a_sum = ones.expand(1, g.shape[1], groups) if a is None else a.double().sum(0, keepdim=True)
+            b_sum = ones.expand(1, x.shape[1], groups) if b is None else b.double().sum(0, keepdim=True)
+            result = multiply_grad_weight_of_samples(a_sum, b_sum, geometry)
+            result = result * samples if a is None and b is None else result
         return result if a is not None else result.repeat_interleave(channels // groups, 1)
 
     x_offset = None if x.offset is None else spread(x.offset, x)
@@ -496,7 +495,6 @@ def _exact(a: Tensor, b: Tensor, terms: int, first: QTensor, second: QTensor) ->
     for q in (first, second):
         bound *= max(abs(code) for code in q.format.code_range)
     narrow = not any(q.format.grid in FLOAT8_MAX or q.format.bits > 8 for q in (first, second))
-    narrow = narrow and a.dtype == b.dtype == torch.float32
     dtype = torch.float32 if narrow and bound < _ONE and a.device.type == "cpu" else torch.float64
     return a.to(dtype), b.to(dtype)
 

@@ -80,7 +80,9 @@ class Quantizer:
         if self.stochastic and self.grid == "sign":
             raise ValueError("the grid 'sign' has no stochastic rounding: use grid 'uint' with 1 bit and an offset")
         if self.keep_one_in < 1 or (self.prune == "" and self.keep_one_in != 1):
-            raise ValueError(f"keep_one_in={self.keep_one_in} needs prune='bernoulli' or 'topk' and a value of at least 1")
+            raise ValueError(
+                f"keep_one_in={self.keep_one_in} needs prune='bernoulli' or 'topk' and a value of at least 1"
+            )
 
     def format(self, operand: str) -> Format:
         """The Format of operand "x", "w" or "g"'s codes. ValueError for a granularity that the operand does not have."""
@@ -124,7 +126,9 @@ def build(name: str, operand: str, **options: object) -> Quantizer | None:
         ValueError: unknown name or option, or a quantizer that is not meant for this operand.
     """
     if name not in QUANTIZERS:
-        raise ValueError(f"unknown quantizer {name!r}{nearest(name, QUANTIZERS)}; known: {', '.join(sorted(QUANTIZERS))}")
+        raise ValueError(
+            f"unknown quantizer {name!r}{nearest(name, QUANTIZERS)}; known: {', '.join(sorted(QUANTIZERS))}"
+        )
     make, operands = QUANTIZERS[name]
     if operand not in operands:
         meant = " and ".join(f"{letter} ({OPERANDS[letter]})" for letter in operands)
@@ -175,6 +179,8 @@ def quantize(
         The codes, and the estimator's packed mask, (N, P, ceil(C/8)) uint8 (empty without a `pass_range`).
     """
     format = quantizer.format(operand)
+    if quantizer.random and key is None:
+        raise ValueError(f"{quantizer} draws random numbers: give it a key, such as torch.ops.fqt.draw_key(x)")
     *tensors, mask = torch.ops.fqt.quantize(
         x_NPC,
         fold,

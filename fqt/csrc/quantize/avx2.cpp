@@ -1,0 +1,8 @@
+#include "isa.h"  // before the pragma: what it includes must run on every machine
+
+#if defined(FQT_X86)
+#pragma GCC target("avx2")
+namespace fqt::avx2 {
+#include "quantize.h"
+}
+#endif

@@ -1,0 +1,5 @@
+#include "isa.h"
+
+namespace fqt::portable {
+#include "quantize.h"
+}
