@@ -78,6 +78,11 @@ def conv2d(
     Returns:
         (N, O, H', W') in x's dtype (or autocast's) and memory format.
     """
+    if weight.dim() != 4 or weight.shape[0] % groups:
+        raise ValueError(
+            f"conv2d: weight of shape {tuple(weight.shape)} with groups={groups}: expected (O, I/groups, kh, kw), O a multiple "
+            f"of groups"
+        )
     if x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
         raise ValueError(
             f"conv2d: input of shape {tuple(x.shape)} does not fit weight {tuple(weight.shape)} with groups={groups}: "
@@ -97,7 +102,7 @@ def conv2d(
     w_OKI = weight.flatten(2).transpose(1, 2)
     y_NPO = _layer(x_NPC, w_OKI, bias, recipe, geometry, training)
     if _channels_last(x_NCHW):
-        y_NCHW = y_NPO.view(n, out_height, out_width, weight.shape[0]).permute(0, 3, 1, 2)
+        y_NCHW = y_NPO.flatten().view(n, out_height, out_width, weight.shape[0]).permute(0, 3, 1, 2)
     else:
         y_NCHW = y_NPO.transpose(1, 2).flatten().view(n, weight.shape[0], out_height, out_width)
     return y_NCHW if x.dim() == 4 else y_NCHW.squeeze(0)
@@ -280,9 +285,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
 def _output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
     flat = [] if geometry is None else geometry.flat()
-    return torch.ops.fqt.output(
-        x.tensors(), x.format.name, x.shape, w.tensors(), w.format.name, w.shape, bias, flat
-    )
+    return torch.ops.fqt.output(x.tensors(), x.format.name, x.shape, w.tensors(), w.format.name, w.shape, bias, flat)
 
 
 def _grad_input(call: _Call, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, key: Tensor | None) -> Tensor:
@@ -316,9 +319,7 @@ def _grad_weight(call: _Call, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, 
             fold, x = spread(x.scale, x), _unscaled(x)
         g, _ = quantize(g_NPO, quantizer, "g", key=key, stream=STREAM["grad_weight.g"], fold=fold)
         flat = [] if geometry is None else geometry.flat()
-        grad = torch.ops.fqt.grad_weight(
-            g.tensors(), g.format.name, g.shape, x.tensors(), x.format.name, x.shape, flat
-        )
+        grad = torch.ops.fqt.grad_weight(g.tensors(), g.format.name, g.shape, x.tensors(), x.format.name, x.shape, flat)
     else:
         x_NPC = saved[0] if x is None else x.decode()
         g_NPO = _float_gradient(g_NPO, quantizer, key, "grad_weight.g")
