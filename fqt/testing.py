@@ -14,7 +14,7 @@ def assert_same_codes(actual: QTensor, expected: QTensor) -> None:
     """Raise AssertionError unless two quantized tensors are the same, padding bits included.
 
     Format and shape, kept groups, every code, every stored byte, every scale and offset must be equal; NaN equals NaN
-    and 0.0 equals -0.0. The message counts the codes that differ and shows both codes at the first ten places (n, p, c).
+    and 0.0 equals -0.0. The message counts the codes that differ and shows both at the first ten places (n, p, c).
     """
     assert actual.format == expected.format, f"format {actual.format.name!r}, expected {expected.format.name!r}"
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
