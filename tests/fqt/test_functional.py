@@ -365,14 +365,14 @@ def test_recipes_equal_products_of_decoded_codes(layer: Layer, name: str) -> Non
             if x_quantizer.pass_range:
                 low, high = x_quantizer.pass_range
                 expected = expected * ((x >= low) & (x <= high))
-            assert_close(grad_x, expected)
+            assert_close(grad_x, expected, 2e-5)  # with two offsets, four partial sums larger than their total
         else:
             expected = layer.grad_weight(g_value, layer.plain(other, x).double())
             if w_quantizer.transform:
                 source = w.detach().double().requires_grad_()
                 squashed = torch.tanh(source) / torch.tanh(source).abs().max()
                 (expected,) = torch.autograd.grad(squashed, source, expected)
-            assert_close(grad_w, expected, 1e-5)
+            assert_close(grad_w, expected, 2e-5)
 
 
 @layers
