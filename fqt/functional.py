@@ -186,7 +186,16 @@ def _layer(
         flat += q.tensors()
         if product == "output":
             masks[letter] = mask
-    return _Products.apply(x_NPC, w_OKI, bias, key, masks["x"], masks["w"], call, *flat).to(dtype)
+    run = _Products.apply if keeps_graph(x_NPC, w_OKI, bias) else _Products.forward
+    return run(x_NPC, w_OKI, bias, key, masks["x"], masks["w"], call, *flat).to(dtype)
+
+
+def keeps_graph(*inputs: Tensor | None) -> bool:
+    """Whether a call must go through autograd. Where it need not, it must not while torch.compile looks on: torch 2.14 then
+    hands a Function with `setup_context` a context in place of its first argument."""
+    if not torch.is_grad_enabled() or not torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return any(tensor is not None and tensor.requires_grad for tensor in inputs)
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:

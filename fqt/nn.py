@@ -99,7 +99,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
 
 def _pad(x: Tensor, padding: list[int], mode: str) -> Tensor:
-    if mode == "circular":
+    if mode == "circular" or not functional.keeps_graph(x):
         return F.pad(x, padding, mode)
     return _MirrorPad.apply(x, padding, mode)
 
@@ -118,7 +118,10 @@ class _MirrorPad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        ops = {"reflect": torch.ops.aten.reflection_pad2d_backward, "replicate": torch.ops.aten.replication_pad2d_backward}
+        ops = {
+            "reflect": torch.ops.aten.reflection_pad2d_backward,
+            "replicate": torch.ops.aten.replication_pad2d_backward,
+        }
         return ops[ctx.mode](g, g.new_empty(1).expand(ctx.shape), ctx.padding), None, None
 
 
