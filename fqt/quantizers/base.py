@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,6 +68,10 @@ class Quantizer:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} {getattr(self, field)!r} is not one of {', '.join(map(repr, allowed))}")
+        for field, kind in (("offset", bool), ("stochastic", bool), ("keep_one_in", int)):
+            if type(getattr(self, field)) is not kind:
+                wanted = "true or false" if kind is bool else "an integer"
+                raise ValueError(f"{field} is {getattr(self, field)!r}, not {wanted}")
         if self.calibrate == "minmax" and not self.offset:
             raise ValueError("calibrate 'minmax' needs an offset: use grid 'uint' with offset=True, or 'absmax'")
         if self.calibrate == "absmean" and self.grid not in ("sign", "ternary"):
@@ -75,17 +80,30 @@ class Quantizer:
             raise ValueError("grid 'uint' without an offset has no negative codes: set offset=True or calibrate='none'")
         if self.calibrate != "none" and self.grid == "fixed":
             raise ValueError("a fixed-point scale is 2^-fraction_length, not calibrated: use calibrate='none'")
-        if not self.limits[0] < self.limits[1]:
-            raise ValueError(f"limits {self.limits} are empty: the first must be below the second")
+        self._check_limits()
         if self.stochastic and self.grid == "sign":
             raise ValueError("the grid 'sign' has no stochastic rounding: use grid 'uint' with 1 bit and an offset")
         if self.keep_one_in < 1 or (self.prune == "" and self.keep_one_in != 1):
-            raise ValueError(
-                f"keep_one_in={self.keep_one_in} needs prune='bernoulli' or 'topk' and a value of at least 1"
-            )
+            raise ValueError(f"keep_one_in={self.keep_one_in} needs prune='bernoulli' or 'topk' and a value of at least 1")
+
+    def _check_limits(self) -> None:
+        low, high = self.limits
+        if self.pass_range is not None and not self.pass_range[0] < self.pass_range[1]:
+            raise ValueError(f"pass_range {self.pass_range} is empty: the first must be below the second")
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"limits {self.limits} are empty: the first must be below the second, and both finite")
+        if self.calibrate != "none" and self.limits != (-1.0, 1.0):
+            raise ValueError(f"limits {self.limits} have no effect with calibrate {self.calibrate!r}: use calibrate='none'")
+        if self.calibrate == "none" and self.grid == "fixed" and low >= 0:
+            raise ValueError(f"limits {self.limits}: the smallest code of grid 'fixed' is negative, so is the first limit")
+        if self.calibrate == "none" and self.grid == "uint" and not self.offset and low != 0:
+            raise ValueError(f"limits {self.limits}: the smallest code of grid 'uint' is 0: begin at 0, or set offset=True")
+        if self.calibrate == "none" and self.grid not in ("uint", "fixed") and low != -high:
+            raise ValueError(f"limits {self.limits}: grid {self.grid!r} is symmetric, so the first must be minus the second")
 
     def format(self, operand: str) -> Format:
         """The Format of operand "x", "w" or "g"'s codes. ValueError for a granularity that the operand does not have."""
+        _known_operand(operand)
         axes = GRANULARITY_AXES["weight" if operand == "w" else "activation"]
         if self.granularity not in axes:
             raise ValueError(f"a weight has no granularity {self.granularity!r}: choose one of {', '.join(axes)}")
@@ -107,7 +125,13 @@ QUANTIZERS: dict[str, tuple[Callable[..., Quantizer], str]] = {}
 
 
 def register(operands: str) -> Callable:
-    """Register the decorated function as a quantizer for the given operands, any of the letters x, w and g."""
+    """Register the decorated function as a quantizer for the given operands, any of the letters x, w and g.
+
+    Raises:
+        ValueError: other letters than these, or a name that is taken.
+    """
+    if not operands or set(operands) - set(OPERANDS):
+        raise ValueError(f"operands {operands!r} are not letters of {''.join(OPERANDS)!r}: x activation, w weight, g gradient")
 
     def add(make: Callable[..., Quantizer]) -> Callable[..., Quantizer]:
         name = make.__name__
@@ -119,16 +143,20 @@ def register(operands: str) -> Callable:
     return add
 
 
-def build(name: str, operand: str, **options: object) -> Quantizer | None:
+def _known_operand(operand: str) -> None:
+    if operand not in OPERANDS:
+        raise ValueError(f"operand {operand!r} is not one of x (activation), w (weight) and g (gradient)")
+
+
+def build(name: str, operand: str, /, **options: object) -> Quantizer | None:
     """The quantizer `name` with its options, for operand "x", "w" or "g"; None if it says that the operand stays float.
 
     Raises:
         ValueError: unknown name or option, or a quantizer that is not meant for this operand.
     """
     if name not in QUANTIZERS:
-        raise ValueError(
-            f"unknown quantizer {name!r}{nearest(name, QUANTIZERS)}; known: {', '.join(sorted(QUANTIZERS))}"
-        )
+        raise ValueError(f"unknown quantizer {name!r}{nearest(name, QUANTIZERS)}; known: {', '.join(sorted(QUANTIZERS))}")
+    _known_operand(operand)
     make, operands = QUANTIZERS[name]
     if operand not in operands:
         meant = " and ".join(f"{letter} ({OPERANDS[letter]})" for letter in operands)
@@ -139,9 +167,12 @@ def build(name: str, operand: str, **options: object) -> Quantizer | None:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
             raise ValueError(f"quantizer {name!r} has no option {option!r}{nearest(option, known)}; {takes}")
     try:
-        return make(**options)
+        quantizer = make(**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"quantizer {name!r} with {options or 'no options'}: {error}") from error
+    if quantizer is not None and not isinstance(quantizer, Quantizer):
+        raise ValueError(f"quantizer {name!r} made a {type(quantizer).__name__}, not a Quantizer or None (float)")
+    return quantizer
 
 
 def nearest(word: str, known: object) -> str:
@@ -177,8 +208,16 @@ def quantize(
 
     Returns:
         The codes, and the estimator's packed mask, (N, P, ceil(C/8)) uint8 (empty without a `pass_range`).
+
+    Raises:
+        ValueError: x has not three axes, the operand not the quantizer's granularity, or a random quantizer no key.
     """
     format = quantizer.format(operand)
+    if x_NPC.dim() != 3:
+        raise ValueError(
+            f"quantize takes three axes, (N, P, C) or (O, K, I), not shape {tuple(x_NPC.shape)}: reshape, with 1 for an "
+            f"axis that the tensor lacks"
+        )
     if quantizer.random and key is None:
         raise ValueError(f"{quantizer} draws random numbers: give it a key, such as torch.ops.fqt.draw_key(x)")
     *tensors, mask = torch.ops.fqt.quantize(
