@@ -56,9 +56,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Model(_Section):
@@ -100,9 +98,7 @@ class Data(_Section):
     def _used(self) -> "Data":
         folder = self.name.startswith("imagefolder:")
         _refuse_unused(self, f"data.name {self.name}", () if folder else ("image_size", "workers"), "data.")
-        _refuse_unused(
-            self, f"data.name {self.name}", () if self.name in ("fashion_mnist", "cifar10") else ("path",), "data."
-        )
+        _refuse_unused(self, f"data.name {self.name}", () if self.name in ("fashion_mnist", "cifar10") else ("path",), "data.")
         return self
 
 
@@ -121,12 +117,8 @@ class Optimizer(_Section):
     @model_validator(mode="after")
     def _used(self) -> "Optimizer":
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(
-                f"optimizer.betas = {list(self.betas)}: it should be two numbers in [0, 1), e.g. [0.9, 0.999]"
-            )
-        _refuse_unused(
-            self, f"optimizer.name {self.name}", ("betas",) if "sgd" in self.name else ("momentum",), "optimizer."
-        )
+            raise ValueError(f"optimizer.betas = {list(self.betas)}: it should be two numbers in [0, 1), e.g. [0.9, 0.999]")
+        _refuse_unused(self, f"optimizer.name {self.name}", ("betas",) if "sgd" in self.name else ("momentum",), "optimizer.")
         return self
 
 
@@ -142,9 +134,7 @@ class Schedule(_Section):
 
     @model_validator(mode="after")
     def _used(self) -> "Schedule":
-        _refuse_unused(
-            self, f"schedule.name {self.name}", () if self.name == "step" else ("milestones", "gamma"), "schedule."
-        )
+        _refuse_unused(self, f"schedule.name {self.name}", () if self.name == "step" else ("milestones", "gamma"), "schedule.")
         if self.name == "step" and (not self.milestones or list(self.milestones) != sorted(set(self.milestones))):
             raise ValueError(
                 f"schedule.milestones = {list(self.milestones)}: schedule.name step needs rising epochs, e.g. [10, 15]"
@@ -266,9 +256,7 @@ def find(config: str | Path) -> Path:
         if path.is_file():
             return path
     names = sorted(path.name for path in CONFIGS.glob("*.yaml"))
-    raise ConfigError(
-        f"--config {config}: there is no such file, here or in configs/; {nearest(str(config), names, 'file')}."
-    )
+    raise ConfigError(f"--config {config}: there is no such file, here or in configs/; {nearest(str(config), names, 'file')}.")
 
 
 def parse(tree: Mapping[str, Any], origin: str = "configuration") -> Config:

@@ -112,9 +112,7 @@ class Folder(Dataset[tuple[Tensor, int]]):
         if self.augment is not None:
             x = self.augment(x, self.indices[index])
         x = v2.functional.center_crop(v2.functional.resize(x, [self.size], antialias=True), [self.size, self.size])
-        return v2.functional.normalize(
-            v2.functional.to_dtype(x, torch.float32, scale=True), list(RGB[0]), list(RGB[1])
-        ), label
+        return v2.functional.normalize(v2.functional.to_dtype(x, torch.float32, scale=True), list(RGB[0]), list(RGB[1])), label
 
     def take(self, indices: Sequence[int]) -> "Folder":
         return replace(self, indices=[self.indices[index] for index in indices])
@@ -184,14 +182,10 @@ def _split(count: int, config: DataConfig) -> tuple[list[int], list[int]]:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
     held_out = round(config.validation * count)
     if config.validation and not 0 < held_out < count:
-        raise ConfigError(
-            f"data.validation = {config.validation}: of {count} images that is {held_out}; choose another."
-        )
+        raise ConfigError(f"data.validation = {config.validation}: of {count} images that is {held_out}; choose another.")
     kept = order[held_out:]
     if config.limit and config.limit > len(kept):
-        raise ConfigError(
-            f"data.limit = {config.limit}: there are {len(kept)} images to train on; lower it or leave it out."
-        )
+        raise ConfigError(f"data.limit = {config.limit}: there are {len(kept)} images to train on; lower it or leave it out.")
     return order[:held_out], kept[: config.limit]
 
 

@@ -25,9 +25,9 @@ import fqt
 from train import checkpoint, data, measure, models, ranks, report
 from train.config import Config, dump
 from train.optim import build_optimizer, build_schedule
-from train.step import Parts, Step, TrainingError, forward
+from train.step import Parts, Step, forward
 from train.tracking import Tracker
-from train.wording import ConfigError
+from train.wording import ConfigError, TrainingError
 
 EVALUATION_BATCH = 256
 
@@ -140,9 +140,7 @@ class Trainer:
         finally:
             tracker.close()
         seconds = sum(row["seconds"] for row in self.history)
-        result = Result(
-            last["test_accuracy"], last["valid_accuracy"], seconds, self.history, comparison, modelled, self.folder
-        )
+        result = Result(last["test_accuracy"], last["valid_accuracy"], seconds, self.history, comparison, modelled, self.folder)
         self.say(report.closing(config, result.history, comparison, modelled, self.folder))
         return result
 
@@ -218,9 +216,7 @@ class Trainer:
             len(self.data.train), size // world, seed=self.config.seed, epoch=epoch, rank=self.place.rank, world=world
         )
         if not chunks:
-            raise ConfigError(
-                f"data.batch_size = {size}: there are {len(self.data.train)} images to train on; lower it."
-            )
+            raise ConfigError(f"data.batch_size = {size}: there are {len(self.data.train)} images to train on; lower it.")
         return chunks
 
     def batches(self, epoch: int) -> Iterator[Parts]:
@@ -303,16 +299,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(checkpoint.load_weights(path))
     except RuntimeError as error:
-        raise ConfigError(
-            f"model.weights = {path}: it does not fit the model. {' '.join(str(error).split())}"
-        ) from None
+        raise ConfigError(f"model.weights = {path}: it does not fit the model. {' '.join(str(error).split())}") from None
 
 
 def new_folder(config: Config) -> Path:
     """<output>/<name>/<date-time>, not there yet."""
     folder = Path(config.output) / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     return next(
-        path
-        for n in itertools.count(1)
-        if not (path := folder if n == 1 else folder.with_name(f"{folder.name}_{n}")).exists()
+        path for n in itertools.count(1) if not (path := folder if n == 1 else folder.with_name(f"{folder.name}_{n}")).exists()
     )

@@ -10,39 +10,33 @@ if __name__ == "__main__" and not __package__:  # run as a script: find `train` 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from train import config as configuration
-from train.wording import ConfigError
+from train.wording import ConfigError, TrainingError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the program; returns its exit status: 2 for a mistake in what was asked, 1 where training failed."""
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
         options = parser().parse_args(arguments)
         config = configuration.load(options.config, options.set)
         from train import loop  # imports torch: after the configuration is known to be right
-        from train.step import TrainingError
-    except ConfigError as error:
-        return complain(error, 2)
-    try:
+
         if options.dry_run:
-            print(loop.dry_run(config))
+            description = loop.dry_run(config)
+            if speaks:
+                print(description)
         else:
-            resume = options.resume and Path(
-                options.resume if options.resume is not True else f"{config.output}/{config.name}"
-            )
-            loop.run(config, resume=resume)
+            newest = f"{config.output}/{config.name}"
+            loop.run(config, resume=Path(newest if options.resume is True else options.resume) if options.resume else None)
+        return 0
     except ConfigError as error:
-        return complain(error, 2)
+        message, status = str(error), 2
     except TrainingError as error:
-        return complain(error, 1)
+        message, status = str(error), 1
     except KeyboardInterrupt:
-        return complain("stopped; --resume continues after the last whole epoch.", 130)
-    return 0
-
-
-def complain(error: object, status: int) -> int:
-    """Prints one paragraph, from one rank only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train: {error}", file=sys.stderr)
+        message, status = "stopped; with checkpoints on, --resume continues after the last whole epoch.", 130
+    if speaks:
+        print(f"train: {message}", file=sys.stderr)
     return status
 
 
@@ -50,9 +44,7 @@ class Parser(argparse.ArgumentParser):
     """Complains like the rest of the program."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(
-            f"{message}; --help explains the options (keys of the configuration are set by --set key=value)."
-        )
+        raise ConfigError(f"{message}; --help explains the options (keys of the configuration are set by --set key=value).")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,12 +57,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument(
-        "--config", required=True, metavar="FILE", help="a YAML file; a bare name is looked up in configs/"
-    )
-    made.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a key; may be repeated"
-    )
+    made.add_argument("--config", required=True, metavar="FILE", help="a YAML file; a bare name is looked up in configs/")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a key; may be repeated")
     made.add_argument(
         "--resume",
         nargs="?",

@@ -189,9 +189,8 @@ def _try(model: nn.Module, name: str, shape: Shape, classes: int) -> None:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             logits = copy.deepcopy(model).train()(torch.zeros(2, *shape))
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise ConfigError(
-            f'model.name = "{name}": it does not take images of {size} ({error}); choose another.'
-        ) from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f'model.name = "{name}": it does not take images of {size} ({reason}); choose another.') from error
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         returned = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(

@@ -13,13 +13,10 @@ from torch.optim import Optimizer
 
 import fqt
 from train.config import Training
+from train.wording import TrainingError
 
 Parts = Sequence[tuple[Tensor, Tensor]]
 """A batch cut into equal parts: images x_NCHW and labels y_N, on the device."""
-
-
-class TrainingError(RuntimeError):
-    """The training cannot go on; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +99,7 @@ class Step:
         ms = {**watch.ms, "step": sum(watch.ms.values())}
         return Outcome(loss, int(torch.stack(hits).sum()), images, ms, gradient_error)
 
-    def _backward(
-        self, module: nn.Module, part: tuple[Tensor, Tensor], parts: int, watch: Stopwatch
-    ) -> tuple[Tensor, Tensor]:
+    def _backward(self, module: nn.Module, part: tuple[Tensor, Tensor], parts: int, watch: Stopwatch) -> tuple[Tensor, Tensor]:
         """Adds one part's share to the gradients; returns its loss and how many images it recognized."""
         loss, correct = forward(module, *part, autocast=self.config.autocast)
         watch.mark("forward")

@@ -45,10 +45,7 @@ class Tracker:
     def hparams(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """The row of this run in TensorBoard's table of runs."""
         if self._writer is not None:
-            plain = {
-                key: value if isinstance(value, (bool, int, float, str)) else str(value)
-                for key, value in config.items()
-            }
+            plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
             self._writer.add_hparams(plain, {f"hparam/{name}": value for name, value in metrics.items()}, run_name=".")
 
     def close(self) -> None:

@@ -11,6 +11,10 @@ class ConfigError(ValueError):
     """A mistake of the person who started the run; the message is all they need to see."""
 
 
+class TrainingError(RuntimeError):
+    """The training cannot go on; the message says why and what to do."""
+
+
 def show(value: Any) -> str:
     """A value as it would stand in YAML, cut to 80 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
@@ -54,9 +58,7 @@ def sentence(item: Mapping[str, Any], keys: Mapping[str, tuple[str, str]]) -> st
     if kind == "extra_forbidden":
         section, _, last = path.rpartition(".")
         siblings = {
-            key.removeprefix(f"{section}.").partition(".")[0]
-            for key in keys
-            if key.startswith(f"{section}.") or not section
+            key.removeprefix(f"{section}.").partition(".")[0] for key in keys if key.startswith(f"{section}.") or not section
         }
         close = [key for key in keys if key.rpartition(".")[2] == last] or difflib.get_close_matches(path, keys, n=1)
         return _end(f"{path} = {show(value)}: there is no such key; {nearest(path, sorted(siblings), 'key', close)}")

@@ -18,9 +18,7 @@ ROOT = Path(checkpoint.__file__).resolve().parent.parent
 
 
 def test_round_trip(tmp_path):
-    checkpoint.save(
-        tmp_path / "run" / "last.pt", {"model": {"w": torch.arange(3)}, "epoch": 2, "history": [{"loss": 0.5}]}
-    )
+    checkpoint.save(tmp_path / "run" / "last.pt", {"model": {"w": torch.arange(3)}, "epoch": 2, "history": [{"loss": 0.5}]})
     state = checkpoint.load(tmp_path / "run" / "last.pt")
     assert torch.equal(state.pop("model")["w"], torch.arange(3))
     assert state == {"format": checkpoint.FORMAT, "epoch": 2, "history": [{"loss": 0.5}]}
@@ -81,9 +79,7 @@ def damage(path, how):
 def test_unreadable_file_is_named(tmp_path, how):
     path = tmp_path / "last.pt"
     damage(path, how)
-    with pytest.raises(
-        ConfigError, match=f"{path} cannot be read as a checkpoint .*delete it and start again"
-    ) as error:
+    with pytest.raises(ConfigError, match=f"{path} cannot be read as a checkpoint .*delete it and start again") as error:
         checkpoint.load(path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "intruded").exists()
@@ -114,9 +110,7 @@ def test_find(tmp_path):
 
 def test_another_configuration_is_refused(make):
     state = {"world": 1, "config": make(seed=1, optimizer={"lr": 0.1}).model_dump(mode="json")}
-    with pytest.raises(
-        ConfigError, match=r"optimizer.lr was 0.1 and is 0.2; seed was 1 and is 2\. Resume with the same"
-    ):
+    with pytest.raises(ConfigError, match=r"optimizer.lr was 0.1 and is 0.2; seed was 1 and is 2\. Resume with the same"):
         checkpoint.check(state, make(seed=2, optimizer={"lr": 0.2}), 1, Path("last.pt"))
     free = make(seed=1, optimizer={"lr": 0.1}, name="other", quiet=False, tracking={"every": 3})
     checkpoint.check(state, free, 1, Path("last.pt"))

@@ -120,9 +120,7 @@ def test_a_mistake_from_the_script(tmp_path):
 
 
 def test_overrides_apply_in_order_and_keep_types():
-    loaded = config.load(
-        "fp32", ["optimizer.lr=8e-3", "seed=1", "seed=2", "data.limit=null", "optimizer.betas=[0.5, 0.9]"]
-    )
+    loaded = config.load("fp32", ["optimizer.lr=8e-3", "seed=1", "seed=2", "data.limit=null", "optimizer.betas=[0.5, 0.9]"])
     assert (loaded.optimizer.lr, loaded.seed, loaded.data.limit) == (8e-3, 2, None)
     assert loaded.optimizer.betas == (0.5, 0.9)
     assert loaded.name == "fp32"

@@ -9,8 +9,7 @@ import torch
 
 from train import checkpoint, loop, measure
 from train.loop import run
-from train.step import TrainingError
-from train.wording import ConfigError
+from train.wording import ConfigError, TrainingError
 
 
 def weights(folder):
@@ -153,9 +152,7 @@ def test_warm_start_from_another_model(make):
 
 def test_diverging_run_stops_with_step_and_remedy(make):
     diverging = {"optimizer": {"name": "sgd", "lr": 1e30}, "schedule": {"name": "constant"}}
-    with pytest.raises(
-        TrainingError, match="stopped in step [2-4]: the loss is nan.*weights were left.*lower optimizer.lr"
-    ):
+    with pytest.raises(TrainingError, match="stopped in step [2-4]: the loss is nan.*weights were left.*lower optimizer.lr"):
         run(make(**diverging))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from train import config, loop
 from train.main import main
-from train.step import TrainingError
+from train.wording import TrainingError
 
 ROOT = Path(config.__file__).resolve().parent.parent
 QUICK = ["--set", "data.name=digits", "--set", "data.limit=256", "--set", "data.batch_size=64", "--set", "device=cpu"]

@@ -60,9 +60,7 @@ def test_compare_takes_medians_after_warm_up_of_the_same_batches(pair):
 
     data = batches(5)
     comparison = measure.compare(*pair, Fake, data)  # type: ignore[arg-type]
-    assert [id(parts) for parts in seen] == [id(parts) for parts in data for _ in range(2)], (
-        "in turn, on the same batch"
-    )
+    assert [id(parts) for parts in seen] == [id(parts) for parts in data for _ in range(2)], "in turn, on the same batch"
     assert (comparison.ms, comparison.ms_fp32) == (4.0, 2.0)
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 import fqt
 from train.config import Training
-from train.step import Step, TrainingError
+from train.step import Step
+from train.wording import TrainingError
 
 
 def linear():

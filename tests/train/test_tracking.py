@@ -19,9 +19,7 @@ def read(folder):
     curves = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
     texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    copies = {
-        (tag, line["step"]): value for line in lines for tag, value in line.items() if tag not in ("step", "time")
-    }
+    copies = {(tag, line["step"]): value for line in lines for tag, value in line.items() if tag not in ("step", "time")}
     return curves, copies, texts
 
 
