@@ -1,7 +1,7 @@
 """Does low-bit training learn? Test accuracy of each method, from scratch, at the best of a few learning rates.
 
     python -m benchmarks.accuracy              about an hour on 2 cores: README's table
-    python -m benchmarks.accuracy --quick      minutes: fewer images and epochs, one seed; a smoke test, not evidence
+    python -m benchmarks.accuracy --quick      a few minutes: 1,000 images, one seed; a smoke test, not evidence
 
 Every method trains the same network (the main job's `vgg_small`) on Fashion-MNIST with Adam and a one-cycle schedule, from the
 same initial weights and the same batches for one seed. First its learning rate is chosen: one shorter run for each
@@ -34,6 +34,7 @@ SEED_OF_RATES = 100
 class Job:
     """One training run. `validation`: fraction of the training set held out (0: the run whose test accuracy counts)."""
 
+    data: str
     method: str
     rate: float
     seed: int
@@ -56,7 +57,7 @@ def train(job: Job) -> dict[str, object]:
             {
                 "recipe": job.method,
                 "model": {"name": "vgg_small"},
-                "data": {"name": "fashion_mnist", "limit": job.limit, "validation": job.validation},
+                "data": {"name": job.data, "limit": job.limit, "validation": job.validation},
                 "optimizer": {"name": "adam", "lr": job.rate},
                 "schedule": {"name": "onecycle"},
                 "training": {"epochs": job.epochs},
@@ -91,22 +92,23 @@ def run_all(jobs: list[Job], log: Path, workers: int) -> list[dict[str, object]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few minutes, no evidence")
+    parser.add_argument("--data", default="fashion_mnist", help="a data set of the training program")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="recipes to compare")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--log", type=Path, help="lines of finished runs (default: runs/accuracy[-quick].jsonl)")
+    parser.add_argument("--log", type=Path, help="lines of finished runs (default: runs/accuracy.jsonl, or accuracy-quick)")
     parser.add_argument("--json", type=Path, help="write the table's rows here")
     args = parser.parse_args()
-    epochs, limit, seeds = (1, 6000, (0,)) if args.quick else (3, None, (0, 1, 2))
+    epochs, limit, seeds = (1, 1000, (0,)) if args.quick else (3, None, (0, 1, 2))
     log = args.log or Path("runs") / f"accuracy{'-quick' if args.quick else ''}.jsonl"
 
-    rate_limit, rate_epochs = (3000, 1) if args.quick else (18000, 2)
-    searches = [Job(m, r, SEED_OF_RATES, rate_epochs, rate_limit, 0.1) for m in args.methods for r in RATES]
+    rate_limit, rate_epochs = (500, 1) if args.quick else (18000, 2)
+    searches = [Job(args.data, m, r, SEED_OF_RATES, rate_epochs, rate_limit, 0.1) for m in args.methods for r in RATES]
     found = run_all(searches, log, args.workers)
     best = {
         method: max((row for row in found if row["method"] == method), key=lambda row: float(str(row["valid"])))["rate"]
         for method in args.methods
     }
-    finals = [Job(m, float(str(best[m])), seed, epochs, limit, 0.0) for seed in seeds for m in args.methods]
+    finals = [Job(args.data, m, float(str(best[m])), seed, epochs, limit, 0.0) for seed in seeds for m in args.methods]
     results = run_all(finals, log, args.workers)
 
     rows = []

@@ -57,15 +57,15 @@ QUANTIZERS = {
 }
 
 
-def real_gradients(steps: int) -> list[tuple[str, Tensor, Tensor, Tensor, Geometry]]:
+def real_gradients(data_name: str, steps: int) -> list[tuple[str, Tensor, Tensor, Tensor, Geometry]]:
     """Layer name, g_NPO, x_NPC and w_OKI as the forward saw them, geometry: of one batch after `steps` steps."""
     torch.manual_seed(0)
-    images = data.load(parse({"model": {"name": "vgg_small"}, "data": {"name": "fashion_mnist", "limit": 12800}}).data)
+    images = data.load(parse({"model": {"name": "vgg_small"}, "data": {"name": data_name}}).data)
     model = models.build("vgg_small", images.shape, images.classes).to(memory_format=torch.channels_last)
     fqt.convert(model, "xnor")
     optimizer = torch.optim.Adam(model.parameters(), lr=6e-3, fused=True)
-    chunks = [list(range(i * 128 % 12800, i * 128 % 12800 + 128)) for i in range(steps + 1)]
-    batches = images.train.batches(chunks)
+    whole = len(images.train) // 128
+    batches = images.train.batches([list(range(i % whole * 128, i % whole * 128 + 128)) for i in range(steps + 1)])
     for step, (x, y) in enumerate(batches):
         found: dict[str, dict[str, Tensor]] = {}
         if step == steps:
@@ -144,15 +144,14 @@ def _time(function, repeats: int = 5) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps and draws")
+    parser.add_argument("--data", default="fashion_mnist", help="a data set of the training program")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
     logging.getLogger("fqt").setLevel(logging.ERROR)
     steps, draws = (5, 4) if args.quick else (200, 64)
-    layers = real_gradients(steps)
+    layers = real_gradients(args.data, steps)
     rows = [
-        measure(product, name, options, layers, draws)
-        for product, wanted in QUANTIZERS.items()
-        for name, options in wanted
+        measure(product, name, options, layers, draws) for product, wanted in QUANTIZERS.items() for name, options in wanted
     ]
     head = ["product", "quantizer", "error of g", "bias", "error of the product", "time / copy"]
     print(f"{len(layers)} layers, after {steps} steps, {draws} draws; backend {ops.KERNELS[0].backend}")
