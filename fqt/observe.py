@@ -30,9 +30,9 @@ class SavedBytes:
 def count_saved_bytes(*exclude: Tensor) -> Iterator[SavedBytes]:
     """Count the bytes that forwards within the block save for backward.
 
-        with fqt.count_saved_bytes() as saved:
-            loss = model(x).sum()
-        print(saved.bytes)
+    with fqt.count_saved_bytes() as saved:
+        loss = model(x).sum()
+    print(saved.bytes)
     """
     saved = SavedBytes()
     seen = {tensor.untyped_storage().data_ptr() for tensor in exclude}
@@ -82,9 +82,12 @@ def observe_gradients(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]
                 seen.setdefault(name, {})[product] = float(error)
 
     def watch(name: str, layer: QuantizedLayer):
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(lambda g: measure(name, layer, g))
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor | None:
+            if not output.requires_grad:
+                return None
+            output = output.clone()  # no view, off which an activation in place would cut the hook
+            output.register_hook(lambda g: measure(name, layer, g))
+            return output
 
         return layer.register_forward_hook(hook)
 

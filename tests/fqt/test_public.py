@@ -1,0 +1,200 @@
+"""Guards: the public face, what `import fqt` loads, and that each guard can fail."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import pickle
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+import fqt
+
+ROOT = Path(__file__).parents[2]
+PUBLIC = [
+    "Format", "Product", "QTensor", "QuantConv2d", "QuantLinear", "Quantizer", "Recipe", "Rule", "Summary", "convert",
+    "count_saved_bytes", "load_recipe", "modelled_speedup", "observe_gradients", "quantize", "quantized_layers", "recipes",
+    "register", "revert", "summary",
+]  # fmt: skip
+NOT_AT_IMPORT = ("triton", "torchvision", "timm", "train", "tensorboard", "sklearn", "torch._dynamo", "torch._inductor")
+
+
+# --- names ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(fqt.__all__) == sorted(PUBLIC), "a new name belongs in this list, the README and the CHANGELOG"
+    assert fqt.__all__ == sorted(fqt.__all__, key=lambda name: (not name[0].isupper(), name)), "sorted, classes first"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_there_and_documented(name: str) -> None:
+    thing = getattr(fqt, name)
+    assert thing.__doc__, f"fqt.{name} has no docstring"
+    assert not thing.__doc__.startswith(f"{name}("), f"fqt.{name} has a dataclass's generated docstring"
+
+
+def test_a_star_import_gives_exactly_the_public_names() -> None:
+    namespace: dict[str, object] = {}
+    exec("from fqt import *", namespace)  # noqa: S102
+    assert sorted(set(namespace) - {"__builtins__"}) == sorted(PUBLIC)
+
+
+def test_the_version_is_the_packages() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{fqt.__version__}"' in text
+
+
+def test_functions_that_users_call_have_type_hints() -> None:
+    for name in PUBLIC:
+        thing = getattr(fqt, name)
+        if callable(thing) and not isinstance(thing, type):
+            assert "return" in thing.__annotations__, name
+
+
+# --- imports ---------------------------------------------------------------------------------------------------------------
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level names in `NOT_AT_IMPORT` that a fresh interpreter has loaded after a statement, beyond torch's own."""
+    code = (
+        f"import sys, torch; before = set(sys.modules); {statement}; "
+        f"print(*[name for name in {NOT_AT_IMPORT!r} if name in sys.modules and name not in before])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(done.stdout.split())
+
+
+def test_import_fqt_loads_nothing_heavy_and_never_train() -> None:
+    assert loaded_by("import fqt; fqt.load_recipe('fqt_1bit')") == set()
+
+
+def test_the_import_guard_can_fail() -> None:
+    assert loaded_by("import torchvision, train") >= {"torchvision", "train"}
+
+
+def test_a_step_on_the_cpu_needs_no_triton() -> None:
+    convert = "import fqt; m = fqt.convert(torch.nn.Linear(4, 3), fqt.load_recipe('fqt_1bit').everywhere())"
+    step = f"{convert}; m(torch.ones(2, 4)).sum().backward()"
+    assert "triton" not in loaded_by(step)
+
+
+def imports_of(sources: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
+    """(file, top-level module) of each import statement, those within functions included."""
+    found = set()
+    for name, text in sources:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                found |= {(name, alias.name.split(".")[0]) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add((name, node.module.split(".")[0]))
+    return found
+
+
+ALLOWED = {"fqt", "torch", "numpy", "yaml"} | set(sys.stdlib_module_names)
+OPTIONAL = {"triton_kernels": {"triton"}, "cuda_kernels": {"cuda", "triton"}}
+
+
+def foreign(sources: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
+    return {
+        (name, module)
+        for name, module in imports_of(sources)
+        if module not in ALLOWED and module not in OPTIONAL.get(Path(name).parent.name, set())
+    }
+
+
+def library() -> list[tuple[str, str]]:
+    paths = sorted((ROOT / "fqt").rglob("*.py"))
+    assert len(paths) > 15
+    return [(str(path.relative_to(ROOT)), path.read_text()) for path in paths]
+
+
+def test_the_library_imports_only_what_it_declares() -> None:
+    assert foreign(library()) == set()
+
+
+def test_the_declared_imports_guard_can_fail() -> None:
+    bad = "def f():\n    from train.loop import run\n    import torchvision.models as m\n"
+    assert foreign([("fqt/bad.py", bad)]) == {("fqt/bad.py", "train"), ("fqt/bad.py", "torchvision")}
+    assert foreign([("fqt/triton_kernels/good.py", "import triton")]) == set()
+
+
+# --- the sources -------------------------------------------------------------------------------------------------------------
+
+
+def swallowing(sources: Iterable[tuple[str, str]]) -> list[str]:
+    """Bare excepts, and ImportErrors caught: no fallback by exception."""
+    found = []
+    for name, text in sources:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ExceptHandler):
+                caught = "" if node.type is None else ast.unparse(node.type)
+                if any(word in caught for word in ("ImportError", "ModuleNotFoundError", "BaseException")) or caught in (
+                    "",
+                    "Exception",
+                ):
+                    found.append(f"{name}:{node.lineno} except {caught}")
+    return found
+
+
+def test_no_fallback_by_exception() -> None:
+    assert swallowing(library()) == []
+
+
+def test_the_fallback_guard_can_fail() -> None:
+    for caught in ("", " Exception", " ImportError", " (ValueError, ModuleNotFoundError)"):
+        assert swallowing([("bad.py", f"try:\n    import fast\nexcept{caught}:\n    fast = None\n")])
+    assert not swallowing([("good.py", "try:\n    f()\nexcept ValueError as error:\n    raise TypeError from error\n")])
+
+
+def too_long(sources: Iterable[tuple[str, str]], limit: int) -> list[str]:
+    return [f"{name}: {len(text.splitlines())} lines" for name, text in sources if len(text.splitlines()) > limit]
+
+
+def test_files_stay_readable() -> None:
+    longer = {"fqt/reference.py"}  # the whole specification in one place
+    assert [entry for entry in too_long(library(), 400) if entry.split(":")[0] not in longer] == []
+
+
+def test_the_length_guard_can_fail() -> None:
+    assert too_long([("bad.py", "x = 1\n" * 401)], 400) == ["bad.py: 401 lines"]
+
+
+# --- recipes -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_built_in_recipes_are_these() -> None:
+    assert fqt.recipes() == [
+        "dorefa_w1a1g4", "dorefa_w1a2g6", "dorefa_w8a8g8", "fp32", "fqt_1bit", "fqt_1bit_b1", "fqt_1bit_b2", "fqt_1bit_b8",
+        "fqt_1bit_topk", "fqt_w1a1g4", "int8", "psq_b1", "psq_b2", "psq_b4", "psq_b8", "xnor",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", fqt.recipes())
+def test_every_built_in_recipe_loads_under_its_name_and_survives_copies(name: str) -> None:
+    recipe = fqt.load_recipe(name)
+    assert recipe.name == name
+    assert copy.deepcopy(recipe) == recipe == pickle.loads(pickle.dumps(recipe))
+    assert hash(copy.deepcopy(recipe)) == hash(recipe)
+
+
+def test_recipes_are_packaged() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fqt"]
+    assert {"py.typed", "recipes/*.yaml"} <= set(data)
+    assert (ROOT / "fqt" / "py.typed").exists()
+
+
+# --- the fast path of the docstring -------------------------------------------------------------------------------------------
+
+
+def test_the_one_line_of_the_readme_works() -> None:
+    model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
+    model = fqt.convert(model, "fqt_1bit")
+    model(torch.ones(2, 4)).sum().backward()
+    assert [type(m).__name__ for m in model] == ["Linear", "QuantLinear", "Linear"]
