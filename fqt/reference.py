@@ -485,17 +485,24 @@ def _dequantize(
     return t
 
 
+def _onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+
+
 def _exact(a: Tensor, b: Tensor, terms: int, first: QTensor, second: QTensor) -> tuple[Tensor, Tensor]:
     """Both operands in a dtype in which the sum of `terms` products is exact in any order.
 
     float32 where every partial sum is an integer below 2^24 (a CPU's float32 may multiply in bfloat16 or TF32 where the user
-    allows it, exact for codes of 8 bits); elsewhere float64, exact below 2^53.
+    allows it, exact for codes of 8 bits); elsewhere float64, exact below 2^53. Sums of float8 products span more bits only
+    where e5m2 takes part: then the order may show, if terms 2^53 times larger than the sum cancel.
     """
     bound = terms
     for q in (first, second):
         bound *= max(abs(code) for code in q.format.code_range)
     narrow = not any(q.format.grid in FLOAT8_MAX or q.format.bits > 8 for q in (first, second))
-    dtype = torch.float32 if narrow and bound < _ONE and a.device.type == "cpu" else torch.float64
+    # without oneDNN a convolution may be NNPACK's Winograd, whose transforms are not exact
+    narrow = narrow and bound < _ONE and a.device.type == "cpu" and _onednn()
+    dtype = torch.float32 if narrow else torch.float64
     return a.to(dtype), b.to(dtype)
 
 
