@@ -292,7 +292,7 @@ def test_threads_change_no_bit_of_a_step_that_is_large_enough_to_be_split(name: 
 
 def _step(layer: nn.Module) -> None:
     optimizer = torch.optim.SGD(layer.parameters(), 10.0)
-    layer(torch.randn(4, 6)).square().sum().backward()
+    layer(torch.randn(4, 7)).square().sum().backward()
     optimizer.step()
 
 
@@ -324,12 +324,12 @@ def _set(layer: nn.Module) -> None:
 @recipes
 @pytest.mark.parametrize("change", [_step, _load, _assign, _data, _new_data, _parameter, _set], ids=lambda f: f.__name__)
 def test_the_forward_sees_every_change_of_the_weight(recipe: Recipe, change: Callable[[nn.Module], None]) -> None:
-    layer = fqt.convert(nn.Linear(6, 5), recipe)
-    x = torch.eye(6)
+    layer = fqt.convert(nn.Linear(7, 5), recipe)
+    x = torch.eye(7)  # odd: no sum of signs is zero
     with torch.no_grad():
         before = layer.eval()(x)
     change(layer)
-    fresh = nn.Linear(6, 5)
+    fresh = nn.Linear(7, 5)
     fresh.load_state_dict(layer.state_dict())
     fqt.convert(fresh, recipe).eval()
     with torch.no_grad():
