@@ -26,11 +26,8 @@ def pytest_runtest_makereport(item: pytest.Item):
 
 
 @pytest.fixture(autouse=True)
-def _seeded_and_threads_restored() -> Iterator[None]:
+def _seeded() -> None:
     torch.manual_seed(SEED)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
