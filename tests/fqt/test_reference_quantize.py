@@ -403,6 +403,17 @@ def test_absmean_is_a_float64_sum_over_one_fixed_tree(elements, rng):
     np.testing.assert_allclose(q.scale.numpy(), exact, rtol=2**-23)  # half a float32 step, and the tree's few in 2^-52
 
 
+def test_another_order_of_the_sum_would_show():
+    """1 + 2^-24 is halfway between two float32; whether 2^-53 and 2^-53 survive to tip it is a matter of order."""
+    values = (1.0, 2.0**-24, 2.0**-53, 2.0**-53)
+    for padding in (0, 4, 12):
+        rows = np.array([(*order, *([0.0] * padding)) for order in itertools.permutations(values)], np.float32)
+        x = rows[:, None] * np.float32(4 + padding)
+        q = quantized(torch.from_numpy(x), Format("sign", 1, "O"), "absmean")
+        model(x, Format("sign", 1, "O"), "absmean", False).check(q)
+        assert len(set(q.scale.tolist())) == 2
+
+
 def test_absmean_does_not_depend_on_strides(rng):
     big = (rng.normal(size=(6, 4, 7)) * np.exp2(rng.integers(-40, 40, (6, 4, 7)))).astype(np.float32)
     x = torch.from_numpy(big)
