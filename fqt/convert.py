@@ -185,14 +185,14 @@ def revert(model: nn.Module) -> nn.Module:
                 f"layer {name!r} is a {type(layer).__name__}, no longer what fqt.convert made of it: "
                 f"undo that first (a parametrization: torch.nn.utils.parametrize.remove_parametrizations)"
             )
-    for layer in layers.values():
-        del layer.__dict__["recipe"]
-        layer.__class__ = _FLOAT_OF[type(layer)]
     for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            del module.__dict__["recipe"]
+            plain = _FLOAT_OF[type(module)]
+            module.__class__ = plain  # type: ignore[assignment]
         forget_macs(module)
         if "_fqt_replaced" in module.__dict__:
             module.__class__, added = module.__dict__.pop("_fqt_replaced")
             for name in added:
                 del module.__dict__[name]
     return model
-

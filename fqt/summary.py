@@ -14,7 +14,6 @@ from torch.nn.utils import parametrize
 from fqt import ops
 from fqt.nn import QuantizedLayer
 from fqt.ops import PRODUCTS
-from fqt.recipe import LEFT_RIGHT
 
 _MACS = "_fqt_macs"
 
@@ -59,16 +58,24 @@ class Summary:
         table = [head]
         for row in self.rows:
             low = any(bits < 32 for bits in row.bits.values())
-            products = [getattr(row, p) for p in PRODUCTS] if low or "float x float" != row.output else ["float", "", ""]
+            products = [getattr(row, p) for p in PRODUCTS] if low or row.output != "float x float" else ["float", "", ""]
             macs = "?" if row.madds is None else f"{row.madds:,}"
             table.append(
-                [row.name, row.kind, *products, f"{row.parameters:,}", macs, f"{row.packed_bytes:,}", row.backend, row.note]
+                [
+                    row.name,
+                    row.kind,
+                    *products,
+                    f"{row.parameters:,}",
+                    macs,
+                    f"{row.packed_bytes:,}",
+                    row.backend,
+                    row.note,
+                ]
             )
         known = [row.madds for row in self.rows if row.madds is not None]
-        table.append(
-            ["total", "", "", "", "", f"{sum(row.parameters for row in self.rows):,}"]
-            + [f"{sum(known):,}" if known else "?", f"{sum(row.packed_bytes for row in self.rows):,}", "", ""]
-        )
+        totals = [sum(row.parameters for row in self.rows), sum(known), sum(row.packed_bytes for row in self.rows)]
+        parameters, macs, nbytes = (f"{total:,}" for total in totals)
+        table.append(["total", "", "", "", "", parameters, macs if known else "?", nbytes, "", ""])
         widths = [max(len(line[i]) for line in table) for i in range(len(head))]
         numeric = (5, 6, 7)
         lines = [
@@ -91,12 +98,23 @@ def summary(model: nn.Module) -> Summary:
         if isinstance(module, QuantizedLayer):
             rows.append(_quantized_row(name, module))
         elif any(is_lazy(weight) or weight.dim() > 1 for weight in weights):
-            bits, kept = dict.fromkeys(PRODUCTS, 32), dict.fromkeys(PRODUCTS, 1.0)
-            nbytes = sum(weight.numel() * weight.element_size() for weight in weights if not is_lazy(weight))
+            float_product = "float x float"
             rows.append(
-                Row(name, type(module).__name__, *(["float x float"] * 3), _parameters(module), module.__dict__.get(_MACS),
-                    nbytes, "torch", _why_float(module), bits, kept)
-            )  # fmt: skip
+                Row(
+                    name=name,
+                    kind=type(module).__name__,
+                    output=float_product,
+                    grad_input=float_product,
+                    grad_weight=float_product,
+                    parameters=_parameters(module),
+                    madds=module.__dict__.get(_MACS),
+                    packed_bytes=sum(weight.numel() * weight.element_size() for weight in weights if not is_lazy(weight)),
+                    backend="torch",
+                    note=_why_float(module),
+                    bits=dict.fromkeys(PRODUCTS, 32),
+                    kept=dict.fromkeys(PRODUCTS, 1.0),
+                )
+            )
     return Summary(rows)
 
 
@@ -115,29 +133,32 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
     names = list(dict.fromkeys(backend for backend, _ in served.values()))
     reasons = list(dict.fromkeys(reason for _, reason in served.values() if reason))
     return Row(
-        name,
-        type(layer).__name__,
-        *(recipe.describe(product) for product in PRODUCTS),
-        _parameters(layer),
-        layer.__dict__.get(_MACS),
-        nbytes,
-        "+".join(names) or "torch",
-        "; ".join(reasons),
-        {product: recipe.bits(product) for product in PRODUCTS},
-        {product: recipe.kept(product) for product in PRODUCTS},
+        name=name,
+        kind=type(layer).__name__,
+        output=recipe.describe("output"),
+        grad_input=recipe.describe("grad_input"),
+        grad_weight=recipe.describe("grad_weight"),
+        parameters=_parameters(layer),
+        madds=layer.__dict__.get(_MACS),
+        packed_bytes=nbytes,
+        backend="+".join(names) or "torch",
+        note="; ".join(reasons),
+        bits={product: recipe.bits(product) for product in PRODUCTS},
+        kept={product: recipe.kept(product) for product in PRODUCTS},
     )
 
 
 def backends(layer: QuantizedLayer) -> dict[str, tuple[str, str]]:
     """Product -> (backend, why no faster one), for the products that run in low bits."""
     served = {}
-    for product, letters in LEFT_RIGHT.items():
+    device = layer.weight.device.type
+    for product in PRODUCTS:
         if not layer.recipe.low_bit(product):
             continue
-        formats = tuple(f for f in (layer.recipe.format(product, letter) for letter in letters) if f is not None)
-        kernel, reasons = ops.select(product, ops.Request(layer.weight.device.type, formats))
+        request = ops.Request(device, layer.recipe.multiplied(product, layer.kind), layer.window())
+        kernel, reasons = ops.select(product, request)
         if kernel.backend == "reference" and not reasons:
-            reasons = [f"no low-bit kernel for {layer.weight.device.type} yet"]
+            reasons = [f"no low-bit kernel for {device} yet"]
         served[product] = (kernel.backend, "; ".join(reasons))
     return served
 
@@ -151,7 +172,8 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _parametrizations(module: nn.Module) -> dict[str, nn.Module]:
-    return dict(module.parametrizations.items()) if parametrize.is_parametrized(module) else {}
+    found = module._modules.get("parametrizations") if parametrize.is_parametrized(module) else None
+    return dict(found.named_children()) if found is not None else {}
 
 
 def _why_float(module: nn.Module) -> str:
@@ -182,7 +204,9 @@ def _remember_macs(layer: nn.Module, inputs: object, output: Tensor) -> None:
         positions = output.shape[-1] * output.shape[-2]
     else:
         positions = math.prod(output.shape[1:-1])
-    layer.__dict__[_MACS] = positions * layer.weight.numel()
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    layer.__dict__[_MACS] = positions * weight.numel()
 
 
 def forget_macs(module: nn.Module) -> None:

@@ -65,18 +65,14 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv_depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1), (2, 4, 5, 4)),
     "conv_depthwise_multiplier": (lambda: nn.Conv2d(3, 6, (3, 1), groups=3, stride=2), (2, 3, 7, 6)),
     "conv_everything": (
-        lambda: nn.Conv2d(
-            4, 6, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1), groups=2, padding_mode="reflect"
-        ),
+        lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1), groups=2, padding_mode="reflect"),
         (3, 4, 6, 5),
     ),
     "conv_whole_image": (lambda: nn.Conv2d(3, 4, (5, 4)), (2, 3, 5, 4)),
     "conv_one_sample_one_pixel": (lambda: nn.Conv2d(3, 4, 1), (1, 3, 1, 1)),
 }
 cases = pytest.mark.parametrize(("make", "shape"), CASES.values(), ids=CASES)
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Using padding='same' with even kernel lengths:UserWarning"
-)  # torch's layer
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")  # torch's layer
 
 
 def run(layer: nn.Module, x: Tensor, g: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -99,9 +95,7 @@ def test_sixteen_bits_look_like_torchs_layer(make: Callable[[], nn.Module], shap
     for actual, wanted in zip([y, *grads], [expected, *expected_grads], strict=True):
         assert actual.shape == wanted.shape
         terms = max(x.numel(), g.numel())
-        torch.testing.assert_close(
-            actual, wanted, rtol=0, atol=2**-15 * 4 * terms**0.5 * max(1.0, float(x.abs().max()))
-        )
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=2**-15 * 4 * terms**0.5 * max(1.0, float(x.abs().max())))
 
 
 @cases
@@ -141,9 +135,7 @@ def test_a_step_has_the_float_layers_shapes_and_no_nan(
 @pytest.mark.parametrize("out", [1, 4])
 @pytest.mark.parametrize("size", [(6, 5), (1, 5), (5, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(
-    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
-)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("recipe", [INT8, Recipe("f", *[Product("float", "float")] * 3)], ids=["int8", "float"])
 def test_output_memory_format_follows_the_input_as_torchs_does(
     recipe: Recipe, memory_format: torch.memory_format, batch: int, size: tuple[int, int], out: int, channels: int
@@ -166,9 +158,7 @@ def test_an_input_with_other_strides_gives_what_torch_gives() -> None:
         assert torch.equal(layer.eval()(x), layer(x.clone(memory_format=torch.contiguous_format)))
 
 
-@pytest.mark.parametrize(
-    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
-)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("recipe", [INT8, ONE_BIT], ids=["int8", "fqt_1bit"])
 def test_the_weights_memory_format_changes_no_number(recipe: Recipe, memory_format: torch.memory_format) -> None:
     layer = fqt.convert(nn.Conv2d(3, 4, 3, padding=1), recipe)
@@ -210,9 +200,7 @@ def test_the_gradient_of_padding_is_torchs(mode: str) -> None:
 
 
 def test_repr_names_the_recipe() -> None:
-    assert "QuantLinear(in_features=4, out_features=3, bias=True, recipe=int8)" in repr(
-        fqt.convert(nn.Linear(4, 3), INT8)
-    )
+    assert "QuantLinear(in_features=4, out_features=3, bias=True, recipe=int8)" in repr(fqt.convert(nn.Linear(4, 3), INT8))
     conv = repr(fqt.convert(nn.Conv2d(4, 3, 3, padding="same", groups=1), ONE_BIT))
     assert "padding=same" in conv
     assert "recipe=fqt_1bit" in conv
@@ -223,9 +211,7 @@ def test_repr_names_the_recipe() -> None:
 def test_quantized_weight_is_what_the_forward_multiplies_with(name: str, kind: str) -> None:
     """Probed through the layer: an identity of inputs, whose output columns are the weight's values."""
     recipe = fqt.load_recipe(name).everywhere()
-    recipe = Recipe(
-        "probe", Product("float", recipe.output.right), Product("float", "saved"), Product("float", "float")
-    )
+    recipe = Recipe("probe", Product("float", recipe.output.right), Product("float", "saved"), Product("float", "float"))
     layer = fqt.convert(nn.Linear(6, 5, bias=False) if kind == "linear" else nn.Conv2d(6, 5, 1, bias=False), recipe)
     with torch.no_grad():
         if kind == "linear":
@@ -273,9 +259,7 @@ def test_a_recipe_is_checked_when_a_layer_gets_it() -> None:
 def test_a_layer_without_a_recipe_says_so() -> None:
     layer = fqt.QuantLinear(4, 3)
     assert "recipe=None" in repr(layer)
-    with pytest.raises(
-        RuntimeError, match=r"QuantLinear has no recipe yet: assign its `recipe`, or make it by fqt.convert"
-    ):
+    with pytest.raises(RuntimeError, match=r"QuantLinear has no recipe yet: assign its `recipe`, or make it by fqt.convert"):
         layer(torch.ones(1, 4))
     layer.recipe = INT8
     assert layer(torch.ones(1, 4)).shape == (1, 3)
