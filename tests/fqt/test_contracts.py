@@ -287,6 +287,15 @@ def test_threads_change_no_bit_of_a_step_that_is_large_enough_to_be_split(name: 
     assert same(found[0], found[2])
 
 
+@recipes
+def test_no_uninitialized_memory_is_read(recipe: Recipe, request: pytest.FixtureRequest) -> None:
+    model = net(recipe)
+    expected = gradients(model)
+    request.getfixturevalue("poisoned_memory")
+    assert bool(torch.empty(3).isnan().all())
+    assert same(expected, gradients(model))
+
+
 # --- weights are never stale ---------------------------------------------------------------------------------------------
 
 
