@@ -2,8 +2,8 @@
 
     python -m benchmarks.gradients [--quick] [--json F]
 
-Trains the main job's network for some steps with a 1-bit forward and float gradients (`xnor`) on Fashion-MNIST, takes the output
-gradients of one batch at every converted layer, and quantizes each with many keys. Per quantizer, median over layers:
+Trains the main job's network for some steps with a 1-bit forward and float gradients (`xnor`) on Fashion-MNIST, takes the
+output gradients of one batch at every converted layer, and quantizes each with many keys. Per quantizer, median over layers:
 
     error      E||Q(g) - g||^2 / ||g||^2
     bias       ||E Q(g) - g||^2 / ||g||^2, the error of the mean of K draws less what K draws leave of the noise: 0 if unbiased

@@ -31,7 +31,15 @@ GRIDS = ("sign", "ternary", "int", "uint", "fixed", "e4m3", "e5m2")
 """sign {-1, +1}; ternary {-1, 0, +1}; int -(2^(b-1)-1) .. 2^(b-1)-1; uint 0 .. 2^b-1; fixed -2^(b-1) .. 2^(b-1)-1
 (two's complement, fixed point); e4m3 and e5m2: the 8-bit floats of the OCP standard."""
 
-BITS = {"sign": (1, 1), "ternary": (2, 2), "int": (2, 16), "uint": (1, 16), "fixed": (1, 32), "e4m3": (8, 8), "e5m2": (8, 8)}
+BITS = {
+    "sign": (1, 1),
+    "ternary": (2, 2),
+    "int": (2, 16),
+    "uint": (1, 16),
+    "fixed": (1, 32),
+    "e4m3": (8, 8),
+    "e5m2": (8, 8),
+}
 FLOAT8_MAX = {"e4m3": 448.0, "e5m2": 57344.0}
 
 GRANULARITY_AXES = {
@@ -82,7 +90,7 @@ class Format:
         return f"{self.grid}{bits}{'+' if self.offset else ''}{':' + self.axes if self.axes else ''}"
 
     @staticmethod
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def parse(name: str) -> Format:
         """`Format.parse(f.name) == f` for every format. Raises ValueError on anything else."""
         match = _NAME.fullmatch(name)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fqt import functional
+from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
 from fqt.quantizers.base import quantize, transformed
 from fqt.recipe import Recipe
@@ -21,6 +22,10 @@ class QuantizedLayer(nn.Module):
     kind: str
     weight: nn.Parameter
 
+    def window(self) -> Geometry | None:
+        """The layer's geometry as far as the module knows it."""
+        raise NotImplementedError
+
     @property
     def recipe(self) -> Recipe:
         """How the layer computes. A precision controller assigns a new one; it never changes one.
@@ -31,9 +36,7 @@ class QuantizedLayer(nn.Module):
             ValueError: on assigning one that a layer of this kind cannot follow.
         """
         if "recipe" not in self.__dict__:
-            raise RuntimeError(
-                f"this {type(self).__name__} has no recipe yet: assign its `recipe`, or make it by fqt.convert"
-            )
+            raise RuntimeError(f"this {type(self).__name__} has no recipe yet: assign its `recipe`, or make it by fqt.convert")
         return self.__dict__["recipe"]
 
     @recipe.setter
@@ -62,6 +65,9 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     kind = "linear"
 
+    def window(self) -> None:
+        """A linear layer has no window."""
+
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight, self.bias, self.recipe, training=self.training)
 
@@ -86,6 +92,19 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             dilation=(self.dilation[0], self.dilation[1]),
             groups=self.groups,
             training=self.training,
+        )
+
+    def window(self) -> Geometry:
+        """The convolution's geometry, over an image of unknown size (0 x 0): what a kernel is chosen by before a forward."""
+        left, right, top, bottom = self._padding()
+        return Geometry(
+            0,
+            0,
+            (self.kernel_size[0], self.kernel_size[1]),
+            (self.stride[0], self.stride[1]),
+            (top, bottom, left, right),
+            (self.dilation[0], self.dilation[1]),
+            self.groups,
         )
 
     def _padding(self) -> tuple[int, int, int, int]:

@@ -159,32 +159,34 @@ class Recipe:
         """
         quantizer = self.quantizer(product, letter)
         assert quantizer is not None
-        format = quantizer.format(letter)
+        axes = quantizer.format(letter).axes
         if letter == "w":
-            inner = "O" if product == "grad_input" else ""
+            summed = "O" if product == "grad_input" else ""
         else:
-            inner = "NP" if product == "grad_weight" else "C" if kind == "linear" else "PC"
-        if not set(format.axes) & set(inner) and not (letter == "x" and "C" in format.axes):
+            summed = "NP" if product == "grad_weight" else "C" if kind == "linear" else "PC"
+        # x's scale by channel never leaves: in the window of a group it meets all the group's output channels
+        by_channel = letter == "x" and "C" in axes
+        if not by_channel and not set(axes) & set(summed):
             return "leaves"
-        whole = "token" if kind == "conv" and "P" in format.axes else quantizer.granularity
-        refusal = (
-            f"recipe {self.name!r}: the scale of {letter} in {product} is one for each {whole.replace('_', ', ')}, "
-            f"but {product} of a {kind} layer sums over {'that axis' if len(format.axes) == 1 else 'those axes'}, "
-            f"so it cannot leave the sum"
-        )
-        if letter == "g":
-            if product == "grad_weight" and format.axes in ("N", "NC"):
-                return "by block"
-            good = "tensor or sample" if product == "grad_input" else "tensor, channel, sample or sample_channel"
-            raise ValueError(f"{refusal}: use granularity {good}")
-        if product != "output" and not (letter == "x" and (format.axes == "NP" and kind == "conv" or "C" in format.axes)):
-            if format.offset:
-                raise ValueError(
-                    f"{refusal}, and its offset cannot be folded into the gradient: use granularity tensor, or a "
-                    f"symmetric quantizer"
-                )
+        if letter == "g" and product == "grad_weight" and axes in ("N", "NC"):
+            return "by block"
+        # g has x's positions in a linear layer, but a convolution's window moves them
+        movable = letter != "g" and product != "output" and not by_channel and not (kind == "conv" and "P" in axes)
+        if movable and not quantizer.offset:
             return "folded"
-        raise ValueError(f"{refusal}: use granularity tensor or sample")
+        remedy = {
+            "x": "use granularity tensor or sample",
+            "w": "use granularity tensor",
+            "g": f"use granularity tensor{', channel, sample or sample_channel' if product == 'grad_weight' else ' or sample'}",
+        }[letter]
+        if movable:
+            remedy += ", or a symmetric quantizer: an offset cannot be folded into the gradient"
+        each = quantizer.granularity.replace("_", ", ")
+        raise ValueError(
+            f"recipe {self.name!r}: the scale of {letter} in {product} is one for each {each}, "
+            f"but {product} of a {kind} layer sums over {'that axis' if len(axes) == 1 else 'those axes'}, so it cannot leave "
+            f"the sum: {remedy}"
+        )
 
     def check(self, kind: str) -> None:
         """Raise ValueError unless every operand can have its quantizer, and every low-bit product's scales have a place in a
@@ -202,6 +204,15 @@ class Recipe:
                             )
                     if self.low_bit(product):
                         self.place(product, letter, kind)
+
+    def multiplied(self, product: str, kind: str) -> tuple[Format, ...]:
+        """The formats that a low-bit product's kernel sees: a folded scale is gone from its operand."""
+        formats = []
+        for letter in LEFT_RIGHT[product]:
+            format = self.format(product, letter)
+            assert format is not None
+            formats.append(replace(format, axes="") if self.place(product, letter, kind) == "folded" else format)
+        return tuple(formats)
 
     def everywhere(self) -> Recipe:
         """This recipe without its rules: for every layer, the first and the last included."""

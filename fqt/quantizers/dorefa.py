@@ -1,4 +1,4 @@
-"""DoReFa-Net (arXiv 1606.06160). quantize_k(r) = round((2^k - 1) r) / (2^k - 1) on [0, 1]; 32 bits leave an operand in float."""
+"""DoReFa-Net (arXiv 1606.06160). quantize_k(r) = round((2^k - 1) r) / (2^k - 1) on [0, 1]; 32 bits leave a float."""
 
 from fqt.quantizers.base import Quantizer, register
 
