@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import accuracy, gradients, saved
+from benchmarks import accuracy, gradients, readme, saved
 
 
 def rows(monkeypatch, tmp_path, main, *arguments: str) -> list[dict]:
@@ -47,3 +47,16 @@ def test_accuracy_repeats_no_finished_run(monkeypatch, tmp_path, capsys):
     assert second == first and log.read_text().splitlines() == runs
     assert first["rate"] in accuracy.RATES and 0 < first["mean"] <= 100
     assert "| xnor" in capsys.readouterr().out
+
+
+def test_readme_says_what_the_results_say(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["readme", "--check"])
+    with pytest.raises(SystemExit) as stopped:
+        readme.main()
+    assert stopped.value.code == 0
+
+
+def test_a_readme_that_says_something_else_is_noticed():
+    text = (readme.ROOT / "README.md").read_text()
+    changed = text.replace("| `xnor`", "| `xnorr`")
+    assert changed != text and readme.rewritten(changed) == text

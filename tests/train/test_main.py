@@ -62,7 +62,7 @@ def test_resume_without_a_path_takes_the_newest_run(capsys):
     assert "resumed after epoch 1" in resumed[0]
     assert resumed[-1] == last
     assert main([*arguments, "--set", "optimizer.lr=1", "--resume"]) == 2
-    assert "belongs to another configuration: optimizer.lr was 0.003 and is 1.0" in capsys.readouterr().err
+    assert "belongs to another configuration: optimizer.lr was 0.006 and is 1.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Writes README's tables from benchmarks/results/, so that no figure there is typed by hand.
+
+    python -m benchmarks.readme            rewrite README.md
+    python -m benchmarks.readme --check    exit 1 if README.md says something else (a test calls this)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.common import table
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+def accuracy(rows: list[dict]) -> str:
+    float_gradients = next(row["mean"] for row in rows if row["method"] == "xnor")
+    return table(
+        ["recipe", "test accuracy, %", "stdev", "against `xnor`", "peak learning rate"],
+        [
+            [f"`{row['method']}`", f"{row['mean']:.2f}", f"{row['stdev']:.2f}", f"{row['mean'] - float_gradients:+.2f}",
+             f"{row['rate']:g}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def saved(rows: list[dict]) -> str:
+    return table(
+        ["recipe", "converted layers, MiB", "float32", "", "whole model, MiB", "float32"],
+        [
+            [f"`{row['recipe']}`", f"{row['layers_bytes'] / 2**20:.1f}", f"{row['fp32_layers_bytes'] / 2**20:.1f}",
+             f"1/{row['fp32_layers_bytes'] / row['layers_bytes']:.1f}", f"{row['bytes'] / 2**20:.0f}",
+             f"{row['fp32_bytes'] / 2**20:.0f}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def gradients(rows: list[dict]) -> str:
+    return table(
+        ["product", "quantizer of g", "error of g", "bias", "error of the product", "time / copy"],
+        [
+            [f"`{row['product']}`", f"{row['name']}, {row['quantizer']}", f"{row['error']:.3g}",
+             f"{max(row['bias'], 0.0):.2g}", f"{row['product_error']:.3g}", f"{row['time_over_copy']:.0f}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+TABLES: dict[str, Callable[[list[dict]], str]] = {"accuracy": accuracy, "saved": saved, "gradients": gradients}
+
+
+def rewritten(text: str) -> str:
+    """README's text with each `<!-- name: begin -->` block made again from results/name.json."""
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        result = json.loads((RESULTS / f"{name}.json").read_text())
+        head, rest = text.split(begin)
+        _, tail = rest.split(end)
+        where = result["where"]
+        source = f"`python -m benchmarks.{name}`; {where['machine']}, torch {where['torch']}, commit {where['commit']}, {where['date']}"
+        text = f"{head}{begin}\n{make(result['rows'])}\n\n{source}\n{end}{tail}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    new = rewritten(text)
+    if args.check:
+        sys.exit("README.md is not what benchmarks/results/ say: python -m benchmarks.readme" if new != text else 0)
+    readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
