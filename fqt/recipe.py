@@ -33,6 +33,11 @@ from fqt.quantizers.base import nearest
 Operand = Quantizer | Literal["saved", "float"]
 LEFT_RIGHT = {"output": ("x", "w"), "grad_input": ("g", "w"), "grad_weight": ("g", "x")}
 PLACES = {"<first>": "the first layer", "<last>": "the last layer", "<downsample>": "1x1 convolutions with a stride"}
+_SUMMED = {
+    "x": {"N": "samples", "P": "positions", "C": "channels"},
+    "w": {"O": "output channels"},
+    "g": {"N": "samples", "P": "positions", "C": "channels"},
+}
 MAX_PRODUCT_BITS = 16  # an exact accumulator of wider codes does not fit float64
 
 _FOLDER = Path(__file__).parent / "recipes"
@@ -78,6 +83,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for product, (left, right) in LEFT_RIGHT.items():
+            if not isinstance(getattr(self, product), Product):
+                raise ValueError(
+                    f"recipe {self.name!r}: {product} is {getattr(self, product)!r}, not a Product({left}, {right})"
+                )
             for letter in (left, right):
                 operand = self._written(product, letter)
                 if operand == "saved" and (product == "output" or letter == "g"):
@@ -108,7 +117,10 @@ class Recipe:
 
     def format(self, product: str, letter: str) -> Format | None:
         quantizer = self.quantizer(product, letter)
-        return None if quantizer is None else quantizer.format(letter)
+        try:
+            return None if quantizer is None else quantizer.format(letter)
+        except ValueError as error:
+            raise ValueError(f"recipe {self.name!r}: {product}.{letter}: {error}") from error
 
     def low_bit(self, product: str) -> bool:
         """Whether the product multiplies codes: both operands quantized, at most 16 bits each."""
@@ -164,7 +176,7 @@ class Recipe:
             summed = "O" if product == "grad_input" else ""
         else:
             summed = "NP" if product == "grad_weight" else "C" if kind == "linear" else "PC"
-        # x's scale by channel never leaves: in the window of a group it meets all the group's output channels
+        # x's scale by channel is summed over in the forward; in grad_weight it might leave, but no kernel takes it there
         by_channel = letter == "x" and "C" in axes
         if not by_channel and not set(axes) & set(summed):
             return "leaves"
@@ -174,18 +186,18 @@ class Recipe:
         movable = letter != "g" and product != "output" and not by_channel and not (kind == "conv" and "P" in axes)
         if movable and not quantizer.offset:
             return "folded"
-        remedy = {
-            "x": "use granularity tensor or sample",
-            "w": "use granularity tensor",
-            "g": f"use granularity tensor{', channel, sample or sample_channel' if product == 'grad_weight' else ' or sample'}",
-        }[letter]
-        if movable:
-            remedy += ", or a symmetric quantizer: an offset cannot be folded into the gradient"
         each = quantizer.granularity.replace("_", ", ")
+        where = " and ".join(_SUMMED[letter][axis] for axis in summed if axis in axes)
+        why = f"but {product} of a {kind} layer sums over {where}, so it cannot leave the sum"
+        if not where:
+            why = "and no kernel multiplies by it there"
+        good = {"x": "tensor or sample", "w": "tensor", "g": "tensor or sample"}[letter]
+        if letter == "g" and product == "grad_weight":
+            good = "tensor, channel, sample or sample_channel"
+        if movable:
+            good = "tensor, or a symmetric quantizer: an offset cannot be folded into the gradient"
         raise ValueError(
-            f"recipe {self.name!r}: the scale of {letter} in {product} is one for each {each}, "
-            f"but {product} of a {kind} layer sums over {'that axis' if len(axes) == 1 else 'those axes'}, so it cannot leave "
-            f"the sum: {remedy}"
+            f"recipe {self.name!r}: the scale of {letter} in {product} is one for each {each}, {why}: use granularity {good}"
         )
 
     def check(self, kind: str) -> None:
@@ -195,7 +207,7 @@ class Recipe:
             for letter in letters:
                 quantizer = self.quantizer(product, letter)
                 if quantizer is not None:
-                    quantizer.format(letter)
+                    self.format(product, letter)
                     for option, meant in (("transform", "w"), ("pass_range", "xw"), ("prune", "g")):
                         if getattr(quantizer, option) and letter not in meant:
                             raise ValueError(
@@ -221,7 +233,7 @@ class Recipe:
 
 # --- YAML ------------------------------------------------------------------------------------------------------------
 
-_KEYS = ("description", "instances", "output", "grad_input", "grad_weight", "rules", "replace")
+_KEYS = ("description", "output", "grad_input", "grad_weight", "rules", "replace")
 
 
 def recipes() -> list[str]:
@@ -230,7 +242,7 @@ def recipes() -> list[str]:
     for path in sorted(_FOLDER.glob("*.yaml")):
         if "{" in path.stem:
             # a member's line is plain YAML, only the products hold placeholders
-            instances = re.search(r"^instances: (.*)$", path.read_text(), re.MULTILINE)
+            instances = re.search(r"^instances: (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             assert instances, path
             names += [path.stem.format(**member) for member in yaml.safe_load(instances[1])]
         else:
@@ -252,31 +264,57 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
         path = Path(source)
         if not path.is_file():
             raise ValueError(f"recipe file {str(source)!r} does not exist; built-in recipes: {', '.join(recipes())}")
-        return _parse(path.stem, path.read_text())
+        return _read(path)
     return _built_in(source)
 
 
 @functools.cache
 def _built_in(name: str) -> Recipe:
     for path in sorted(_FOLDER.glob("*.yaml")):
-        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(path.stem))
+        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>0|[1-9][0-9]*)", re.escape(path.stem))
         match = re.fullmatch(pattern, name)
         if match:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
             for placeholder, number in match.groupdict().items():
                 text = text.replace("{" + placeholder + "}", number)
-            return _parse(name, text)
+            return _parse(name, text, (*_KEYS, "instances"))
     raise ValueError(f"unknown recipe {name!r}{nearest(name, recipes())}; built-in recipes: {', '.join(recipes())}")
 
 
-def _parse(name: str, text: str) -> Recipe:
+_reading: list[Path] = []  # the files whose rules are being followed
+
+
+def _read(path: Path) -> Recipe:
+    if path.resolve() in _reading:
+        raise ValueError(f"recipe file {str(path)!r}: its rules lead back to itself: name another recipe there")
+    _reading.append(path.resolve())
     try:
-        data = yaml.safe_load(text)
+        return _parse(path.stem, path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe file {str(path)!r} is not UTF-8 text: {error}") from error
+    finally:
+        _reading.pop()
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error: the first would have no effect."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(name: str, text: str, keys: tuple[str, ...] = _KEYS) -> Recipe:
+    try:
+        data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {name!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, Mapping):
         raise ValueError(f"recipe {name!r} is a YAML {type(data).__name__}, not a mapping with keys {', '.join(_KEYS)}")
-    _only(name, data, _KEYS)
+    _only(name, data, keys)
     products = {}
     for product in LEFT_RIGHT:
         if product not in data:

@@ -84,9 +84,7 @@ def test_elements_beside_the_border_of_a_chunk(elements):
     draws = philox.uniform_u24(torch.tensor([1, 6]), elements, torch.tensor(key), 2)
     border = 4 * philox._CHUNK
     for group, row in ((1, 0), (6, 1)):
-        for e in {0, 1, elements // 2, elements - 1, *range(border - 6, min(border + 6, elements))} & set(
-            range(elements)
-        ):
+        for e in {0, 1, elements // 2, elements - 1, *range(border - 6, min(border + 6, elements))} & set(range(elements)):
             assert draws[row, e] == oracle.u24(e, group, 2, key), (group, e)
 
 

@@ -79,9 +79,7 @@ def test_the_actual_tensor_must_keep_its_invariants(q):
 def test_values_are_compared_without_tolerance():
     value = torch.tensor([1.0, torch.nan, 0.0])
     assert_same_values(torch.tensor([1.0, torch.nan, -0.0]), value)
-    with pytest.raises(
-        AssertionError, match=r"values: 1 of 3 differ:\n  \(0,\): 1\.0\d+ \(0x1\.0+20+p\+0\), expected 1"
-    ):
+    with pytest.raises(AssertionError, match=r"values: 1 of 3 differ:\n  \(0,\): 1\.0\d+ \(0x1\.0+20+p\+0\), expected 1"):
         assert_same_values(torch.tensor([np.nextafter(np.float32(1), np.float32(2)), torch.nan, 0.0]), value)
     with pytest.raises(AssertionError, match=r"\(1,\): 5, expected nan"):
         assert_same_values(torch.tensor([1.0, 5.0, 0.0]), value)

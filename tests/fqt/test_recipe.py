@@ -1,0 +1,492 @@
+"""What recipes say, where they put scales, and what they refuse."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import fqt
+from fqt.formats import Format
+from fqt.quantizers import Quantizer, build
+from fqt.recipe import LEFT_RIGHT, Product, Recipe, Rule, load_recipe, recipes
+
+# --- the built-in recipes, so that a changed YAML is noticed -----------------------------------------------------------
+
+XNOR = "sign/tensor x sign/channel"
+FOLDED = " x sign/channel (folded)"
+FORWARD_FLOAT_ENDS = (("<first>", None), ("<last>", None))
+FLOAT_ENDS = (*FORWARD_FLOAT_ENDS, ("<downsample>", None))
+IDENTITY = (("ReLU", "Identity"), ("ReLU6", "Identity"))
+
+
+def agp(bits: int, mode: str = "bernoulli") -> tuple[str, str]:
+    kept = f" keep 1/{bits} {mode}" if bits > 1 else ""
+    return f"uint{bits}/sample{kept}{FOLDED}", f"uint{bits}/channel{kept} x sign/tensor"
+
+
+def psq(bits: int) -> tuple[str, str]:
+    return f"uint{bits}/sample{FOLDED}", f"uint{bits}/sample (by block) x sign/tensor"
+
+
+# name: output, grad_input, grad_weight, their bits, what is kept of the gradients, rules, replace
+BUILT_IN = {
+    "dorefa_w1a1g4": ("uint1/tensor x sign/tensor", "uint4/sample x sign/tensor", "uint4/sample (by block) x uint1/tensor",
+                      (1, 4, 4), 1.0, FORWARD_FLOAT_ENDS, ()),
+    "dorefa_w1a2g6": ("uint2/tensor x sign/tensor", "uint6/sample x sign/tensor", "uint6/sample (by block) x uint2/tensor",
+                      (2, 6, 6), 1.0, FORWARD_FLOAT_ENDS, ()),
+    "dorefa_w8a8g8": ("uint8/tensor x uint8/tensor", "uint8/sample x uint8/tensor", "uint8/sample (by block) x uint8/tensor",
+                      (8, 8, 8), 1.0, FORWARD_FLOAT_ENDS, ()),
+    "fp32": ("float x float", "float x float", "float x float", (32, 32, 32), 1.0, (), ()),
+    "fqt_1bit": (XNOR, *agp(4), (1, 4, 4), 0.25, FLOAT_ENDS, IDENTITY),
+    "fqt_1bit_b1": (XNOR, *agp(1), (1, 1, 1), 1.0, FLOAT_ENDS, IDENTITY),
+    "fqt_1bit_b2": (XNOR, *agp(2), (1, 2, 2), 0.5, FLOAT_ENDS, IDENTITY),
+    "fqt_1bit_b8": (XNOR, *agp(8), (1, 8, 8), 0.125, FLOAT_ENDS, IDENTITY),
+    "fqt_1bit_topk": (XNOR, *agp(4, "topk"), (1, 4, 4), 0.25, FLOAT_ENDS, IDENTITY),
+    "fqt_w1a1g4": (XNOR, "uint4/sample" + FOLDED, "uint4/sample_channel (by block) x sign/tensor", (1, 4, 4), 1.0, FLOAT_ENDS,
+                   IDENTITY),
+    "int8": ("int8/sample x int8/channel", "int8/sample x int8/channel (folded)", "int8/channel x int8/sample (folded)",
+             (8, 8, 8), 1.0, FORWARD_FLOAT_ENDS, ()),
+    "psq_b1": (XNOR, *psq(1), (1, 1, 1), 1.0, FLOAT_ENDS, IDENTITY),
+    "psq_b2": (XNOR, *psq(2), (1, 2, 2), 1.0, FLOAT_ENDS, IDENTITY),
+    "psq_b4": (XNOR, *psq(4), (1, 4, 4), 1.0, FLOAT_ENDS, IDENTITY),
+    "psq_b8": (XNOR, *psq(8), (1, 8, 8), 1.0, FLOAT_ENDS, IDENTITY),
+    "xnor": (XNOR, "float x sign/channel", "float x sign/tensor", (1, 32, 32), 1.0, FLOAT_ENDS, IDENTITY),
+}  # fmt: skip
+PRODUCTS = tuple(LEFT_RIGHT)
+
+
+def test_the_list_of_recipes():
+    assert recipes() == sorted(BUILT_IN)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_recipe_is_what_the_table_says(name):
+    *described, bits, kept, rules, replaced = BUILT_IN[name]
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert [recipe.describe(product) for product in PRODUCTS] == described
+    assert tuple(recipe.bits(product) for product in PRODUCTS) == bits
+    assert tuple(recipe.low_bit(product) for product in PRODUCTS) == tuple(b < 32 for b in bits)
+    assert [recipe.kept(product) for product in PRODUCTS] == [1.0, kept, kept]
+    assert tuple((rule.match, rule.recipe) for rule in recipe.rules) == rules
+    assert recipe.replace == replaced
+    assert recipe.is_float == (name == "fp32")
+    assert recipe.random == (name not in ("fp32", "xnor"))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_recipe_fits_linear_layers_and_convolutions(name):
+    recipe = load_recipe(name)
+    for kind in ("linear", "conv"):
+        recipe.check(kind)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in ("fp32", "xnor")])
+def test_what_is_kept_for_the_backward_is_the_codes_of_the_forward(name):
+    recipe = load_recipe(name)
+    for product, letter in (("grad_input", "w"), ("grad_weight", "x")):
+        assert recipe.saved(product, letter)
+        assert recipe.quantizer(product, letter) == recipe.quantizer("output", letter)
+    assert not recipe.saved("grad_input", "g")
+    assert not recipe.saved("output", "x")
+
+
+def test_float_gradients_meet_the_codes_of_the_forward():
+    recipe = load_recipe("xnor")
+    assert recipe.grad_input == Product("float", "saved")
+    assert recipe.quantizer("grad_input", "g") is None
+    assert recipe.format("grad_weight", "x") == Format("sign", 1)
+
+
+def test_every_option_of_the_paper_recipes_reaches_its_quantizer():
+    recipe = load_recipe("fqt_1bit")
+    assert recipe.quantizer("grad_input", "g") == build("agp", "g", bits=4, granularity="sample", mode="bernoulli")
+    assert recipe.quantizer("grad_weight", "g") == build("agp", "g", bits=4, granularity="channel", mode="bernoulli")
+    int8 = load_recipe("int8")
+    assert int8.quantizer("output", "x") == build("uniform", "x", bits=8, granularity="sample")
+    assert int8.quantizer("grad_weight", "g") == build("uniform", "g", bits=8, granularity="channel", stochastic=True)
+    dorefa = load_recipe("dorefa_w1a2g6")
+    for product in ("grad_input", "grad_weight"):
+        assert dorefa.quantizer(product, "g") == build("dorefa_gradient", "g", bits=6)
+    assert dorefa.quantizer("output", "w") == build("dorefa_weight", "w", bits=1)
+    assert dorefa.quantizer("output", "x") == build("dorefa_activation", "x", bits=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("dorefa_w2a3g5", (3, 5, 5)),
+        ("dorefa_w16a4g16", (16, 16, 16)),
+        ("dorefa_w32a2g6", (32, 32, 6)),
+        ("dorefa_w1a32g6", (32, 6, 32)),
+        ("dorefa_w1a2g32", (2, 32, 32)),
+        ("psq_b3", (1, 3, 3)),
+        ("fqt_1bit_b16", (1, 16, 16)),
+    ],
+)
+def test_any_member_of_a_family_is_a_recipe(name, bits):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert tuple(recipe.bits(product) for product in PRODUCTS) == bits
+
+
+def test_a_family_with_nothing_but_float_is_float():
+    assert load_recipe("dorefa_w32a32g32").is_float
+
+
+def test_a_product_of_more_than_16_bits_is_float():
+    wide = build("fixed_point", "x", word_length=17, fraction_length=8)
+    narrow = build("fixed_point", "w", word_length=16, fraction_length=8)
+    recipe = made(output=Product(wide, narrow))
+    assert not recipe.low_bit("output")
+    assert recipe.bits("output") == 32
+    assert not recipe.is_float
+    assert made(output=Product(narrow, narrow)).bits("output") == 16
+
+
+# --- where scales go ---------------------------------------------------------------------------------------------------
+
+
+def made(**products: Product) -> Recipe:
+    float_ = Product("float", "float")
+    return Recipe("mine", **({"output": float_, "grad_input": float_, "grad_weight": float_} | products))
+
+
+def with_operand(product: str, letter: str, quantizer: Quantizer) -> Recipe:
+    """The product with this operand, its other one a tensor-wide int8."""
+    other = Quantizer("int", 8)
+    pair = [quantizer if letter == side else other for side in LEFT_RIGHT[product]]
+    return made(**{product: Product(*pair)})
+
+
+OF = {"grad_input": "output channels", "grad_weight": "samples and positions", "output": "input channels"}
+# (product, operand, granularity): in a linear layer, in a convolution; None: refused
+PLACES = {
+    ("output", "x", "tensor"): ("leaves", "leaves"),
+    ("output", "x", "sample"): ("leaves", "leaves"),
+    ("output", "x", "token"): ("leaves", None),
+    ("output", "x", "channel"): (None, None),
+    ("output", "x", "sample_channel"): (None, None),
+    ("output", "w", "tensor"): ("leaves", "leaves"),
+    ("output", "w", "channel"): ("leaves", "leaves"),
+    ("grad_input", "g", "tensor"): ("leaves", "leaves"),
+    ("grad_input", "g", "sample"): ("leaves", "leaves"),
+    ("grad_input", "g", "token"): ("leaves", None),
+    ("grad_input", "g", "channel"): (None, None),
+    ("grad_input", "g", "sample_channel"): (None, None),
+    ("grad_input", "w", "tensor"): ("leaves", "leaves"),
+    ("grad_input", "w", "channel"): ("folded", "folded"),
+    ("grad_weight", "g", "tensor"): ("leaves", "leaves"),
+    ("grad_weight", "g", "sample"): ("by block", "by block"),
+    ("grad_weight", "g", "token"): (None, None),
+    ("grad_weight", "g", "channel"): ("leaves", "leaves"),
+    ("grad_weight", "g", "sample_channel"): ("by block", "by block"),
+    ("grad_weight", "x", "tensor"): ("leaves", "leaves"),
+    ("grad_weight", "x", "sample"): ("folded", "folded"),
+    ("grad_weight", "x", "token"): ("folded", None),
+    ("grad_weight", "x", "channel"): (None, None),
+    ("grad_weight", "x", "sample_channel"): (None, None),
+}
+
+
+def test_the_table_of_places_is_whole():
+    x_or_g = ("tensor", "sample", "token", "channel", "sample_channel")
+    granularities = {"x": x_or_g, "g": x_or_g, "w": ("tensor", "channel")}
+    assert set(PLACES) == {(p, o, g) for p, operands in LEFT_RIGHT.items() for o in operands for g in granularities[o]}
+
+
+@pytest.mark.parametrize("case", PLACES, ids=" ".join)
+@pytest.mark.parametrize("offset", [False, True], ids=["symmetric", "affine"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_where_a_scale_goes(case, kind, offset):
+    product, letter, granularity = case
+    place = PLACES[case][kind == "conv"]
+    quantizer = Quantizer("uint", 4, granularity, "minmax", offset=True) if offset else Quantizer("int", 4, granularity)
+    if place == "folded" and offset:
+        place = None
+    fits_linear = PLACES[case][0] is not None and not (PLACES[case][0] == "folded" and offset)
+    if not fits_linear:  # a recipe is refused when it is built
+        with pytest.raises(ValueError, match=re.escape(f"recipe 'mine': the scale of {letter} in {product} is one for each")):
+            with_operand(product, letter, quantizer)
+        return
+    recipe = with_operand(product, letter, quantizer)
+    if place is None:  # or, if it fits linear layers alone, when a convolution is to follow it
+        with pytest.raises(ValueError, match=re.escape(f"recipe 'mine': the scale of {letter} in {product}")):
+            recipe.check(kind)
+    else:
+        assert recipe.place(product, letter, kind) == place
+        recipe.check(kind)
+
+
+@pytest.mark.parametrize(
+    ("product", "letter", "granularity", "offset", "kind", "sentence"),
+    [
+        ("output", "x", "channel", False, "linear",
+         "the scale of x in output is one for each channel, but output of a linear layer sums over channels, so it cannot "
+         "leave the sum: use granularity tensor or sample"),
+        ("output", "x", "sample_channel", False, "linear",
+         "the scale of x in output is one for each sample, channel, but output of a linear layer sums over channels, so it "
+         "cannot leave the sum: use granularity tensor or sample"),
+        ("output", "x", "token", False, "conv",
+         "the scale of x in output is one for each token, but output of a conv layer sums over positions, so it cannot leave "
+         "the sum: use granularity tensor or sample"),
+        ("grad_input", "g", "channel", False, "linear",
+         "the scale of g in grad_input is one for each channel, but grad_input of a linear layer sums over channels, so it "
+         "cannot leave the sum: use granularity tensor or sample"),
+        ("grad_input", "g", "token", False, "conv",
+         "the scale of g in grad_input is one for each token, but grad_input of a conv layer sums over positions, so it "
+         "cannot leave the sum: use granularity tensor or sample"),
+        ("grad_input", "w", "channel", True, "linear",
+         "the scale of w in grad_input is one for each channel, but grad_input of a linear layer sums over output channels, "
+         "so it cannot leave the sum: use granularity tensor, or a symmetric quantizer: an offset cannot be folded into the "
+         "gradient"),
+        ("grad_weight", "g", "token", False, "linear",
+         "the scale of g in grad_weight is one for each token, but grad_weight of a linear layer sums over samples and "
+         "positions, so it cannot leave the sum: use granularity tensor, channel, sample or sample_channel"),
+        ("grad_weight", "x", "sample", True, "linear",
+         "the scale of x in grad_weight is one for each sample, but grad_weight of a linear layer sums over samples, so it "
+         "cannot leave the sum: use granularity tensor, or a symmetric quantizer: an offset cannot be folded into the "
+         "gradient"),
+        ("grad_weight", "x", "token", False, "conv",
+         "the scale of x in grad_weight is one for each token, but grad_weight of a conv layer sums over samples and "
+         "positions, so it cannot leave the sum: use granularity tensor or sample"),
+        ("grad_weight", "x", "channel", False, "linear",
+         "the scale of x in grad_weight is one for each channel, and no kernel multiplies by it there: use granularity tensor "
+         "or sample"),
+    ],
+)  # fmt: skip
+def test_a_scale_that_cannot_leave_is_refused_with_the_whole_sentence(product, letter, granularity, offset, kind, sentence):
+    quantizer = Quantizer("uint", 4, granularity, "minmax", offset=True) if offset else Quantizer("int", 4, granularity)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 the whole text is compared
+        with_operand(product, letter, quantizer).check(kind)
+    assert str(error.value) == f"recipe 'mine': {sentence}"
+
+
+def test_scales_of_products_that_decode_have_no_place_to_find():
+    """A product with a float operand multiplies values: any granularity will do, but it must exist."""
+    by_channel = Quantizer("int", 4, "channel")
+    recipe = made(grad_input=Product(by_channel, "float"), output=Product(by_channel, "float"))
+    assert recipe.describe("grad_input") == "int4/channel x float"
+    with pytest.raises(ValueError, match="a weight has no granularity 'sample'"):
+        made(output=Product("float", Quantizer("int", 4, "sample")))
+
+
+# --- Python recipes that are refused -------------------------------------------------------------------------------------
+
+SIGN = Quantizer("sign", 1, calibrate="none")
+
+
+@pytest.mark.parametrize(
+    ("products", "message"),
+    [
+        ({"output": Product("saved", SIGN)}, "output.x cannot be 'saved', no earlier product made its codes: give it a quan"),
+        ({"output": Product(SIGN, "saved")}, "recipe 'mine': output.w cannot be 'saved'"),
+        ({"grad_input": Product("saved", SIGN)}, "recipe 'mine': grad_input.g cannot be 'saved'"),
+        ({"grad_weight": Product("saved", SIGN)}, "recipe 'mine': grad_weight.g cannot be 'saved'"),
+        ({"output": Product("int8", SIGN)}, "recipe 'mine': output.x is 'int8', not a quantizer, 'saved' or 'float'"),
+        ({"output": Product(None, SIGN)}, "recipe 'mine': output.x is None, not a quantizer, 'saved' or 'float'"),
+        ({"output": "float"}, "recipe 'mine': output is 'float', not a Product"),
+        ({"grad_input": (SIGN, SIGN)}, "recipe 'mine': grad_input is (Quantizer("),
+        ({"output": Product(SIGN, Quantizer("int", 8, "token"))}, "a weight has no granularity 'token'"),
+        ({"output": Product(build("agp", "g"), SIGN)}, "recipe 'mine': prune='bernoulli' of output.x would have no effect"),
+        ({"grad_input": Product(Quantizer("int", 8, pass_range=(-1.0, 1.0)), SIGN)}, "pass_range=(-1.0, 1.0) of grad_input.g"),
+        ({"output": Product(replace(build("dorefa_weight", "w", bits=2)), SIGN)}, "transform='tanh' of output.x would have"),
+    ],
+)
+def test_a_recipe_in_python_that_means_nothing_is_refused(products, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        made(**products)
+
+
+def test_saved_codes_of_a_float_operand_are_float():
+    recipe = made(output=Product("float", SIGN), grad_weight=Product(SIGN, "saved"), grad_input=Product(SIGN, "saved"))
+    assert recipe.quantizer("grad_weight", "x") is None
+    assert not recipe.low_bit("grad_weight")
+    assert recipe.low_bit("grad_input")
+
+
+def test_everywhere_drops_the_rules_and_nothing_else():
+    recipe = load_recipe("fqt_1bit")
+    assert recipe.everywhere() == replace(recipe, rules=())
+    assert recipe.rules
+    assert recipe.everywhere().replace == recipe.replace
+
+
+def test_a_recipe_is_float_only_with_its_rules():
+    assert made().is_float
+    assert not replace(made(), rules=(Rule("*", load_recipe("int8")),)).is_float
+    assert replace(made(), rules=(Rule("*", None), Rule("x", load_recipe("fp32")))).is_float
+
+
+# --- YAML ----------------------------------------------------------------------------------------------------------------
+
+GOOD = """
+description: mine
+output:
+  x: {quantizer: uniform, bits: 8}
+  w: {quantizer: uniform, bits: 8}
+grad_input: float
+grad_weight:
+  g: {quantizer: psq, bits: 4, granularity: channel}
+  x: saved
+rules:
+  - {match: "head.*", recipe: float}
+  - {match: "<first>", recipe: int8}
+replace: {ReLU: Identity}
+"""
+
+
+@pytest.fixture
+def parse(tmp_path: Path):
+    def write_and_load(text: str) -> Recipe:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_recipe(path)
+
+    return write_and_load
+
+
+def test_a_recipe_of_ones_own(parse, tmp_path):
+    recipe = parse(GOOD)
+    assert recipe.name == "mine"
+    assert recipe.output == Product(Quantizer("int", 8), Quantizer("int", 8))
+    assert recipe.grad_input == Product("float", "saved")
+    assert recipe.grad_weight == Product(build("psq", "g", bits=4, granularity="channel"), "saved")
+    assert recipe.rules == (Rule("head.*", None), Rule("<first>", load_recipe("int8")))
+    assert recipe.replace == (("ReLU", "Identity"),)
+    path = tmp_path / "mine.yaml"
+    assert load_recipe(str(path)) == load_recipe(path) == recipe
+    assert load_recipe(recipe) is recipe
+
+
+def test_a_float_gradient_meets_a_float_operand_where_the_forward_has_one(parse):
+    text = GOOD.replace("x: {quantizer: uniform, bits: 8}", "x: float").replace("  x: saved\n", "  x: float\n")
+    text = text.replace("grad_weight:\n  g: {quantizer: psq, bits: 4, granularity: channel}\n  x: float", "grad_weight: float")
+    recipe = parse(text)
+    assert recipe.grad_weight == Product("float", "float")
+    assert recipe.grad_input == Product("float", "saved")
+
+
+FORWARD_X, FORWARD_W = "x: {quantizer: uniform, bits: 8}", "w: {quantizer: uniform, bits: 8}"
+GRADIENT = "g: {quantizer: psq, bits: 4, granularity: channel}"
+# what to change in GOOD, and what the error then says, after "recipe 'mine'"
+MALFORMED = {
+    "an unknown key": (("description", "descripton"), " has no key 'descripton' (did you mean 'description'?); keys: "),
+    "a key of a family": (("description: mine", "instances: [{b: 1}]"), " has no key 'instances'"),
+    "a key that is a number": (("description: mine", "8: mine"), " has no key 8; keys: description, "),
+    "a key twice": (("grad_input: float", "grad_input: float\ngrad_input: float"), " is not valid YAML: key 'grad_input' "),
+    "no grad_input": (("grad_input: float\n", ""), " lacks the product 'grad_input': give it operands, or write grad_input: "),
+    "an empty product": (("grad_input: float", "grad_input:"), ": grad_input is None, not 'float' or a mapping of g and w"),
+    "a product's word": (("grad_input: float", "grad_input: int8"), ": grad_input is 'int8', not 'float' or a mapping of g "),
+    "a list for a product": (("grad_input: float", "grad_input: [float]"), ": grad_input is ['float'], not 'float' or"),
+    "an unknown operand": ((FORWARD_W, "y: float"), ".output' has no key 'y'"),
+    "a missing operand": ((f"  {FORWARD_W}\n", ""), ": output lacks its operand 'w' (a quantizer, 'saved' or 'float')"),
+    "an operand's word": ((FORWARD_X, "x: Saved"), ": output.x is 'Saved', not 'saved', 'float' or {quantizer: name, ...opt"),
+    "an operand without quantizer": ((FORWARD_X, "x: {bits: 8}"), ": output.x is {'bits': 8}, not 'saved', 'float' or "),
+    "saved in the forward": ((FORWARD_X, "x: saved"), ": output.x cannot be 'saved', no earlier product made its codes"),
+    "a saved gradient": ((GRADIENT, "g: saved"), ": grad_weight.g cannot be 'saved'"),
+    "an unknown quantizer": ((FORWARD_X, "x: {quantizer: unifrom}"), ": output.x: unknown quantizer 'unifrom' (did you mean "),
+    "no name": ((FORWARD_X, "x: {quantizer: }"), ": output.x: unknown quantizer 'None'"),
+    "a quantizer of another operand": ((FORWARD_X, "x: {quantizer: psq, bits: 4}"), ": output.x: quantizer 'psq' is for g "),
+    "an unknown option": ((FORWARD_X, "x: {quantizer: uniform, bit: 8}"), ": output.x: quantizer 'uniform' has no option 'b"),
+    "an option called name": ((FORWARD_X, "x: {quantizer: uniform, name: 8}"), ": output.x: quantizer 'uniform' has no option"),
+    "a missing option": ((GRADIENT, "g: {quantizer: psq}"), ": grad_weight.g: quantizer 'psq' with no options: "),
+    "too many bits": ((FORWARD_X, "x: {quantizer: uniform, bits: 99}"), ": output.x: quantizer 'uniform' with {'bits': 99}: "),
+    "bits in quotes": ((FORWARD_X, "x: {quantizer: uniform, bits: '8'}"), ": output.x: quantizer 'uniform' with {'bits': '8'}"),
+    "bits with a point": ((FORWARD_X, "x: {quantizer: uniform, bits: 8.0}"), "bits are an integer, not 8.0"),
+    "a word for a truth": ((FORWARD_X, "x: {quantizer: uniform, stochastic: maybe}"), "stochastic is 'maybe', not true or fal"),
+    "an unknown granularity": ((FORWARD_X, "x: {quantizer: uniform, granularity: row}"), "granularity 'row' is not one of"),
+    "a sample of weights": ((FORWARD_W, "w: {quantizer: uniform, granularity: sample}"), "output.w: a weight has no granul"),
+    "a scale that cannot leave": ((FORWARD_X, "x: {quantizer: uniform, granularity: channel}"), ": the scale of x in output "),
+    "rules that are no list": (('  - {match: "head.*", recipe: float}\n  - {match: "<first>", recipe: int8}', "  head: float"),
+                               ": rules is {'head': 'float'}, not a list"),
+    "a rule without recipe": ((', recipe: int8}', "}"), ": a rule is {match: pattern, recipe: name or float}, not {'match'"),
+    "a rule with more": ((', recipe: int8}', ", recipe: int8, bits: 1}"), ": a rule is {match: pattern, recipe: name or "),
+    "an unknown place": (('"<first>"', '"<frist>"'), ": unknown place '<frist>' (did you mean '<first>'?); known: <first>, "),
+    "replace that is no mapping": (("{ReLU: Identity}", "[ReLU]"), ": replace is ['ReLU'], not a mapping such as {ReLU: Ident"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_malformed_yaml_is_an_error_that_names_the_place(what, parse):
+    (old, new), message = MALFORMED[what]
+    assert old in GOOD
+    with pytest.raises(ValueError, match="^" + re.escape("recipe 'mine")) as error:
+        parse(GOOD.replace(old, new))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("output: [", "recipe 'mine' is not valid YAML: "),
+        ("a: b: c", "recipe 'mine' is not valid YAML: "),
+        ("", "recipe 'mine' is a YAML NoneType, not a mapping with keys description, "),
+        ("- output", "recipe 'mine' is a YAML list, not a mapping"),
+        ("fqt_1bit", "recipe 'mine' is a YAML str, not a mapping"),
+        ("output: !!python/object/apply:os.getcwd []", "recipe 'mine' is not valid YAML: could not determine a constructor"),
+    ],
+)
+def test_what_is_no_mapping_is_an_error(text, message, parse):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(text)
+
+
+def test_a_rule_that_names_an_unknown_recipe(parse):
+    with pytest.raises(ValueError, match=re.escape("unknown recipe 'int9' (did you mean 'int8'?)")):
+        parse(GOOD.replace("recipe: int8}", "recipe: int9}"))
+
+
+def test_rules_that_lead_back_to_their_own_file(parse, tmp_path):
+    path = tmp_path / "mine.yaml"
+    with pytest.raises(ValueError, match=r"mine\.yaml': its rules lead back to itself: name another recipe there"):
+        parse(GOOD.replace("recipe: int8}", f'recipe: "{path}"}}'))
+    assert parse(GOOD).name == "mine", "the error leaves nothing behind"
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "picture.yaml"
+    path.write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(ValueError, match=r"recipe file '.*picture\.yaml' is not UTF-8 text"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fqt_1bt", "unknown recipe 'fqt_1bt' (did you mean 'fqt_1bit'?); built-in recipes: dorefa_w1a1g4, "),
+        ("", "unknown recipe ''; built-in recipes: "),
+        ("FP32", "unknown recipe 'FP32'"),
+        ("dorefa_w{w}a{a}g{g}", "unknown recipe 'dorefa_w{w}a{a}g{g}'"),
+        ("dorefa_w1a2", "unknown recipe 'dorefa_w1a2' (did you mean 'dorefa_w1a"),
+        ("psq_b", "unknown recipe 'psq_b'"),
+        ("psq_b-1", "unknown recipe 'psq_b-1'"),
+        ("psq_b04", "unknown recipe 'psq_b04' (did you mean 'psq_b4'?)"),
+        ("psq_b010", "unknown recipe 'psq_b010'"),
+        ("psq_b٤", "unknown recipe 'psq_b٤'"),
+        ("psq_b0", "recipe 'psq_b0': grad_input.g: quantizer 'psq' with {'bits': 0}: grid 'uint' has 1 to 16 bits, not 0"),
+        ("psq_b17", "recipe 'psq_b17': grad_input.g: quantizer 'psq' with {'bits': 17}: grid 'uint' has 1 to 16 bits, not 17"),
+        ("dorefa_w1a2g40", "recipe 'dorefa_w1a2g40': grad_input.g: quantizer 'dorefa_gradient' with {'bits': 40}: "),
+        ("nowhere.yaml", "recipe file 'nowhere.yaml' does not exist; built-in recipes: dorefa_w1a1g4, "),
+        ("nowhere/fqt_1bit", "recipe file 'nowhere/fqt_1bit' does not exist"),
+        (Path("nowhere"), "recipe file 'nowhere' does not exist"),
+        (Path("/"), "recipe file '/' does not exist"),
+    ],
+)
+def test_an_unknown_recipe_is_an_error_that_lists_what_there_is(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_recipe(name)
+
+
+@pytest.mark.parametrize("source", [None, 8, ["int8"], {"output": "float"}])
+def test_what_is_neither_name_nor_path_nor_recipe(source):
+    with pytest.raises(TypeError, match=f"a recipe is a name, a path or a fqt.Recipe, not {type(source).__name__}"):
+        load_recipe(source)
+
+
+def test_the_public_face():
+    assert fqt.load_recipe is load_recipe
+    assert fqt.recipes is recipes
+    assert (fqt.Recipe, fqt.Product, fqt.Rule) == (Recipe, Product, Rule)
