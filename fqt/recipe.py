@@ -98,6 +98,13 @@ class Recipe:
                     raise ValueError(
                         f"recipe {self.name!r}: {product}.{letter} is {operand!r}, not a quantizer, 'saved' or 'float'"
                     )
+        for rule in self.rules:
+            for old, new in () if rule.recipe is None else rule.recipe.replace:
+                if (old, new) not in self.replace:
+                    raise ValueError(
+                        f"recipe {self.name!r}: the rule for {rule.match!r} follows a recipe that replaces {old} by {new}, "
+                        f"which only the outer recipe can, for the whole model: give it replace: {{{old}: {new}}}"
+                    )
         self.check("linear")
 
     def _written(self, product: str, letter: str) -> Operand:

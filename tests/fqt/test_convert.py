@@ -600,3 +600,15 @@ def test_the_log_says_once_what_was_converted(caplog: pytest.LogCaptureFixture) 
     assert "fqt_1bit: 2 of 5 layers converted, 3 activations replaced" in record.getMessage()
     reference = {row.backend for row in fqt.summary(fqt.convert(small(), "fqt_1bit")).rows if row.bits["output"] < 32}
     assert ("fqt.summary(model)" in record.getMessage()) == any("reference" in name for name in reference)
+
+
+def test_a_rule_whose_recipe_needs_a_replacement_is_refused_until_the_recipe_gives_it():
+    rule = fqt.Rule("*", fqt.load_recipe("xnor"))
+    with pytest.raises(
+        ValueError, match=r"follows a recipe that replaces ReLU by Identity.* give it replace: {ReLU: Identity}"
+    ):
+        replace(fqt.load_recipe("int8"), rules=(rule,))
+    replaced = (("ReLU", "Identity"), ("ReLU6", "Identity"))
+    recipe = replace(fqt.load_recipe("int8"), rules=(rule,), replace=replaced)
+    model = fqt.convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), recipe)
+    assert type(model[1]) is nn.Identity
