@@ -537,6 +537,13 @@ def multiply_grad_weight(g_NPO: Tensor, x_NPC: Tensor, geometry: Geometry | None
     if geometry is None:
         return (g_NPO.flatten(0, 1).T @ x_NPC.flatten(0, 1)).unsqueeze(1)
     image = geometry.image(x_NPC)
+    if geometry.kernel == (1, 1):
+        # not by convolution_backward: oneDNN's, of 1x1 windows with unequal strides, writes beyond its memory
+        groups, (sh, sw), (height, width) = geometry.groups, geometry.stride, geometry.output_size
+        terms, channels = g_NPO.shape[0] * g_NPO.shape[1], g_NPO.shape[2]
+        met = image[:, :, ::sh, ::sw][:, :, :height, :width].permute(1, 0, 2, 3)
+        columns = met.reshape(groups, x_NPC.shape[2] // groups, terms).transpose(1, 2)
+        return (g_NPO.permute(2, 0, 1).reshape(groups, channels // groups, terms) @ columns).view(channels, 1, -1)
     like = image.new_empty(1).expand(g_NPO.shape[2], x_NPC.shape[2] // geometry.groups, *geometry.kernel)
     _, grad, _ = torch.ops.aten.convolution_backward(
         geometry.gradient(g_NPO), image, like, None, geometry.stride, (0, 0), geometry.dilation, False,

@@ -1,5 +1,6 @@
 """The three products against numpy's 64-bit integers and the float order that fqt.reference states, every bit of them."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -378,3 +379,17 @@ def test_topk_is_measurably_biased(rng):
     expected = oracle.accumulate_grad_weight(g.double().numpy(), x.values.astype(np.float64), None, (4, 1, 6)).sum(0)
     with pytest.raises(AssertionError, match="biased"):
         oracle.assert_mean(got.sum(0), draws, expected, got.var(0), slack=1e-5, independent=False)
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (1, 3), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_weight_gradient_of_a_1x1_window_stays_within_its_memory(stride, groups):
+    """torch 2.14's convolution_backward corrupts the heap for 1x1 windows with stride (1, 3) on AVX-512."""
+    torch.set_num_threads(2)
+    for samples, channels, outputs in itertools.product((1, 2, 5), (8, 16), (2, 6)):
+        geometry = Geometry(11, 7, (1, 1), stride, (1, 0, 2, 0), (1, 1), groups)
+        positions = geometry.output_size[0] * geometry.output_size[1]
+        g, x = torch.randn(samples, positions, outputs), torch.randn(samples, 77, channels)
+        whole = reference.multiply_grad_weight(g, x, geometry)
+        parts = reference.multiply_grad_weight_of_samples(g, x, geometry).sum(0)
+        torch.testing.assert_close(whole, parts)
