@@ -60,17 +60,15 @@ inline void unpack(const uint8_t* row, int64_t first, int64_t count, int storage
   }
 }
 
-inline int64_t sum(const uint8_t* codes, int64_t count) {
-  uint32_t total = 0;  // at most 2^24 codes of 255: a row of an image, a pixel's channels
-  for (int64_t i = 0; i < count; ++i) total += codes[i];
-  return total;
-}
-
-// The codes' nibbles of one plane as tables of subset sums; `count` codes, a multiple of 16, may be followed by anything.
+// The codes' nibbles of one plane as tables of subset sums; `count` is a multiple of 16.
 inline void make_tables(const uint8_t* codes, int64_t count, int plane, uint8_t* tables) {
+  typedef uint16_t Eight __attribute__((vector_size(16)));
   for (int64_t i = 0; i < count; i += 16) {
+    Eight pairs;
+    std::memcpy(&pairs, codes + i, 16);
+    pairs = (pairs >> 4 * plane) & 0x0f0f;
     uint8_t nibbles[16];
-    for (int j = 0; j < 16; ++j) nibbles[j] = codes[i + j] >> 4 * plane & 15;
+    std::memcpy(nibbles, &pairs, 16);
     for (int j = 0; j < 16; j += kWidth / 4) subset_sums(nibbles + j, tables + (i + j) * 4);
   }
 }

@@ -168,7 +168,7 @@ void grad_input(const GradInput& c) {
         for (int64_t group = 0; group < l.groups; ++group) {
           unpack(row, group * l.out, l.out, c.g.storage, codes.data);
           std::memset(codes.data + l.out, 0, padded - l.out);
-          g_sum[i * l.groups + group] = static_cast<int32_t>(sum(codes.data, l.out));
+          g_sum[i * l.groups + group] = byte_sum(codes.data, padded);
           uint8_t* to = tables.data + i * pixel_bytes + group * planes * table_bytes;
           for (int64_t plane = 0; plane < planes; ++plane) make_tables(codes.data, padded, plane, to + plane * table_bytes);
         }
@@ -178,7 +178,7 @@ void grad_input(const GradInput& c) {
       int64_t tile_count = 0, pixels = 0;
       std::memset(sum_of.data, 0, most_here * l.groups * sizeof(int32_t));
       for (int64_t kind = 0; kind < kinds; ++kind) {
-        const int64_t begin_of_kind = pixels, met_here = met_count[kind];
+        const int64_t begin_of_kind = pixels;
         for (int64_t y = y_begin; y < y_end; ++y) {
           if (l.y.kind[y] != kind / l.x.kinds) continue;
           for (int64_t x = 0; x < l.x.size; ++x) {
@@ -192,12 +192,18 @@ void grad_input(const GradInput& c) {
           for (int64_t m = 0; m < rows; ++m) {
             const int64_t p = pixel_of[first + m], s = sample_of[first + m];
             const int32_t *y_at = l.y.at + p / l.x.size * l.y.taps, *x_at = l.x.at + p % l.x.size * l.x.taps;
-            for (int64_t t = 0; t < met_here; ++t) {
-              const int64_t tap = met[kind * taps + t];
-              const int64_t at = (s * (g_end - g_begin) + y_at[tap / l.x.taps] - g_begin) * l.other_x + x_at[tap % l.x.taps];
-              table_at[first * taps + t * rows + m] = at * pixel_bytes;
-              for (int64_t group = 0; group < l.groups; ++group) {
-                sum_of[(first + m) * l.groups + group] += g_sum[at * l.groups + group];
+            int64_t* to = table_at.data + first * taps + m;
+            for (int64_t ky = 0; ky < l.y.taps; ++ky) {
+              if (y_at[ky] < 0) continue;
+              const int64_t line = (s * (g_end - g_begin) + y_at[ky] - g_begin) * l.other_x;
+              for (int64_t kx = 0; kx < l.x.taps; ++kx) {
+                if (x_at[kx] < 0) continue;
+                const int64_t at = line + x_at[kx];
+                *to = at * pixel_bytes;
+                to += rows;
+                for (int64_t group = 0; group < l.groups; ++group) {
+                  sum_of[(first + m) * l.groups + group] += g_sum[at * l.groups + group];
+                }
               }
             }
           }
@@ -232,7 +238,7 @@ void grad_input(const GradInput& c) {
             if (c.mask != nullptr) {
               uint8_t bits[kWidth / 8];
               copy_bits(c.mask + (n * image + p) * mask_bytes, channel, columns, bits, kWidth / 8);
-              for (int k = 0; k < kWidth; ++k) t[k] = bits[k / 8] & 1 << k % 8 ? t[k] : 0.0f;
+              keep_where_set(bits, t);
             }
             std::memcpy(c.grad + (n * image + p) * channels + channel, t, columns * sizeof(float));
           }
@@ -274,6 +280,32 @@ void grad_weight(const GradWeight& c) {
   };
   met(l.y, y_begin.data, y_end.data);
   met(l.x, x_begin.data, x_end.data);
+
+  bool whole = true;
+  for (int64_t tap = 0; tap < l.y.taps; ++tap) whole &= y_begin[tap] == 0 && y_end[tap] == l.y.size;
+  for (int64_t tap = 0; tap < l.x.taps; ++tap) whole &= x_begin[tap] == 0 && x_end[tap] == l.x.size;
+
+  // for each tap the sum of a channel's codes, of `samples` images, over the positions that the tap meets
+  const auto sum_inside = [&](const uint8_t* codes, int64_t samples, int64_t stride, int32_t* pixel, int32_t* sums) {
+    std::memset(pixel, 0, positions * sizeof(int32_t));
+    for (int64_t s = 0; s < samples; ++s) {
+      for (int64_t i = 0; i < positions; ++i) pixel[i] += codes[s * stride + i];
+    }
+    std::memset(sums, 0, taps * sizeof(int32_t));
+    for (int64_t y = 0; y < l.y.size; ++y) {
+      const int32_t* line = pixel + y * l.x.size;
+      int32_t total = 0;
+      for (int64_t i = 0; i < l.x.size; ++i) total += line[i];
+      for (int64_t kx = 0; kx < l.x.taps; ++kx) {
+        int32_t inside = total;
+        for (int64_t i = 0; i < x_begin[kx]; ++i) inside -= line[i];
+        for (int64_t i = x_end[kx]; i < l.x.size; ++i) inside -= line[i];
+        for (int64_t ky = 0; ky < l.y.taps; ++ky) {
+          if (y >= y_begin[ky] && y < y_end[ky]) sums[ky * l.x.taps + kx] += inside;
+        }
+      }
+    }
+  };
 
   // rows of each group: c.channels is ascending
   Buffer<int64_t> group_begin(l.groups + 1);
@@ -358,31 +390,15 @@ void grad_weight(const GradWeight& c) {
           make_tables(from, room * 4, plane, tables.data + (row * planes + plane) * table_bytes);
         }
         for (int64_t segment = 0; segment < (c.blocks ? samples : 1); ++segment) {
-          std::memset(pixel.data, 0, positions * sizeof(int32_t));
-          for (int64_t s = segment; s < (c.blocks ? segment + 1 : samples); ++s) {
-            for (int64_t i = 0; i < positions; ++i) pixel[i] += from[s * stride + i];
-          }
           int32_t* sums = sum_g.data + (segment * rows + row) * taps;
-          std::memset(sums, 0, taps * sizeof(int32_t));
-          for (int64_t y = 0; y < l.y.size; ++y) {
-            const int32_t* line = pixel.data + y * l.x.size;
-            int32_t total = 0;
-            for (int64_t i = 0; i < l.x.size; ++i) total += line[i];
-            for (int64_t kx = 0; kx < l.x.taps; ++kx) {
-              int32_t inside = x_end[kx] == 0 ? 0 : total;
-              if (x_end[kx] != 0) {
-                for (int64_t i = 0; i < x_begin[kx]; ++i) inside -= line[i];
-                for (int64_t i = x_end[kx]; i < l.x.size; ++i) inside -= line[i];
-              }
-              for (int64_t ky = 0; ky < l.y.taps; ++ky) {
-                if (y >= y_begin[ky] && y < y_end[ky]) sums[ky * l.x.taps + kx] += inside;
-              }
-            }
+          int64_t* all = g_totals.data + (c.blocks ? 0 : row * taps);
+          if (whole) {
+            const int32_t total = byte_sum(from + segment * stride, c.blocks ? stride : used * 4);
+            for (int64_t tap = 0; tap < taps; ++tap) sums[tap] = total;
+          } else {
+            sum_inside(from + segment * stride, c.blocks ? 1 : samples, stride, pixel.data, sums);
           }
-          if (!c.blocks) {
-            int64_t* all = g_totals.data + row * taps;
-            for (int64_t tap = 0; tap < taps; ++tap) all[tap] = (first ? all[tap] : 0) + sums[tap];
-          }
+          for (int64_t tap = 0; !c.blocks && tap < taps; ++tap) all[tap] = (first ? all[tap] : 0) + sums[tap];
         }
       }
     });

@@ -101,6 +101,41 @@ inline void indices(const uint8_t* const rows[4], uint8_t* out) {
 #endif
 }
 
+// The sum of `count` bytes, a multiple of 16: below 2^31, as 8 million of 255 are.
+inline int32_t byte_sum(const uint8_t* bytes, int64_t count) {
+#if defined(FQT_AVX512) || defined(FQT_AVX2)
+  __m128i sum = _mm_setzero_si128();
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i));
+    sum = _mm_add_epi64(sum, _mm_sad_epu8(sixteen, _mm_setzero_si128()));
+  }
+  return _mm_cvtsi128_si32(sum) + _mm_extract_epi32(sum, 2);
+#else
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += bytes[i];
+  return sum;
+#endif
+}
+
+// 0 where the bit of a float is not set; kWidth floats, aligned.
+inline void keep_where_set(const uint8_t* bits, float* values) {
+#if defined(FQT_AVX512)
+  for (int i = 0; i < kWidth / 16; ++i) {
+    __mmask16 sixteen;
+    std::memcpy(&sixteen, bits + 2 * i, 2);
+    _mm512_store_ps(values + 16 * i, _mm512_maskz_load_ps(sixteen, values + 16 * i));
+  }
+#elif defined(FQT_AVX2)
+  const __m256i bit_of = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
+  for (int i = 0; i < kWidth / 8; ++i) {
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits[i]), bit_of), bit_of);
+    _mm256_store_ps(values + 8 * i, _mm256_and_ps(_mm256_load_ps(values + 8 * i), _mm256_castsi256_ps(set)));
+  }
+#else
+  for (int i = 0; i < kWidth; ++i) values[i] = bits[i / 8] >> i % 8 & 1 ? values[i] : 0.0f;
+#endif
+}
+
 // Bits in which rows of `a` differ from the 16 columns of `w`, word by word: out[m][lane] for M rows.
 template <int M>
 inline void differing_bits(const uint32_t* a, int64_t stride, const uint32_t* w, int64_t words, int32_t out[][kLanes]) {
