@@ -73,7 +73,8 @@ def _refuses_gradient(g: Format, other: Format, axes: tuple[str, ...]) -> str | 
 
 
 @functools.cache
-def _operators():
+def operators():
+    """The extension's own operators."""
     torch.ops.load_library(_LIBRARY)
     return torch.ops.fqt_cpu
 
@@ -102,10 +103,10 @@ def quantize(
     codes = torch.zeros(format.packed_shape(shape), dtype=torch.uint8)
     mask = None if pass_range is None else torch.zeros(_BIT.packed_shape(shape), dtype=torch.uint8)
     if x_NPC.numel():
-        _operators().group_range(x_NPC, fold, format.axes, low, high)
+        operators().group_range(x_NPC, fold, format.axes, low, high)
         if mask is not None:
             low_high = map(float, pass_range or ())
-            _operators().encode(x_NPC, None, None, None, None, None, 0, "inside", *low_high, 1, "", mask)
+            operators().encode(x_NPC, None, None, None, None, None, 0, "inside", *low_high, 1, "", mask)
 
     mean = None
     if calibrate == "absmean":
@@ -116,7 +117,7 @@ def quantize(
         kept, factor = keep_groups(low, high, prune, keep_one_in, key, stream + 1)
         keep &= factor > 0
     if x_NPC.numel():
-        _operators().encode(
+        operators().encode(
             x_NPC, fold, inverse, offset, keep, key if stochastic else None, stream,
             "sign" if format.grid == "sign" else "uniform", *map(float, format.code_range), format.storage_bits,
             format.axes, codes,
@@ -131,7 +132,7 @@ def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | Non
     geometry = geometry or _column(positions)
     height, width = geometry.output_size
     y = x.scale.new_empty(n, height * width, w.shape[0])
-    _operators().sign_output(
+    operators().sign_output(
         x.codes.contiguous(),
         spread(x.scale, x)[:, :, 0],
         w.codes.contiguous(),
@@ -151,7 +152,7 @@ def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry |
     if g.index is not None and g.format.axes == "N":
         samples = g.index[g.index >= 0]
         grad.zero_()
-    _operators().sign_grad_input(
+    operators().sign_grad_input(
         g.codes.contiguous(),
         g.format.bits,
         spread(g.scale, g)[:, :, 0],
@@ -183,7 +184,7 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
             channels = kept
             if groups > 1:  # as the reference, which multiplies these by scale 0: NaN where x's scale is
                 grad += 0.0 * x.scale
-    _operators().sign_grad_weight(
+    operators().sign_grad_weight(
         g.codes.contiguous(), g.format.bits, g.format.axes, scale, offset, samples, channels, x.codes.contiguous(), x.scale,
         [n, x.shape[2], out, *(geometry or _column(positions)).flat()], grad,
     )  # fmt: skip

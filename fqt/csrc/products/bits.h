@@ -60,6 +60,31 @@ inline void unpack(const uint8_t* row, int64_t first, int64_t count, int storage
   }
 }
 
+// Reorders the bits of every kWidth columns, in place: bit b becomes that of column b % 4 * (kWidth / 4) + b / 4, so that the
+// bytes of a vector of looked-up sums, taken apart into four vectors of 32-bit integers, are columns in order.
+inline void weave(uint8_t* bits, int64_t bytes) {
+  struct Table {
+    uint32_t fours[256];  // bit i of a byte at bit 4 * i
+    constexpr Table() : fours{} {
+      for (int byte = 0; byte < 256; ++byte) {
+        for (int i = 0; i < 8; ++i) fours[byte] |= static_cast<uint32_t>(byte >> i & 1) << 4 * i;
+      }
+    }
+  };
+  static constexpr Table table;
+  for (int64_t at = 0; at < bytes; at += kWidth / 8) {
+    uint64_t woven = 0;
+    for (int r = 0; r < 4; ++r) {
+      for (int i = 0; i < (kWidth + 31) / 32; ++i) {
+        const int bit = r * (kWidth / 4) + 8 * i;
+        const int byte = kWidth < 32 ? bits[at + bit / 8] >> bit % 8 & 15 : bits[at + bit / 8];
+        woven |= static_cast<uint64_t>(table.fours[byte]) << (r + 32 * i);
+      }
+    }
+    std::memcpy(bits + at, &woven, kWidth / 8);
+  }
+}
+
 // The codes' nibbles of one plane as tables of subset sums; `count` is a multiple of 16.
 inline void make_tables(const uint8_t* codes, int64_t count, int plane, uint8_t* tables) {
   typedef uint16_t Eight __attribute__((vector_size(16)));

@@ -9,42 +9,98 @@
 
 namespace {
 
-// sums[m][column] += the looked-up entries << shift, for M rows. A tap is a stretch of 4 * `quads` lookups: row m's tables
-// begin at tables + table_at[tap * M + m], the indices at index + index_at[tap].
+// Sums of bytes in 16 bits: all bytes as they lie, even + 256 * odd modulo 2^16, and the odd ones apart.
 template <int M>
-void lookups(const uint8_t* tables, const int64_t* table_at, const uint8_t* index, const int64_t* index_at, int64_t taps,
-             int64_t quads, int shift, int32_t sums[][kWidth]) {
-  constexpr int kMost = 256;
-  Halves all[M], odd[M];  // sums of even + 256 * odd bytes modulo 2^16, and of odd bytes
-  for (int m = 0; m < M; ++m) all[m] = odd[m] = Halves{};
-  int held = 0;
-  const auto widen = [&] {
-    for (int m = 0; m < M; ++m) {
-      const Halves even = all[m] - (odd[m] << 8);
-      for (int i = 0; i < kWidth / 2; ++i) {
-        sums[m][2 * i] += even[i] << shift;
-        sums[m][2 * i + 1] += odd[m][i] << shift;
-      }
-      all[m] = odd[m] = Halves{};
-    }
-    held = 0;
-  };
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    const uint8_t* table[M];
-    for (int m = 0; m < M; ++m) table[m] = tables + table_at[tap * M + m];
-    const uint8_t* column = index + index_at[tap];
-    for (int64_t quad = 0; quad < quads; ++quad, column += 4 * kWidth) {
-      const Bytes i0 = load(column), i1 = load(column + kWidth), i2 = load(column + 2 * kWidth), i3 = load(column + 3 * kWidth);
+struct Sums {
+  Halves all[M], odd[M];
+
+  // Row m's tables are at table[m], four lookups a quad.
+  void add(const uint8_t* const* table, const uint8_t* index, int64_t quads) {
+    for (int64_t quad = 0; quad < quads; ++quad, index += 4 * kWidth) {
+      const Bytes i0 = load(index), i1 = load(index + kWidth), i2 = load(index + 2 * kWidth), i3 = load(index + 3 * kWidth);
       for (int m = 0; m < M; ++m) {
         const uint8_t* t = table[m] + quad * 64;
         const Bytes sum = (lookup(t, i0) + lookup(t + 16, i1)) + (lookup(t + 32, i2) + lookup(t + 48, i3));
         all[m] += (Halves)sum;
         odd[m] += (Halves)sum >> 8;
       }
-      if (++held == kMost) widen();
+    }
+  }
+
+  // A quarter of row m's columns: `weave` put them where they now come out in order.
+  Ints quarter(int m, int which) const {
+    const Ints pairs = (Ints)(which % 2 ? odd[m] : all[m] - (odd[m] << 8));
+    return which < 2 ? pairs & 0xffff : pairs >> 16;
+  }
+};
+
+constexpr int64_t kMostQuads = 256;
+
+// sums[m][column] += the looked-up entries << shift, for M rows. A tap is a stretch of 4 * `quads` lookups: row m's tables
+// begin at tables + table_at[tap * M + m], the indices at index + index_at[tap].
+template <int M>
+void lookups(const uint8_t* tables, const int64_t* table_at, const uint8_t* index, const int64_t* index_at, int64_t taps,
+             int64_t quads, int shift, int32_t sums[][kWidth]) {
+  Sums<M> narrow{};
+  int64_t held = 0;
+  const auto widen = [&] {
+    for (int m = 0; m < M; ++m) {
+      for (int i = 0; i < 4; ++i) reinterpret_cast<Ints*>(sums[m])[i] += narrow.quarter(m, i) << shift;
+    }
+    narrow = {};
+    held = 0;
+  };
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const uint8_t* table[M];
+    for (int m = 0; m < M; ++m) table[m] = tables + table_at[tap * M + m];
+    for (int64_t done = 0; done < quads;) {
+      const int64_t now = least(quads - done, kMostQuads - held);
+      narrow.add(table, index + index_at[tap] + done * 4 * kWidth, now);
+      for (int m = 0; m < M; ++m) table[m] += now * 64;
+      done += now;
+      held += now;
+      if (held == kMostQuads) widen();
     }
   }
   widen();
+}
+
+// What `add_blocks` reads of the samples of a chunk, each at `*_step` behind the one before.
+struct Blocks {
+  int64_t count, quads;
+  const uint8_t *tables, *index;
+  int64_t row_step, table_step, index_step;
+  const int32_t* sum_g;
+  int64_t sum_row_step, sum_step;
+  const float *scale, *offset, *terms;  // of row 0; offset may be null
+  int64_t scale_step, terms_step;
+  float x_scale;
+};
+
+// grad[m][column] += the sample's product, sample by sample: integers within, floats between, in the reference's order.
+// One plane, at most kMostQuads: the integers never leave the registers.
+template <int M>
+void add_blocks(const Blocks& b, float grad[][kWidth]) {
+  typedef int32_t Signed __attribute__((vector_size(kWidth)));
+  typedef float Floats __attribute__((vector_size(kWidth), may_alias));
+  for (int64_t s = 0; s < b.count; ++s) {
+    Sums<M> sums{};
+    const uint8_t* table[M];
+    for (int m = 0; m < M; ++m) table[m] = b.tables + s * b.table_step + m * b.row_step;
+    sums.add(table, b.index + s * b.index_step, b.quads);
+    const Floats* terms = reinterpret_cast<const Floats*>(b.terms + s * b.terms_step);
+    for (int m = 0; m < M; ++m) {
+      const int32_t all = b.sum_g[s * b.sum_step + m * b.sum_row_step];
+      const float scale = b.scale[s * b.scale_step + m];
+      Floats* to = reinterpret_cast<Floats*>(grad[m]);
+      for (int i = 0; i < 4; ++i) {
+        const Signed codes = ((Signed)sums.quarter(m, i) << 1) - all;
+        Floats t = __builtin_convertvector(codes, Floats) * scale * b.x_scale;
+        if (b.offset != nullptr) t += terms[i] * b.offset[s * b.scale_step + m];
+        to[i] += t;
+      }
+    }
+  }
 }
 
 using Lookups = void (*)(const uint8_t*, const int64_t*, const uint8_t*, const int64_t*, int64_t, int64_t, int,
@@ -54,6 +110,10 @@ using Lookups = void (*)(const uint8_t*, const int64_t*, const uint8_t*, const i
 inline int tile_rows(int64_t left) { return left >= kRows ? kRows : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 inline Lookups lookups_of(int rows) {
   return rows == kRows ? lookups<kRows> : rows == 4 ? lookups<4> : rows == 2 ? lookups<2> : lookups<1>;
+}
+using AddBlocks = void (*)(const Blocks&, float[][kWidth]);
+inline AddBlocks add_blocks_of(int rows) {
+  return rows == kRows ? add_blocks<kRows> : rows == 4 ? add_blocks<4> : rows == 2 ? add_blocks<2> : add_blocks<1>;
 }
 
 // How often each column's bit is set: the lookup with four ones for every table.
@@ -95,6 +155,7 @@ void grad_input(const GradInput& c) {
         const uint8_t* row = c.w + ((group * l.out + o) * taps + tap) * row_bytes;
         copy_bits(row, first, columns, bits.data + o * kWidth / 8, kWidth / 8);
       }
+      weave(bits.data, l.out * kWidth / 8);
       uint8_t* to = index.data + item * tap_bytes;
       for (int64_t o = 0; o < padded; o += 4) {
         const uint8_t* rows[4];
@@ -263,6 +324,9 @@ void grad_weight(const GradWeight& c) {
   const auto positions_of = [&](int64_t n) { return n == l.n - 1 ? positions - c.missing : positions; };
   Buffer<uint8_t> x((x_rows + 1) * l.groups * x_bytes);
   align_groups(c.x, x_rows, l.groups, l.in, x_bytes, x.data);
+  parallel(x_rows, most(1, 32768 / (l.groups * x_bytes + 1)), [&](int64_t begin, int64_t end) {
+    weave(x.data + begin * l.groups * x_bytes, (end - begin) * l.groups * x_bytes);
+  });
   uint8_t* outside = x.data + x_rows * l.groups * x_bytes;
   std::memset(outside, 0, l.groups * x_bytes);
 
@@ -326,7 +390,8 @@ void grad_weight(const GradWeight& c) {
   Buffer<int32_t> sum_g(segments * rows * taps);
   Buffer<int64_t> sum_x(offset && !c.blocks ? l.groups * panels * taps * kWidth : 0);
   Buffer<float> scaled_sum(offset ? segments * l.groups * panels * taps * kWidth : 0);
-  const bool one_chunk = c.sample_count <= chunk;
+  Buffer<float> scales(segments * rows), offsets(segments * rows);
+  const bool one_chunk = c.sample_count <= chunk, narrow = c.blocks && planes == 1 && fours / 4 <= kMostQuads;
   Buffer<int64_t> totals(c.blocks || one_chunk ? 0 : rows * taps * panels * kWidth);
   Buffer<int64_t> g_totals(c.blocks ? 0 : rows * taps);
 
@@ -444,6 +509,12 @@ void grad_weight(const GradWeight& c) {
       }
     });
 
+    for (int64_t i = 0; i < (narrow ? samples : 0) * rows; ++i) {
+      const int64_t n = c.samples[first + i / rows], channel = c.channels[i % rows];
+      scales[i] = c.g_scale(n, channel);
+      if (offset) offsets[i] = c.g_offset(n, channel);
+    }
+
     // tiles of rows x columns of one tap, rows outermost: their tables stay in the cache
     Buffer<int64_t> tile_row(rows), tile_height(rows), tile_group(rows);
     int64_t tiles = 0;
@@ -467,7 +538,15 @@ void grad_weight(const GradWeight& c) {
         if (c.blocks) {
           for (int m = 0; m < height; ++m) std::memcpy(grad[m], of_row(m), columns * sizeof(float));
         }
-        for (int64_t segment = 0; segment < (c.blocks ? samples : 1); ++segment) {
+        if (narrow) {
+          const int64_t parts = l.groups * panels * taps;
+          add_blocks_of(height)({samples, fours / 4, tables.data + row * table_bytes, index.data + part * part_bytes,
+                                 table_bytes, fours * 16, fours * kWidth, sum_g.data + row * taps + tap, taps, rows * taps,
+                                 scales.data + row, offset ? offsets.data + row : nullptr, scaled_sum.data + part * kWidth,
+                                 rows, parts * kWidth, c.x_scale},
+                                grad);
+        }
+        for (int64_t segment = 0; segment < (narrow ? 0 : c.blocks ? samples : 1); ++segment) {
           std::memset(sums, 0, sizeof(sums));
           const int64_t index_at = segment * fours * kWidth;
           for (int64_t plane = 0; plane < planes; ++plane) {

@@ -16,6 +16,7 @@ constexpr int kLanes = 16;  // output channels side by side in `output`
 
 typedef uint8_t Bytes __attribute__((vector_size(kWidth), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(kWidth)));
+typedef uint32_t Ints __attribute__((vector_size(kWidth), may_alias));
 
 inline Bytes load(const uint8_t* from) { return *reinterpret_cast<const Bytes*>(from); }  // aligned
 
