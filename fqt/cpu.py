@@ -11,26 +11,70 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fqt.formats import FLOAT8_MAX, Format
+from fqt.formats import FLOAT8_MAX, Format, Shape3
+from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
-from fqt.reference import absmean, calibrate_groups, group_rows, keep_groups, pruned
+from fqt.reference import absmean, calibrate_groups, group_rows, keep_groups, pruned, spread
 
 _LIBRARY = Path(__file__).parent / "_cpu.so"
 _BIT = Format("sign", 1)
 
 
+_NOT_BUILT = "the C++ kernels are not built: python setup.py build_ext --inplace"
+
+
 def refuses_quantize(formats: tuple[Format, ...]) -> str | None:
     """Why `quantize` cannot serve a request, or None."""
     if not _LIBRARY.exists():
-        return "the C++ kernels are not built: python setup.py build_ext --inplace"
+        return _NOT_BUILT
     (format,) = formats
     if format.bits > 8 or format.grid in FLOAT8_MAX:
         return "codes of more than 8 bits and float8 are not vectorized"
     return None
 
 
+def refuses_output(formats: tuple[Format, ...], geometry: Geometry | None) -> str | None:
+    """Why `output` cannot serve a request, or None."""
+    if not _LIBRARY.exists():
+        return _NOT_BUILT
+    x, w = formats
+    if x.grid != "sign" or w.grid != "sign":
+        return f"the kernel multiplies signs by signs, not {x.name} by {w.name}"
+    if x.axes not in _leaving(geometry) or w.axes not in ("", "O"):
+        return f"scales {x.axes!r} of x and {w.axes!r} of w vary along the summed axes"
+    return None
+
+
+def refuses_grad_input(formats: tuple[Format, ...], geometry: Geometry | None) -> str | None:
+    """Why `grad_input` cannot serve a request, or None."""
+    g, w = formats
+    return _refuses_gradient(g, w, (*_leaving(geometry),))
+
+
+def refuses_grad_weight(formats: tuple[Format, ...]) -> str | None:
+    """Why `grad_weight` cannot serve a request, or None."""
+    g, x = formats
+    return _refuses_gradient(g, x, ("", "N", "C", "NC"))
+
+
+def _leaving(geometry: Geometry | None) -> tuple[str, ...]:
+    """The axes of scales that leave `output` and `grad_input`: a convolution's window mixes positions."""
+    return ("", "N", "NP") if geometry is None else ("", "N")
+
+
+def _refuses_gradient(g: Format, other: Format, axes: tuple[str, ...]) -> str | None:
+    if not _LIBRARY.exists():
+        return _NOT_BUILT
+    if g.grid != "uint" or g.bits > 8 or other.grid != "sign":
+        return f"the kernel multiplies unsigned codes of 1 to 8 bits by signs, not {g.name} by {other.name}"
+    if g.axes not in axes or other.axes:
+        return f"scales {g.axes!r} of g and {other.axes!r} of the other operand vary along the summed axes"
+    return None
+
+
 @functools.cache
-def _operators():
+def operators():
+    """The extension's own operators."""
     torch.ops.load_library(_LIBRARY)
     return torch.ops.fqt_cpu
 
@@ -59,10 +103,10 @@ def quantize(
     codes = torch.zeros(format.packed_shape(shape), dtype=torch.uint8)
     mask = None if pass_range is None else torch.zeros(_BIT.packed_shape(shape), dtype=torch.uint8)
     if x_NPC.numel():
-        _operators().group_range(x_NPC, fold, format.axes, low, high)
+        operators().group_range(x_NPC, fold, format.axes, low, high)
         if mask is not None:
             low_high = map(float, pass_range or ())
-            _operators().encode(x_NPC, None, None, None, None, None, 0, "inside", *low_high, 1, "", mask)
+            operators().encode(x_NPC, None, None, None, None, None, 0, "inside", *low_high, 1, "", mask)
 
     mean = None
     if calibrate == "absmean":
@@ -73,10 +117,80 @@ def quantize(
         kept, factor = keep_groups(low, high, prune, keep_one_in, key, stream + 1)
         keep &= factor > 0
     if x_NPC.numel():
-        _operators().encode(
+        operators().encode(
             x_NPC, fold, inverse, offset, keep, key if stochastic else None, stream,
             "sign" if format.grid == "sign" else "uniform", *map(float, format.code_range), format.storage_bits,
             format.axes, codes,
         )  # fmt: skip
     q = QTensor(codes, scale, offset, None, format, shape)
     return q if kept is None or factor is None else pruned(q, kept, factor), mask
+
+
+def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
+    """As `fqt.reference.output`, of signs: xor and popcount."""
+    n, positions, _ = x.shape
+    geometry = geometry or _column(positions)
+    height, width = geometry.output_size
+    y = x.scale.new_empty(n, height * width, w.shape[0])
+    operators().sign_output(
+        x.codes.contiguous(),
+        spread(x.scale, x)[:, :, 0],
+        w.codes.contiguous(),
+        spread(w.scale, w)[:, :, 0],
+        None if bias is None else bias.float().contiguous(),
+        [n, x.shape[2], w.shape[0], *geometry.flat()],
+        y,
+    )
+    return y
+
+
+def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry | None, x_shape: Shape3) -> Tensor:
+    """As `fqt.reference.grad_input`, of unsigned codes and signs: subset sums looked up by four weights."""
+    n, _, channels = x_shape
+    samples = torch.arange(n, dtype=torch.int32)
+    grad = g.scale.new_empty(x_shape)
+    if g.index is not None and g.format.axes == "N":
+        samples = g.index[g.index >= 0]
+        grad.zero_()
+    operators().sign_grad_input(
+        g.codes.contiguous(),
+        g.format.bits,
+        spread(g.scale, g)[:, :, 0],
+        None if g.offset is None else spread(g.offset, g)[:, :, 0],
+        samples,
+        w.codes.contiguous(),
+        w.scale,
+        None if mask is None else mask.contiguous(),
+        [n, channels, w.shape[0], *(geometry or _column(x_shape[1])).flat()],
+        grad,
+    )
+    return grad
+
+
+def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
+    """As `fqt.reference.grad_weight`, of unsigned codes and signs: subset sums looked up by the signs of four positions."""
+    n, positions, out = g.shape
+    groups = geometry.groups if geometry else 1
+    taps = geometry.kernel[0] * geometry.kernel[1] if geometry else 1
+    grad = x.scale.new_zeros(out, taps, x.shape[2] // groups)
+    samples, channels = torch.arange(n, dtype=torch.int32), torch.arange(out, dtype=torch.int32)
+    scale, offset = (None if v is None else spread(v, g)[:, 0] for v in (g.scale, g.offset))
+    assert scale is not None
+    if g.index is not None and g.format.axes in ("N", "C"):
+        kept = g.index[g.index >= 0]
+        if g.format.axes == "N":
+            samples = kept
+        else:
+            channels = kept
+            if groups > 1:  # as the reference, which multiplies these by scale 0: NaN where x's scale is
+                grad += 0.0 * x.scale
+    operators().sign_grad_weight(
+        g.codes.contiguous(), g.format.bits, g.format.axes, scale, offset, samples, channels, x.codes.contiguous(), x.scale,
+        [n, x.shape[2], out, *(geometry or _column(positions)).flat()], grad,
+    )  # fmt: skip
+    return grad
+
+
+def _column(positions: int) -> Geometry:
+    """A linear layer as a convolution: a 1x1 window over a column of positions."""
+    return Geometry(positions, 1, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)

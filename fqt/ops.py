@@ -55,6 +55,15 @@ class Kernel:
 
 KERNELS: list[Kernel] = [
     Kernel("quantize", "cpu", "cpu", "fqt.cpu:quantize", lambda request: cpu.refuses_quantize(request.formats)),
+    Kernel("output", "cpu", "cpu", "fqt.cpu:output", lambda request: cpu.refuses_output(request.formats, request.geometry)),
+    Kernel(
+        "grad_input",
+        "cpu",
+        "cpu",
+        "fqt.cpu:grad_input",
+        lambda request: cpu.refuses_grad_input(request.formats, request.geometry),
+    ),
+    Kernel("grad_weight", "cpu", "cpu", "fqt.cpu:grad_weight", lambda request: cpu.refuses_grad_weight(request.formats)),
     *(Kernel(operator, "reference", "", f"fqt.reference:{operator}", lambda request: None) for operator in OPERATORS),
 ]
 

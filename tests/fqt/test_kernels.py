@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 
 from fqt import ops, reference
-from fqt.formats import Format
-from fqt.ops import KERNELS, Kernel, Request
+from fqt.formats import Format, Shape3
+from fqt.geometry import Geometry
+from fqt.ops import KERNELS, PRODUCTS, Kernel, Request
+from fqt.qtensor import QTensor
 from fqt.quantizers import Quantizer, build, quantize
 from fqt.recipe import LEFT_RIGHT, load_recipe, recipes
-from fqt.testing import assert_same_codes
+from fqt.reference import pack
+from fqt.testing import assert_same_codes, assert_same_values
 
 QUANTIZE = [row for row in KERNELS if row.operator == "quantize" and row.backend != "reference"]
+MULTIPLY = [row for row in KERNELS if row.operator in PRODUCTS and row.backend == "cpu"]
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65)
 FILLS = ("normal", "nan", "inf", "tiny", "constant", "zeros", "huge")
 LAYOUTS = ("contiguous", "channels_first", "expanded", "sliced", "bfloat16")
@@ -117,3 +122,169 @@ def test_a_key_is_needed_to_draw():
         assert quantizer is not None
         with pytest.raises(ValueError, match="draws random numbers: give it a key"):
             quantize(torch.randn(2, 3, 4), quantizer, "g")
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+# formats of the left operand, of the right; {b}: bits
+PRODUCT_FORMATS = {
+    "output": (("sign", "sign:N", "sign:NP"), ("sign", "sign:O")),
+    "grad_input": (("uint{b}+:N", "uint{b}+:N", "uint{b}+", "uint{b}:N", "uint{b}:NP"), ("sign",)),
+    "grad_weight": (("uint{b}+:C", "uint{b}+:C", "uint{b}+:NC", "uint{b}+:N", "uint{b}+", "uint{b}:C"), ("sign",)),
+}
+
+
+@pytest.fixture
+def instruction_set(request: pytest.FixtureRequest):
+    """The products limited to one instruction set, where the kernels are built and the machine has it."""
+    reason = ops.cpu.refuses_output((Format("sign", 1), Format("sign", 1)), None)
+    if reason is not None:
+        pytest.skip(reason)
+    level = INSTRUCTION_SETS.index(request.param)
+    limit = ops.cpu.operators().limit_products
+    try:
+        if limit(level) != level:
+            pytest.skip(f"this machine has no {request.param}")
+        yield
+    finally:
+        limit(len(INSTRUCTION_SETS) - 1)
+
+
+def coded(format: Format, shape: Shape3, draw: random.Random, generator: torch.Generator, pruned: bool = False) -> QTensor:
+    """A quantized tensor of random codes and scales, now and then NaN; pruned: only some of its groups, at times none, kept."""
+    groups = format.groups(shape)
+    elements = shape[0] * shape[1] * shape[2] // max(groups, 1)
+    stored = torch.randint(2**format.bits, (groups, elements), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(groups, generator=generator) + 0.1
+    offset = torch.randn(groups, generator=generator) if format.offset else None
+    if groups and draw.random() < 0.1:
+        scale[draw.randrange(groups)] = float("nan")
+    index = None
+    if pruned:
+        keep = torch.rand(groups, generator=generator) < draw.choice((0.0, 0.3, 0.6, 1.0))
+        kept = keep.nonzero().flatten()
+        index = torch.full((groups,), -1, dtype=torch.int32)
+        index[: kept.numel()] = kept.int()
+        scale = torch.where(keep, scale, 0.0)
+        offset = None if offset is None else torch.where(keep, offset, 0.0)
+    return QTensor(pack(stored, format, shape), scale, offset, index, format, shape)
+
+
+def layer(draw: random.Random) -> tuple[Shape3, Shape3, Shape3, Geometry | None]:
+    """Shapes of x, w and g of a random linear layer or convolution, and its geometry."""
+    n = draw.choice((0, 1, 1, 2, 3, 5, 17))
+    if draw.random() < 0.3:
+        p, i, o = draw.choice((0, 1, 1, 2, 5, 33)), draw.choice((0, *SIZES)), draw.choice((0, *SIZES))
+        n, p = draw.choice([(n, p)] * 30 + [(2100, 1), (1, 1500), (40, 33)])
+        return (n, p, i), (o, 1, i), (n, p, o), None
+    groups = draw.choice((1, 1, 1, 2, 3, 17))
+    sizes = SIZES if groups == 1 else (1, 2, 5, 8, 9) if groups < 10 else (1, 2)
+    i, o = draw.choice(sizes), draw.choice(sizes)
+    while True:
+        kernel = draw.choice([(1, 1), (1, 3), (3, 1), (2, 2), (4, 2), (5, 5), *[(3, 3)] * 4])
+        geometry = Geometry(
+            draw.randint(1, 9),
+            draw.randint(1, 9),
+            kernel,
+            (draw.randint(1, 3), draw.randint(1, 3)),
+            (draw.randint(0, 3), draw.randint(0, 3), draw.randint(0, 3), draw.randint(0, 3)),
+            (draw.randint(1, 2), draw.randint(1, 3)),
+            groups,
+        )
+        if min(geometry.output_size) > 0:
+            break
+    pixels, outputs = geometry.height * geometry.width, geometry.output_size[0] * geometry.output_size[1]
+    if n * outputs * kernel[0] * kernel[1] * i * o > 5e5:
+        n = 1
+    return (n, pixels, i * groups), (o * groups, kernel[0] * kernel[1], i), (n, outputs, o * groups), geometry
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("row", MULTIPLY, ids=lambda row: f"{row.operator}-{row.backend}")
+@pytest.mark.usefixtures("instruction_set", "poisoned_memory")
+def test_products_equal_the_reference(row: Kernel, rng: np.random.Generator):
+    """Random layers, formats, pruning, masks, biases and thread counts, 520 an instruction set."""
+    draw = random.Random(int(rng.integers(2**62)))
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    served = 0
+    while served < 520:
+        x_shape, w_shape, g_shape, geometry = layer(draw)
+        names = [draw.choice(choices) for choices in PRODUCT_FORMATS[row.operator]]
+        left, right = (Format.parse(name.format(b=draw.choice((4, 4, 4, *range(1, 9))))) for name in names)
+        if row.refuses(Request("cpu", (left, right), geometry)) is not None:
+            continue
+        pruned = draw.random() < 0.4
+        torch.set_num_threads(draw.choice((1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 8)))
+        if row.operator == "output":
+            bias = draw.choice((None, torch.randn(w_shape[0], generator=generator)))
+            args = (coded(left, x_shape, draw, generator), coded(right, w_shape, draw, generator), bias, geometry)
+        elif row.operator == "grad_input":
+            mask_shape = Format("sign", 1).packed_shape(x_shape)
+            mask = draw.choice((None, torch.randint(256, mask_shape, generator=generator, dtype=torch.uint8)))
+            w = coded(right, w_shape, draw, generator)
+            args = (coded(left, g_shape, draw, generator, pruned), w, mask, geometry, x_shape)
+        else:
+            args = (coded(left, g_shape, draw, generator, pruned), coded(right, x_shape, draw, generator), geometry)
+        actual = ops.load(row.function)(*args)
+        try:
+            assert_same_values(actual, getattr(reference, row.operator)(*args))
+        except AssertionError as error:
+            error.add_note(f"{names} {left.name} of {g_shape}, w {w_shape}, {geometry}, {torch.get_num_threads()} threads")
+            raise
+        served += 1
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_narrow_sums_do_not_overflow(bits: int):
+    """The largest codes under signs that are all +1: table entries of 60, bytes of 240, and 16 bits filled to the last."""
+    for terms in (4095, 4096, 4097, 9000):
+        largest = torch.full((1, terms), 2**bits - 1, dtype=torch.uint8)
+        one = torch.ones(1)
+        plus = Format("sign", 1)
+        g_format = Format("uint", bits)
+        g = QTensor(pack(largest, g_format, (1, 1, terms)), one, None, None, g_format, (1, 1, terms))
+        w = QTensor(torch.full((terms, 1, 1), 255, dtype=torch.uint8), one, None, None, plus, (terms, 1, 3))
+        grad = ops.cpu.grad_input(g, w, None, None, (1, 1, 3))
+        assert grad.tolist() == [[[terms * (2**bits - 1.0)] * 3]]
+        g = QTensor(pack(largest, g_format, (1, terms, 1)), one, None, None, g_format, (1, terms, 1))
+        x = QTensor(torch.full((1, terms, 1), 255, dtype=torch.uint8), one, None, None, plus, (1, terms, 3))
+        assert ops.cpu.grad_weight(g, x, None).tolist() == [[[terms * (2**bits - 1.0)] * 3]]
+        x = QTensor(torch.zeros(1, 1, -(-terms // 8), dtype=torch.uint8), one, None, None, plus, (1, 1, terms))
+        w = QTensor(pack(torch.ones(1, terms, dtype=torch.uint8), plus, (1, 1, terms)), one, None, None, plus, (1, 1, terms))
+        assert ops.cpu.output(x, w, None, None).tolist() == [[[-float(terms)]]]
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS[-1:], indirect=True)
+@pytest.mark.usefixtures("instruction_set")
+def test_sums_over_a_batch_pass_32_bits():
+    rows = 8_500_000
+    one, codes = torch.ones(1), torch.full((1, rows, 1), 255, dtype=torch.uint8)
+    g = QTensor(codes, one, None, None, Format("uint", 8), (1, rows, 1))
+    x = QTensor(codes, one, None, None, Format("sign", 1), (1, rows, 1))
+    assert rows * 255 > 2**31
+    assert ops.cpu.grad_weight(g, x, None).item() == float(np.float32(rows * 255))
+
+
+@pytest.mark.parametrize(
+    ("operator", "formats", "convolution", "reason"),
+    [
+        ("output", ("int4", "sign"), False, "signs by signs, not int4 by sign"),
+        ("output", ("sign:NP", "sign"), True, "scales 'NP' of x and '' of w vary"),
+        ("grad_input", ("int8:N", "sign"), False, "unsigned codes of 1 to 8 bits by signs, not int8:N by sign"),
+        ("grad_input", ("uint9:N", "sign"), False, "unsigned codes of 1 to 8 bits"),
+        ("grad_input", ("uint4:C", "sign"), False, "scales 'C' of g and '' of the other operand vary"),
+        ("grad_input", ("uint4:N", "sign:O"), False, "scales 'N' of g and 'O' of the other operand vary"),
+        ("grad_weight", ("uint4:C", "uint4"), False, "by signs, not uint4:C by uint4"),
+        ("grad_weight", ("uint4:NP", "sign"), False, "scales 'NP' of g"),
+    ],
+)
+def test_products_refuse_with_a_reason(operator: str, formats: tuple[str, str], convolution: bool, reason: str):
+    if ops.cpu.refuses_output((Format("sign", 1), Format("sign", 1)), None) is not None:
+        pytest.skip("the kernels are not built")
+    geometry = Geometry(3, 3, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1), 1) if convolution else None
+    request = Request("cpu", (Format.parse(formats[0]), Format.parse(formats[1])), geometry)
+    kernel, reasons = ops.select(operator, request)
+    assert kernel.backend == "reference"
+    assert any(reason in text for text in reasons), reasons

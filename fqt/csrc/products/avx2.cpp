@@ -1,0 +1,13 @@
+#include "isa.h"  // before the pragma: what it includes must run on every machine
+
+#if defined(FQT_X86)
+#include <immintrin.h>
+#pragma GCC target("avx2,popcnt,bmi")
+#define FQT_AVX2
+namespace fqt::avx2 {
+#include "vector.h"
+#include "bits.h"
+#include "output.h"
+#include "gradients.h"
+}
+#endif

@@ -1,0 +1,99 @@
+// What the product operators and the kernels of all instruction sets share: plain structs, so that nothing that is compiled
+// for a newer machine can be linked into code for an older one.
+#pragma once
+
+#include "../quantize/isa.h"  // FQT_X86, parallel
+
+#include <cstdlib>
+
+namespace fqt {
+
+// One image axis of a convolution: where position i meets tap k on the other side, at[i * taps + k], or -1 outside. Positions
+// of one `kind` meet the same taps; `example` has one position of each kind. A linear layer is a 1x1 convolution of a column
+// of positions.
+struct Axis {
+  int64_t size, taps, kinds;
+  const int32_t *at, *kind, *example;
+};
+
+// A scale or offset by two axes, either of which may have stride 0.
+struct Scale {
+  const float* data = nullptr;
+  int64_t s0 = 0, s1 = 0;
+  float operator()(int64_t i, int64_t j) const { return data[i * s0 + j * s1]; }
+};
+
+// What the three products know of the layer: images of y.size x x.size pixels and what they meet, seen from the side of the
+// product's result (`output`: from its pixels to the input's; `grad_input`: from the input's to the gradient's).
+struct Layer {
+  int64_t n, groups, in, out;  // samples; channels of a group
+  Axis y, x;
+  int64_t other_y, other_x;  // size of the images on the other side
+  int64_t positions() const { return y.size * x.size; }
+  int64_t other_positions() const { return other_y * other_x; }
+  int64_t taps() const { return y.taps * x.taps; }
+};
+
+// Codes of 1 to 8 bits, packed as in fqt/formats.py.
+struct Codes {
+  const uint8_t* data;
+  int64_t storage;           // bits a code takes
+  int64_t planes;            // nibbles a code has
+  bool channel, by_channel;  // channel-major; if so, whether a channel's codes are one row ("C") or one a sample ("NC")
+};
+
+struct SignOutput {
+  Layer layer;
+  const uint8_t *x, *w;
+  Scale x_scale, w_scale;  // by (sample, position), by (output channel, 0)
+  const float* bias;
+  float* y;
+};
+
+struct GradInput {
+  Layer layer;
+  Codes g;
+  const uint8_t *w, *mask;
+  Scale g_scale, g_offset;  // by (sample, position); the offset may be absent
+  float w_scale;
+  const int32_t* kept;  // samples to compute; the others' gradient is 0
+  int64_t kept_count;
+  float* grad;
+};
+
+struct GradWeight {
+  Layer layer;
+  Codes g;
+  const uint8_t* x;
+  Scale g_scale, g_offset;  // by (sample, output channel)
+  float x_scale;
+  bool blocks;      // a scale for each sample: integers within a sample, floats between
+  int64_t missing;  // positions that the last sample lacks: where any stretch of rows may be a sample
+  const int32_t *samples, *channels;  // what is kept of each
+  int64_t sample_count, channel_count;
+  float* grad;  // zero where no kept channel writes
+};
+
+// Uninitialized memory, aligned for every vector.
+template <class T>
+struct Buffer {
+  T* data;
+  explicit Buffer(int64_t count)
+      : data(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64 + 63) / 64 * 64))) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(data); }
+  T& operator[](int64_t i) { return data[i]; }
+};
+
+#define FQT_DECLARE_PRODUCTS                \
+  void sign_output(const SignOutput& call); \
+  void grad_input(const GradInput& call);   \
+  void grad_weight(const GradWeight& call);
+
+namespace portable { FQT_DECLARE_PRODUCTS }
+#if defined(FQT_X86)
+namespace avx2 { FQT_DECLARE_PRODUCTS }
+namespace avx512 { FQT_DECLARE_PRODUCTS }
+#endif
+
+}  // namespace fqt

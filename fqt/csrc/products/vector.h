@@ -1,0 +1,195 @@
+// The few operations that the compiler cannot find by itself, for each instruction set. Everything else is loops.
+
+namespace {
+
+#if defined(FQT_AVX512)
+constexpr int kWidth = 64;  // bytes of a vector, and columns that one lookup serves
+constexpr int kRows = 8;    // rows of a register tile
+#elif defined(FQT_AVX2)
+constexpr int kWidth = 32;
+constexpr int kRows = 4;
+#else
+constexpr int kWidth = 16;
+constexpr int kRows = 4;
+#endif
+constexpr int kLanes = 16;  // output channels side by side in `output`
+
+typedef uint8_t Bytes __attribute__((vector_size(kWidth), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(kWidth)));
+typedef uint32_t Ints __attribute__((vector_size(kWidth), may_alias));
+
+inline Bytes load(const uint8_t* from) { return *reinterpret_cast<const Bytes*>(from); }  // aligned
+
+// table[index] in every byte; indices are below 16. The table is 16 bytes, aligned.
+inline Bytes lookup(const uint8_t* table, Bytes index) {
+#if defined(FQT_AVX512)
+  const __m512i t = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+  return (Bytes)_mm512_shuffle_epi8(t, (__m512i)index);
+#elif defined(FQT_AVX2)
+  const __m256i t = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+  return (Bytes)_mm256_shuffle_epi8(t, (__m256i)index);
+#else
+  Bytes found;
+  for (int i = 0; i < kWidth; ++i) found[i] = table[index[i]];
+  return found;
+#endif
+}
+
+// For every four codes c0 .. c3 below 16 a table of their 16 subset sums: entry i adds those c_j whose bit j is set in i.
+// Makes kWidth / 16 tables from kWidth / 4 codes.
+inline void subset_sums(const uint8_t* codes, uint8_t* tables) {
+#if defined(FQT_AVX512) || defined(FQT_AVX2)
+  const __m128i pick0 = _mm_set_epi8(0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1);
+  const __m128i pick1 = _mm_set_epi8(1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1);
+  const __m128i pick2 = _mm_set_epi8(2, 2, 2, 2, -1, -1, -1, -1, 2, 2, 2, 2, -1, -1, -1, -1);
+  const __m128i pick3 = _mm_set_epi8(3, 3, 3, 3, 3, 3, 3, 3, -1, -1, -1, -1, -1, -1, -1, -1);
+#endif
+#if defined(FQT_AVX512)
+  const __m512i each = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  const __m512i c = _mm512_permutexvar_epi32(each, _mm512_castsi128_si512(sixteen));
+  const __m512i low = _mm512_add_epi8(_mm512_shuffle_epi8(c, _mm512_broadcast_i32x4(pick0)),
+                                      _mm512_shuffle_epi8(c, _mm512_broadcast_i32x4(pick1)));
+  const __m512i high = _mm512_add_epi8(_mm512_shuffle_epi8(c, _mm512_broadcast_i32x4(pick2)),
+                                       _mm512_shuffle_epi8(c, _mm512_broadcast_i32x4(pick3)));
+  _mm512_store_si512(tables, _mm512_add_epi8(low, high));
+#elif defined(FQT_AVX2)
+  const __m256i each = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
+  const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+  const __m256i c = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(eight), each);
+  const __m256i low = _mm256_add_epi8(_mm256_shuffle_epi8(c, _mm256_broadcastsi128_si256(pick0)),
+                                      _mm256_shuffle_epi8(c, _mm256_broadcastsi128_si256(pick1)));
+  const __m256i high = _mm256_add_epi8(_mm256_shuffle_epi8(c, _mm256_broadcastsi128_si256(pick2)),
+                                       _mm256_shuffle_epi8(c, _mm256_broadcastsi128_si256(pick3)));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(tables), _mm256_add_epi8(low, high));
+#else
+  for (int i = 0; i < 16; ++i) {
+    uint8_t sum = 0;
+    for (int j = 0; j < 4; ++j) sum += (i >> j & 1) * codes[j];
+    tables[i] = sum;
+  }
+#endif
+}
+
+// kWidth / 8 bytes of each of four bit rows, turned into kWidth indices: bit j of index i is bit i of row j.
+inline void indices(const uint8_t* const rows[4], uint8_t* out) {
+#if defined(FQT_AVX512)
+  __m512i index = _mm512_setzero_si512();
+  for (int j = 0; j < 4; ++j) {
+    uint64_t bits;
+    std::memcpy(&bits, rows[j], 8);
+    index = _mm512_mask_add_epi8(index, bits, index, _mm512_set1_epi8(1 << j));
+  }
+  _mm512_store_si512(out, index);
+#elif defined(FQT_AVX2)
+  const __m256i byte_of = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+  const __m256i bit_of = _mm256_set1_epi64x(0x8040201008040201);
+  __m256i index = _mm256_setzero_si256();
+  for (int j = 0; j < 4; ++j) {
+    int32_t bits;
+    std::memcpy(&bits, rows[j], 4);
+    const __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte_of), bit_of);
+    const __m256i set = _mm256_and_si256(_mm256_cmpeq_epi8(spread, bit_of), _mm256_set1_epi8(1 << j));
+    index = _mm256_or_si256(index, set);
+  }
+  _mm256_store_si256(reinterpret_cast<__m256i*>(out), index);
+#else
+  for (int i = 0; i < kWidth; ++i) {
+    uint8_t index = 0;
+    for (int j = 0; j < 4; ++j) index |= (rows[j][i / 8] >> i % 8 & 1) << j;
+    out[i] = index;
+  }
+#endif
+}
+
+// The sum of `count` bytes, a multiple of 16: below 2^31, as 8 million of 255 are.
+inline int32_t byte_sum(const uint8_t* bytes, int64_t count) {
+#if defined(FQT_AVX512) || defined(FQT_AVX2)
+  __m128i sum = _mm_setzero_si128();
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i));
+    sum = _mm_add_epi64(sum, _mm_sad_epu8(sixteen, _mm_setzero_si128()));
+  }
+  return _mm_cvtsi128_si32(sum) + _mm_extract_epi32(sum, 2);
+#else
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += bytes[i];
+  return sum;
+#endif
+}
+
+// 0 where the bit of a float is not set; kWidth floats, aligned.
+inline void keep_where_set(const uint8_t* bits, float* values) {
+#if defined(FQT_AVX512)
+  for (int i = 0; i < kWidth / 16; ++i) {
+    __mmask16 sixteen;
+    std::memcpy(&sixteen, bits + 2 * i, 2);
+    _mm512_store_ps(values + 16 * i, _mm512_maskz_load_ps(sixteen, values + 16 * i));
+  }
+#elif defined(FQT_AVX2)
+  const __m256i bit_of = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
+  for (int i = 0; i < kWidth / 8; ++i) {
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits[i]), bit_of), bit_of);
+    _mm256_store_ps(values + 8 * i, _mm256_and_ps(_mm256_load_ps(values + 8 * i), _mm256_castsi256_ps(set)));
+  }
+#else
+  for (int i = 0; i < kWidth; ++i) values[i] = bits[i / 8] >> i % 8 & 1 ? values[i] : 0.0f;
+#endif
+}
+
+// Bits in which rows of `a` differ from the 16 columns of `w`, word by word: out[m][lane] for M rows.
+template <int M>
+inline void differing_bits(const uint32_t* a, int64_t stride, const uint32_t* w, int64_t words, int32_t out[][kLanes]) {
+#if defined(FQT_AVX512)
+  __m512i sum[M];
+  for (int m = 0; m < M; ++m) sum[m] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < words; ++k) {
+    const __m512i column = _mm512_load_si512(w + k * kLanes);
+    for (int m = 0; m < M; ++m) {
+      const __m512i differ = _mm512_xor_si512(_mm512_set1_epi32(a[m * stride + k]), column);
+      sum[m] = _mm512_add_epi32(sum[m], _mm512_popcnt_epi32(differ));
+    }
+  }
+  for (int m = 0; m < M; ++m) _mm512_storeu_si512(out[m], sum[m]);
+#elif defined(FQT_AVX2)
+  const __m256i count = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                                         0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+  const __m256i low = _mm256_set1_epi8(15);
+  std::memset(out, 0, M * sizeof(out[0]));
+  for (int64_t first = 0; first < words; first += 31) {  // 31 words of at most 8 bits a byte fit a byte
+    const int64_t last = first + 31 < words ? first + 31 : words;
+    __m256i sum[M][2];
+    for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_si256();
+    for (int64_t k = first; k < last; ++k) {
+      const __m256i* column = reinterpret_cast<const __m256i*>(w + k * kLanes);
+      for (int m = 0; m < M; ++m) {
+        const __m256i word = _mm256_set1_epi32(a[m * stride + k]);
+        for (int half = 0; half < 2; ++half) {
+          const __m256i differ = _mm256_xor_si256(word, _mm256_load_si256(column + half));
+          const __m256i bits = _mm256_add_epi8(
+              _mm256_shuffle_epi8(count, _mm256_and_si256(differ, low)),
+              _mm256_shuffle_epi8(count, _mm256_and_si256(_mm256_srli_epi16(differ, 4), low)));
+          sum[m][half] = _mm256_add_epi8(sum[m][half], bits);
+        }
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      for (int half = 0; half < 2; ++half) {
+        const __m256i pairs = _mm256_maddubs_epi16(sum[m][half], _mm256_set1_epi8(1));
+        __m256i* to = reinterpret_cast<__m256i*>(out[m] + 8 * half);
+        const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+        _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), fours));
+      }
+    }
+  }
+#else
+  std::memset(out, 0, M * sizeof(out[0]));
+  for (int64_t k = 0; k < words; ++k) {
+    for (int m = 0; m < M; ++m) {
+      for (int lane = 0; lane < kLanes; ++lane) out[m][lane] += __builtin_popcount(a[m * stride + k] ^ w[k * kLanes + lane]);
+    }
+  }
+#endif
+}
+
+}  // namespace
