@@ -56,11 +56,11 @@ def test_quantizer_recipe_and_kernel_examples(tmp_path):
     x = torch.randn(4, 3, 8, 8)
     expected = converted(x)
     (row,) = [row for row in fqt.summary(converted).rows if row.kind == "QuantConv2d"]
-    assert row.grad_input.startswith("uint2/tensor") and row.backend == "reference"
+    assert row.grad_input.startswith("uint2/tensor") and "example" not in row.backend
 
     run_as_module("example_kernel", example("python", "kernel"))
     (row,) = [row for row in fqt.summary(converted).rows if row.kind == "QuantConv2d"]
-    assert row.backend == "example+reference"
+    assert row.backend.startswith("example")
     assert torch.equal(converted(x), expected)
     converted(x).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in converted.parameters())
