@@ -11,6 +11,7 @@ from pathlib import Path
 from setuptools import setup
 
 SOURCES = sorted(str(path) for path in Path("fqt/csrc").glob("*/*.cpp"))
+HEADERS = sorted(str(path) for path in Path("fqt/csrc").glob("*/*.h"))
 
 
 def extension() -> dict:
@@ -27,7 +28,7 @@ def extension() -> dict:
     flags = ["-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
     flags.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
     # optional: a compiler that fails costs the kernels, not the installation
-    kernels = CppExtension("fqt._cpu", SOURCES, extra_compile_args=flags, py_limited_api=True, optional=True)
+    kernels = CppExtension("fqt._cpu", SOURCES, depends=HEADERS, extra_compile_args=flags, py_limited_api=True, optional=True)
     build = BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=False)
     return {"ext_modules": [kernels], "cmdclass": {"build_ext": build}}
 

@@ -1,7 +1,7 @@
 """Writes README's tables from benchmarks/results/, so that no figure there is typed by hand.
 
-    python -m benchmarks.readme            rewrite README.md
-    python -m benchmarks.readme --check    exit 1 if README.md says something else (a test calls this)
+python -m benchmarks.readme            rewrite README.md
+python -m benchmarks.readme --check    exit 1 if README.md says something else (a test calls this)
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def rewritten(text: str) -> str:
         head, rest = text.split(begin)
         _, tail = rest.split(end)
         where = result["where"]
-        source = f"`python -m benchmarks.{name}`; {where['machine']}, torch {where['torch']}, commit {where['commit']}, {where['date']}"
+        code = f"torch {where['torch']}, commit {where['commit']}, {where['date']}"
+        source = f"`python -m benchmarks.{name}`; {where['machine']}, {code}"
         text = f"{head}{begin}\n{make(result['rows'])}\n\n{source}\n{end}{tail}"
     return text
 
