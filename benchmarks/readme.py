@@ -47,7 +47,7 @@ def gradients(rows: list[dict]) -> str:
         ["product", "quantizer of g", "error of g", "bias", "error of the product", "time / copy"],
         [
             [f"`{row['product']}`", f"{row['name']}, {row['quantizer']}", f"{row['error']:.3g}",
-             f"{max(row['bias'], 0.0):.2g}", f"{row['product_error']:.3g}", f"{row['time_over_copy']:.0f}"]
+             f"{row['bias']:+.1g}", f"{row['product_error']:.3g}", f"{row['time_over_copy']:.0f}"]
             for row in rows
         ],
     )  # fmt: skip

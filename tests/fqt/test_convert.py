@@ -305,7 +305,8 @@ def test_downsample_is_a_strided_1x1_convolution(conv: nn.Conv2d, stays: bool) -
 
 
 def test_named_rules_first_match_wins() -> None:
-    recipe = replace(INT8, rules=(Rule("3", None), Rule("[35]", ONE_BIT), Rule("<last>", ONE_BIT), Rule("1*", INT8)))
+    rules = (Rule("3", None), Rule("[35]", ONE_BIT), Rule("<last>", ONE_BIT), Rule("1*", INT8))
+    recipe = replace(INT8, rules=rules, replace=ONE_BIT.replace)
     assert recipes_of(fqt.convert(small(), recipe)) == {"0": "int8", "5": "fqt_1bit", "8": "int8", "10": "fqt_1bit"}
 
 
