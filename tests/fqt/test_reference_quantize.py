@@ -135,6 +135,23 @@ def test_exact_codes_are_never_moved_by_stochastic_rounding():
         assert codes_of(exact, name, stochastic=True) == exact
 
 
+def test_the_two_extremes_of_the_24_bits():
+    """Bits 0 do not move an exact code up but anything above one; bits 2^24 - 1 move what is within 2^-24 of the next."""
+    none, all_ones = (38, 247210), (8, 93095)  # (key, element) found by search
+    for (key, element), bits, cases in (
+        (none, 0, {1.0: 1, 0.0: 0, -3.0: -3, 1.0 + 2.0**-23: 2, 2.0**-30: 1}),
+        (all_ones, 2**24 - 1, {1.0: 1, 1.5: 1, 2.0 - 2.0**-23: 1, -(2.0**-26): 0}),
+    ):
+        assert oracle.u24(element, 0, 6, key) == bits
+        x = torch.zeros(1, 1, element + 1)
+        for value, code in cases.items():
+            x[0, 0, -1] = value
+            q, _ = reference.quantize(
+                x, Format("int", 4), calibrate="none", limits=(-7.0, 7.0), stochastic=True, key=torch.tensor(key), stream=6
+            )
+            assert q.decode()[0, 0, -1] == code, (bits, value)
+
+
 # --- float8 ----------------------------------------------------------------------------------------------------------
 
 TORCH_FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
