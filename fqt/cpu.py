@@ -14,7 +14,7 @@ from torch import Tensor
 from fqt.formats import FLOAT8_MAX, Format, Shape3
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
-from fqt.reference import absmean, calibrate_groups, group_rows, keep_groups, pruned, spread
+from fqt.reference import calibrate_groups, keep_groups, pruned, spread
 
 _LIBRARY = Path(__file__).parent / "_cpu.so"
 _BIT = Format("sign", 1)
@@ -100,17 +100,18 @@ def quantize(
     x_NPC = x_NPC.float()
     fold = None if fold is None else fold.float().expand(shape)
     low, high = x_NPC.new_zeros(groups), x_NPC.new_zeros(groups)
-    codes = torch.zeros(format.packed_shape(shape), dtype=torch.uint8)
-    mask = None if pass_range is None else torch.zeros(_BIT.packed_shape(shape), dtype=torch.uint8)
+    codes = torch.empty(format.packed_shape(shape), dtype=torch.uint8)
+    mask = None if pass_range is None else torch.empty(_BIT.packed_shape(shape), dtype=torch.uint8)
     if x_NPC.numel():
-        operators().group_range(x_NPC, fold, format.axes, low, high)
+        if calibrate != "absmean" or prune:  # a mean shows what is not finite as well as a range does
+            operators().group_range(x_NPC, fold, format.axes, low, high)
         if mask is not None:
             low_high = map(float, pass_range or ())
             operators().encode(x_NPC, None, None, None, None, None, 0, "inside", *low_high, 1, "", mask)
 
-    mean = None
-    if calibrate == "absmean":
-        mean = absmean(group_rows(x_NPC if fold is None else x_NPC * fold, format))
+    mean = torch.zeros_like(low) if calibrate == "absmean" else None
+    if mean is not None and x_NPC.numel():
+        operators().absmean(x_NPC, fold, format.axes, mean)
     scale, inverse, offset = calibrate_groups(low, high, mean, format, calibrate, limits)
     keep, kept, factor = ~scale.isnan(), None, None
     if prune:

@@ -46,6 +46,7 @@ void parallel(int64_t items, int64_t grain, const std::function<void(int64_t, in
 
 #define FQT_DECLARE                                                                                                       \
   void group_range(const View& x, const View* fold, Axes axes, int64_t groups, int64_t elements, float* low, float* high); \
+  void absmean(const View& x, const View* fold, Axes axes, int64_t groups, int64_t elements, float* mean);                 \
   void encode(const View& x, const View* fold, const Encoding& e, Axes axes, int64_t groups, int64_t elements, uint8_t* out);
 
 namespace portable { FQT_DECLARE }

@@ -1,4 +1,4 @@
-// The operators fqt_cpu::group_range and fqt_cpu::encode, on LibTorch's stable ABI (one binary for torch 2.11 and newer), and
+// The operators fqt_cpu::group_range, absmean and encode, on LibTorch's stable ABI (one binary for torch 2.11 and newer), and
 // the choice of the instruction set at run time.
 
 #include "isa.h"
@@ -61,6 +61,15 @@ void group_range(Tensor x, std::optional<Tensor> fold, std::string axes, Tensor 
                            low.mutable_data_ptr<float>(), high.mutable_data_ptr<float>()));
 }
 
+// absmean(Tensor x, Tensor? fold, str axes, Tensor(a!) mean) -> ()
+void absmean(Tensor x, std::optional<Tensor> fold, std::string axes, Tensor mean) {
+  const View from = view(x), factor = fold ? view(*fold) : View{};
+  const Axes kind = axes_of(axes);
+  const int64_t groups = groups_of(from, kind);
+  FQT_DISPATCH(absmean(from, fold ? &factor : nullptr, kind, groups, from.n * from.p * from.c / groups,
+                       mean.mutable_data_ptr<float>()));
+}
+
 // encode(Tensor x, Tensor? fold, Tensor? inverse, Tensor? offset, Tensor? keep, Tensor? key, int stream, str grid, float low,
 //        float high, int storage, str axes, Tensor(a!) codes) -> ()
 void encode(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> inverse, std::optional<Tensor> offset,
@@ -96,6 +105,7 @@ std::string instruction_set() {
 
 STABLE_TORCH_LIBRARY(fqt_cpu, m) {
   m.def("group_range(Tensor x, Tensor? fold, str axes, Tensor(a!) low, Tensor(b!) high) -> ()");
+  m.def("absmean(Tensor x, Tensor? fold, str axes, Tensor(a!) mean) -> ()");
   m.def(
       "encode(Tensor x, Tensor? fold, Tensor? inverse, Tensor? offset, Tensor? keep, Tensor? key, int stream, str grid,"
       " float low, float high, int storage, str axes, Tensor(a!) codes) -> ()");
@@ -104,6 +114,7 @@ STABLE_TORCH_LIBRARY(fqt_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fqt_cpu, CompositeExplicitAutograd, m) {
   m.impl("group_range", TORCH_BOX(&group_range));
+  m.impl("absmean", TORCH_BOX(&absmean));
   m.impl("encode", TORCH_BOX(&encode));
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
 }

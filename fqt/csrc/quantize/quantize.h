@@ -209,6 +209,29 @@ void group_range(const View& x, const View* fold, Axes axes, int64_t groups, int
   }
 }
 
+// Mean |x| of each group: a float64 sum over neighbours, then neighbours of neighbours, as the reference adds.
+void absmean(const View& x, const View* fold, Axes axes, int64_t groups, int64_t elements, float* mean) {
+  parallel(groups, std::max<int64_t>(1, 32768 / std::max<int64_t>(elements, 1)), [&](int64_t begin, int64_t end) {
+    alignas(64) float v[kChunk];
+    std::vector<double> sums(elements);
+    for (int64_t group = begin; group < end; ++group) {
+      const Walk from = walk(x, axes, group);
+      Walk factor;
+      if (fold != nullptr) factor = walk(*fold, axes, group);
+      for (int64_t first = 0; first < elements; first += kChunk) {
+        const int64_t count = std::min<int64_t>(kChunk, elements - first);
+        gather_folded(from, fold == nullptr ? nullptr : &factor, first, count, v);
+        for (int64_t i = 0; i < count; ++i) sums[first + i] = std::fabs(v[i]);
+      }
+      for (int64_t n = elements; n > 1; n = (n + 1) / 2) {
+        for (int64_t i = 0; i < n / 2; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
+        if (n % 2) sums[n / 2] = sums[n - 1];
+      }
+      mean[group] = static_cast<float>(sums[0] / static_cast<double>(elements));
+    }
+  });
+}
+
 // Codes of the groups whose `keep` is set, zero bits for the others.
 void encode(const View& x, const View* fold, const Encoding& e, Axes axes, int64_t groups, int64_t elements, uint8_t* out) {
   const bool by_channel = axes == Axes::channel || axes == Axes::both;
