@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from benchmarks import accuracy, gradients, readme, saved
+from benchmarks import accuracy, gradients, kernels, readme, saved
+from fqt.cpu import refuses_quantize
+from fqt.formats import Format
 
 
 def rows(monkeypatch, tmp_path, main, *arguments: str) -> list[dict]:
@@ -60,3 +62,11 @@ def test_a_readme_that_says_something_else_is_noticed():
     text = (readme.ROOT / "README.md").read_text()
     changed = text.replace("| `xnor`", "| `xnorr`", 1)
     assert changed != text and readme.rewritten(changed) == text
+
+
+def test_kernels(monkeypatch, tmp_path, capsys):
+    if refuses_quantize((Format("sign", 1),)) is not None:
+        pytest.skip("the C++ kernels are not built")
+    found = rows(monkeypatch, tmp_path, kernels.main, "--threads", "1")
+    assert {"output", "grad_input", "grad_weight"} <= {row.get("product") for row in found}
+    assert "all kernels equal the reference" in capsys.readouterr().out
