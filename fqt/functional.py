@@ -293,8 +293,16 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
 
 def _output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
-    flat = [] if geometry is None else geometry.flat()
-    return torch.ops.fqt.output(x.tensors(), x.format.name, x.shape, w.tensors(), w.format.name, w.shape, bias, flat)
+    return torch.ops.fqt.output(*_operand(x), *_operand(w), bias, _flat(geometry))
+
+
+def _operand(q: QTensor) -> tuple[list[Tensor], str, Shape3]:
+    """A QTensor as the three arguments that stand for it in an operator's schema."""
+    return q.tensors(), q.format.name, q.shape
+
+
+def _flat(geometry: Geometry | None) -> list[int]:
+    return [] if geometry is None else geometry.flat()
 
 
 def _grad_input(call: _Call, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, key: Tensor | None) -> Tensor:
@@ -307,10 +315,8 @@ def _grad_input(call: _Call, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, k
         if recipe.place("grad_input", "w", "conv" if geometry else "linear") == "folded":
             fold, w = spread(w.scale, w).permute(1, 2, 0), _unscaled(w)
         g, _ = quantize(g_NPO, quantizer, "g", key=key, stream=STREAM["grad_input.g"], fold=fold)
-        flat = [] if geometry is None else geometry.flat()
-        return torch.ops.fqt.grad_input(
-            g.tensors(), g.format.name, g.shape, w.tensors(), w.format.name, w.shape, mask, call.x_shape, flat
-        ).to(call.x_dtype)
+        grad = torch.ops.fqt.grad_input(*_operand(g), *_operand(w), mask, call.x_shape, _flat(geometry))
+        return grad.to(call.x_dtype)
     w_OKI = saved[0] if w is None else w.decode()
     g_NPO = _float_gradient(g_NPO, quantizer, key, "grad_input.g")
     grad = multiply_grad_input(g_NPO, w_OKI.to(g_NPO.dtype), call.x_shape[2], geometry)
@@ -327,8 +333,7 @@ def _grad_weight(call: _Call, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, 
         if recipe.place("grad_weight", "x", "conv" if geometry else "linear") == "folded":
             fold, x = spread(x.scale, x), _unscaled(x)
         g, _ = quantize(g_NPO, quantizer, "g", key=key, stream=STREAM["grad_weight.g"], fold=fold)
-        flat = [] if geometry is None else geometry.flat()
-        grad = torch.ops.fqt.grad_weight(g.tensors(), g.format.name, g.shape, x.tensors(), x.format.name, x.shape, flat)
+        grad = torch.ops.fqt.grad_weight(*_operand(g), *_operand(x), _flat(geometry))
     else:
         x_NPC = saved[0] if x is None else x.decode()
         g_NPO = _float_gradient(g_NPO, quantizer, key, "grad_weight.g")

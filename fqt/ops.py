@@ -42,7 +42,6 @@ class Kernel:
         device: torch device type, "" for any.
         function: "module:name", imported when it is first used; its signature is that of the reference's function.
         refuses: the reason why it cannot serve a request, None if it can.
-        exact: whether its floats equal the reference's bit for bit (codes and accumulators always do).
     """
 
     operator: str
@@ -50,7 +49,6 @@ class Kernel:
     device: str
     function: str
     refuses: Callable[[Request], str | None]
-    exact: bool = True
 
 
 KERNELS: list[Kernel] = [

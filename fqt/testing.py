@@ -29,7 +29,7 @@ def assert_same_codes(actual: QTensor, expected: QTensor) -> None:
 def assert_same_values(actual: Tensor, expected: Tensor) -> None:
     """Raise AssertionError unless two tensors have the same shape, dtype and values; NaN equals NaN, 0.0 equals -0.0.
 
-    What a row of the table of kernels with `exact=True` promises of its floats.
+    What every row of the table of kernels promises of its floats.
     """
     assert actual.dtype == expected.dtype, f"dtype {actual.dtype}, expected {expected.dtype}"
     _assert_same("values", actual.detach().cpu(), expected.detach().cpu())
