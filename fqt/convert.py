@@ -13,17 +13,34 @@ from pathlib import Path
 
 from torch import nn
 
-from fqt.nn import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers
+from fqt.functional import accumulates
+from fqt.nn import (
+    FusedBatchNorm1d,
+    FusedBatchNorm2d,
+    FusedMaxPool2d,
+    QuantConv2d,
+    QuantizedLayer,
+    QuantLinear,
+    quantized_layers,
+)
 from fqt.quantizers.base import nearest
 from fqt.recipe import PLACES, Recipe, load_recipe
 from fqt.summary import backends, count_macs, forget_macs
 
 _CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: FusedBatchNorm1d,
+    nn.BatchNorm2d: FusedBatchNorm2d,
+    nn.MaxPool2d: FusedMaxPool2d,
+}
 _FLOAT_OF = {quant: plain for plain, quant in _CLASSES.items()}
+_UNFUSED = {fused: plain for plain, fused in _FUSED.items()}
 _log = logging.getLogger("fqt")
 
 
-def convert(model: nn.Module, recipe: str | Path | Recipe, *, skip: Sequence[str] | str | None = None) -> nn.Module:
+def convert(
+    model: nn.Module, recipe: str | Path | Recipe, *, skip: Sequence[str] | str | None = None, fuse: bool = True
+) -> nn.Module:
     """Make every nn.Linear and nn.Conv2d of a model train by a recipe, in place.
 
     Subclasses of the two are left alone (they may compute something else); `summary` lists them. The order of layers, for
@@ -34,6 +51,10 @@ def convert(model: nn.Module, recipe: str | Path | Recipe, *, skip: Sequence[str
         recipe: a built-in name (`fqt.recipes()`), the path of a YAML file, or a `Recipe`. "fp32" changes nothing.
         skip: fnmatch patterns of module names ("features.0", "*.downsample.*") that stay in float, beside the recipe's own
             rules.
+        fuse: in a 1-bit recipe, have BatchNorm and max-pooling work together with the layers around them: the next layer
+            takes the signs that it needs, and no float activation is written or kept between (see `fqt.deferred`). Eager
+            float32 on a CPU; elsewhere it changes nothing. Same formulas; sums of the statistics are rounded otherwise than
+            torch rounds them.
 
     Returns:
         The model.
@@ -83,6 +104,8 @@ def convert(model: nn.Module, recipe: str | Path | Recipe, *, skip: Sequence[str
     for layer in layers.values():
         count_macs(layer)
     replaced = _replace_modules(model, exchange)
+    if fuse and any(accumulates(layer.recipe) for _, layer in quantized_layers(model)):
+        _fuse(model)
     served = {backend for _, layer in quantized_layers(model) for backend, _ in backends(layer).values()}
     _log.log(
         logging.WARNING if "reference" in served else logging.INFO,
@@ -170,6 +193,15 @@ def _replace_modules(model: nn.Module, exchange: dict[type[nn.Module], nn.Module
     return count
 
 
+def _fuse(model: nn.Module) -> None:
+    """Let layers, BatchNorms and poolings hand each other what they did not compute yet."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            module.__dict__["fuse"] = True
+        elif type(module) in _FUSED:
+            module.__class__ = _FUSED[type(module)]
+
+
 def revert(model: nn.Module) -> nn.Module:
     """Undo `convert`, in place: plain layers and activations again, the parameters as they are now. Returns the model.
 
@@ -188,9 +220,11 @@ def revert(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
             del module.__dict__["recipe"]
+            module.__dict__.pop("fuse", None)
             plain = _FLOAT_OF[type(module)]
             module.__class__ = plain  # type: ignore[assignment]
         forget_macs(module)
+        module.__class__ = _UNFUSED.get(type(module), type(module))
         if "_fqt_replaced" in module.__dict__:
             module.__class__, added = module.__dict__.pop("_fqt_replaced")
             for name in added:

@@ -6,6 +6,7 @@ The extension is optional: where it was not built every row refuses with the rea
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from fqt.formats import FLOAT8_MAX, Format, Shape3
 from fqt.geometry import Geometry
+from fqt.norm import Source, Windows
 from fqt.qtensor import QTensor
 from fqt.reference import calibrate_groups, keep_groups, pruned, spread
 
 _LIBRARY = Path(__file__).parent / "_cpu.so"
 _BIT = Format("sign", 1)
+_LARGE = 1 << 20  # bytes from which page faults are felt
 
 
 _NOT_BUILT = "the C++ kernels are not built: python setup.py build_ext --inplace"
@@ -55,6 +58,11 @@ def refuses_grad_weight(formats: tuple[Format, ...]) -> str | None:
     """Why `grad_weight` cannot serve a request, or None."""
     g, x = formats
     return _refuses_gradient(g, x, ("", "N", "C", "NC"))
+
+
+def refuses_norm() -> str | None:
+    """Why the operators of `fqt.norm` cannot be served, or None."""
+    return None if _LIBRARY.exists() else _NOT_BUILT
 
 
 def _leaving(geometry: Geometry | None) -> tuple[str, ...]:
@@ -132,7 +140,7 @@ def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | Non
     n, positions, _ = x.shape
     geometry = geometry or _column(positions)
     height, width = geometry.output_size
-    y = x.scale.new_empty(n, height * width, w.shape[0])
+    y = _empty(n, height * width, w.shape[0])
     operators().sign_output(
         x.codes.contiguous(),
         spread(x.scale, x)[:, :, 0],
@@ -145,11 +153,22 @@ def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | Non
     return y
 
 
+def accumulate(x: QTensor, w: QTensor, geometry: Geometry | None) -> Tensor:
+    """As `fqt.reference.accumulate`, of signs."""
+    n, positions, _ = x.shape
+    geometry = geometry or _column(positions)
+    height, width = geometry.output_size
+    sums = _empty(n, height * width, w.shape[0], dtype=torch.int16)
+    sizes = [n, x.shape[2], w.shape[0], *geometry.flat()]
+    operators().sign_accumulate(x.codes.contiguous(), w.codes.contiguous(), sizes, sums)
+    return sums
+
+
 def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry | None, x_shape: Shape3) -> Tensor:
     """As `fqt.reference.grad_input`, of unsigned codes and signs: subset sums looked up by four weights."""
     n, _, channels = x_shape
     samples = torch.arange(n, dtype=torch.int32)
-    grad = g.scale.new_empty(x_shape)
+    grad = _empty(*x_shape)
     if g.index is not None and g.format.axes == "N":
         samples = g.index[g.index >= 0]
         grad.zero_()
@@ -190,6 +209,51 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
         [n, x.shape[2], out, *(geometry or _column(positions)).flat()], grad,
     )  # fmt: skip
     return grad
+
+
+def norm_sums(source: Source) -> Tensor:
+    """As `fqt.norm.norm_sums`."""
+    sums = torch.empty(2, source.y.shape[2], dtype=torch.float64)
+    operators().norm_sums(*source.tensors(), sums)
+    return sums
+
+
+def norm_value(source: Source, affine: Tensor, windows: Windows) -> Tensor:
+    """As `fqt.norm.norm_value`."""
+    height, width = windows.pooled_size
+    z = _empty(source.y.shape[0], height * width, source.y.shape[2])
+    operators().norm_value(*source.tensors(), affine, windows.flat(), z)
+    return z
+
+
+def norm_sign(source: Source, affine: Tensor, windows: Windows, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fqt.norm.norm_sign`."""
+    height, width = windows.pooled_size
+    codes, mask = torch.empty(2, source.y.shape[0], height * width, -(-source.y.shape[2] // 8), dtype=torch.uint8)
+    if operators().norm_sign(*source.tensors(), affine, windows.flat(), low, high, codes, mask):
+        return codes.zero_(), mask, torch.full((1,), torch.nan)
+    return codes, mask, torch.ones(1)
+
+
+def norm_grad_sums(g: Tensor, source: Source, affine: Tensor, windows: Windows) -> Tensor:
+    """As `fqt.norm.norm_grad_sums`."""
+    sums = torch.empty(2, g.shape[2], dtype=torch.float64)
+    operators().norm_grad_sums(g, *source.tensors(), affine, windows.flat(), sums)
+    return sums
+
+
+def norm_grad(g: Tensor, source: Source, affine: Tensor, windows: Windows, means: Tensor) -> Tensor:
+    """As `fqt.norm.norm_grad`."""
+    dy = _empty(*source.y.shape)
+    operators().norm_grad(g, *source.tensors(), affine, windows.flat(), means, dy)
+    return dy
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As torch.empty; large tensors are made of memory that was used before, whose pages the system need not bring in again."""
+    if math.prod(shape) * dtype.itemsize < _LARGE:
+        return torch.empty(shape, dtype=dtype)
+    return operators().empty(shape, dtype)
 
 
 def _column(positions: int) -> Geometry:

@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fqt.deferred import Deferred, images_first, images_last, placeholder, possible, rows
 from fqt.formats import Shape3
 from fqt.geometry import Geometry
+from fqt.norm import Source, Windows
 from fqt.qtensor import QTensor
 from fqt.quantizers.base import Quantizer, quantize, transformed
 from fqt.recipe import Recipe
@@ -30,7 +32,9 @@ FORWARD_OPERANDS = ("output.x", "output.w", "grad_weight.x", "grad_input.w")
 STREAM = {name: 2 * i for i, name in enumerate((*FORWARD_OPERANDS, "grad_input.g", "grad_weight.g"))}
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, *, training: bool = True) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, *, training: bool = True, defer: bool = False
+) -> Tensor:
     """`torch.nn.functional.linear` by a recipe.
 
     Args:
@@ -38,6 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, *, tr
         weight: (O, I).
         bias: (O,) or None; added in float32.
         training: whether a random key may be drawn when gradients are disabled, see the module's text.
+        defer: whether the result may be a `Deferred`, where that is possible.
 
     Returns:
         (..., O) in x's dtype, or autocast's when that is on.
@@ -51,8 +56,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, *, tr
     positions = 1
     for size in x.shape[1:-1]:
         positions *= size
-    x_NPC = x.reshape(n, positions, x.shape[-1])
-    y_NPO = _layer(x_NPC, weight.unsqueeze(1), bias, recipe, None, training)
+    x_NPC, signs = _signs(x, recipe) if x.dim() == 2 else (None, None)
+    if x_NPC is None:
+        x_NPC = x.reshape(n, positions, x.shape[-1])
+    defer = defer and x.dim() == 2 and possible(x)
+    y_NPO, source = _layer(x_NPC, weight.unsqueeze(1), bias, recipe, None, training, signs, defer)
+    if source is not None:
+        return Deferred.make(source, y_NPO, None, Windows(1, 1), rows)
     return y_NPO.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -67,6 +77,7 @@ def conv2d(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     training: bool = True,
+    defer: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv2d` by a recipe.
 
@@ -74,6 +85,7 @@ def conv2d(
         x: (N, I, H, W) or (I, H, W), any float dtype and memory format.
         weight: (O, I/groups, kh, kw).
         padding: zeros at the top, bottom, left and right.
+        defer: whether the result may be a `Deferred`, where that is possible.
 
     Returns:
         (N, O, H', W') in x's dtype (or autocast's) and memory format.
@@ -88,6 +100,8 @@ def conv2d(
             f"conv2d: input of shape {tuple(x.shape)} does not fit weight {tuple(weight.shape)} with groups={groups}: "
             f"expected (N, {weight.shape[1] * groups}, H, W)"
         )
+    x_NPC, signs = _signs(x, recipe)
+    last = x.shape_of is images_last if isinstance(x, Deferred) else None
     x_NCHW = x if x.dim() == 4 else x.unsqueeze(0)
     n, _, height, width = x_NCHW.shape
     kernel = (weight.shape[2], weight.shape[3])
@@ -98,14 +112,36 @@ def conv2d(
             f"conv2d: a {kernel[0]}x{kernel[1]} window (dilation {dilation}) does not fit the padded "
             f"{height}x{width} input: enlarge the input or the padding"
         )
-    x_NPC = x_NCHW.flatten(2).transpose(1, 2)
+    if x_NPC is None:
+        x_NPC = x_NCHW.flatten(2).transpose(1, 2)
+    last = _channels_last(x_NCHW) if last is None else last
     w_OKI = weight.flatten(2).transpose(1, 2)
-    y_NPO = _layer(x_NPC, w_OKI, bias, recipe, geometry, training)
-    if _channels_last(x_NCHW):
+    defer = defer and x.dim() == 4 and possible(x)
+    y_NPO, source = _layer(x_NPC, w_OKI, bias, recipe, geometry, training, signs, defer)
+    if source is not None:
+        return Deferred.make(source, y_NPO, None, Windows(out_height, out_width), images_last if last else images_first)
+    if last:
         y_NCHW = y_NPO.flatten().view(n, out_height, out_width, weight.shape[0]).permute(0, 3, 1, 2)
     else:
         y_NCHW = y_NPO.transpose(1, 2).flatten().view(n, weight.shape[0], out_height, out_width)
     return y_NCHW if x.dim() == 4 else y_NCHW.squeeze(0)
+
+
+def _signs(x: Tensor, recipe: Recipe) -> tuple[Tensor | None, tuple[QTensor, Tensor] | None]:
+    """Of a deferred x: (N, P, C) placeholder with its graph, and its signs with their mask, where the recipe reads only these."""
+    quantizer = recipe.quantizer("output", "x")
+    if not isinstance(x, Deferred) or quantizer is None or not _plain_sign(quantizer):
+        return None, None
+    if recipe.quantizer("grad_weight", "x") is None or not recipe.low_bit("output"):
+        return None, None
+    if not recipe.saved("grad_weight", "x") or quantizer.pass_range is None:
+        return None, None
+    signs = x.signs(*quantizer.pass_range)
+    return (None, None) if signs is None else (signs[0], signs[1:])
+
+
+def _plain_sign(quantizer: Quantizer) -> bool:
+    return quantizer.grid == "sign" and quantizer.calibrate == "none" and quantizer.limits == (-1.0, 1.0)
 
 
 def _channels_last(x_NCHW: Tensor) -> bool:
@@ -130,6 +166,7 @@ class _Call:
     w_shape: Shape3
     x_dtype: torch.dtype
     w_dtype: torch.dtype
+    defer: bool
 
     def made(self, name: str) -> bool:
         """Whether the forward encodes this operand, rather than taking codes made before or the float tensor."""
@@ -154,8 +191,16 @@ class _Call:
 
 
 def _layer(
-    x_NPC: Tensor, w_OKI: Tensor, bias: Tensor | None, recipe: Recipe, geometry: Geometry | None, training: bool
-) -> Tensor:
+    x_NPC: Tensor,
+    w_OKI: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    geometry: Geometry | None,
+    training: bool,
+    signs: tuple[QTensor, Tensor] | None,
+    defer: bool,
+) -> tuple[Tensor, Source | None]:
+    """y (N, P', O); or with `defer`, where the product is one of signs, a placeholder and the accumulators behind it."""
     for name, tensor in (("input", x_NPC), ("weight", w_OKI)):
         if not tensor.is_floating_point():
             raise TypeError(f"the {name} is {tensor.dtype}, not a float tensor: convert it, for instance by .float()")
@@ -168,7 +213,8 @@ def _layer(
         w_OKI = transformed(w_OKI, w_quantizer)
     x_shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     w_shape = (w_OKI.shape[0], w_OKI.shape[1], w_OKI.shape[2])
-    call = _Call(recipe, geometry, x_shape, w_shape, x_NPC.dtype, w_OKI.dtype)
+    defer = defer and accumulates(recipe) and w_shape[1] * w_shape[2] < 1 << 15
+    call = _Call(recipe, geometry, x_shape, w_shape, x_NPC.dtype, w_OKI.dtype, defer)
 
     masks = {"x": x_NPC.new_empty(0, dtype=torch.uint8), "w": x_NPC.new_empty(0, dtype=torch.uint8)}
     flat: list[Tensor] = []
@@ -179,6 +225,10 @@ def _layer(
             continue
         if not training:
             quantizer = replace(quantizer, stochastic=False)
+        if name == "output.x" and signs is not None:
+            flat += signs[0].tensors()
+            masks["x"] = signs[1]
+            continue
         value = (x_NPC if letter == "x" else w_OKI).detach()
         if product == "grad_input" and quantizer.transform:
             value = transformed(plain_w_OKI.detach(), quantizer)
@@ -187,7 +237,19 @@ def _layer(
         if product == "output":
             masks[letter] = mask
     run = _Products.apply if keeps_graph(x_NPC, w_OKI, bias) else _Products.forward
-    return run(x_NPC, w_OKI, bias, key, masks["x"], masks["w"], call, *flat).to(dtype)
+    y = run(x_NPC, w_OKI, bias, key, masks["x"], masks["w"], call, *flat)
+    if not defer:
+        return y.to(dtype), None
+    y_NPO, sums = y
+    q = call.qtensors(flat)
+    scale = (q["output.x"].scale * q["output.w"].scale).expand(w_OKI.shape[0]).contiguous()
+    return y_NPO, Source(sums, scale, None if bias is None else bias.detach().float())
+
+
+def accumulates(recipe: Recipe) -> bool:
+    """Whether the output is a product of signs, of which only the weights' have a scale."""
+    x, w = recipe.quantizer("output", "x"), recipe.quantizer("output", "w")
+    return x is not None and w is not None and _plain_sign(x) and w.grid == "sign"
 
 
 def keeps_graph(*inputs: Tensor | None) -> bool:
@@ -219,8 +281,12 @@ class _Products(torch.autograd.Function):
         w_mask: Tensor,
         call: _Call,
         *flat: Tensor,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         q = call.qtensors(flat)
+        if call.defer:
+            operands = (*_operand(q["output.x"]), *_operand(q["output.w"]))
+            sums = torch.ops.fqt.accumulate(*operands, _flat(call.geometry))
+            return placeholder(sums, tuple(sums.shape)), sums
         if call.recipe.low_bit("output"):
             return _output(q["output.x"], q["output.w"], bias, call.geometry)
         x_NPC = q["output.x"].decode().to(call.x_dtype) if "output.x" in q else x_NPC
@@ -241,9 +307,11 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(key, *saved_w, *saved_x)
         ctx.call = call
         ctx.split = len(saved_w)
+        if call.defer:
+            ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx, g_NPO: Tensor):
+    def backward(ctx, g_NPO: Tensor, *_: Tensor | None):
         with torch.no_grad():
             grads = _Products._gradients(ctx, g_NPO)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fqt import functional
+from fqt import deferred, functional
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
 from fqt.quantizers.base import quantize, transformed
@@ -21,6 +21,7 @@ class QuantizedLayer(nn.Module):
 
     kind: str
     weight: nn.Parameter
+    fuse = False  # whether the output may be left to what follows, see `fqt.deferred`
 
     def window(self) -> Geometry | None:
         """The layer's geometry as far as the module knows it."""
@@ -69,7 +70,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         """A linear layer has no window."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.weight, self.bias, self.recipe, training=self.training)
+        return functional.linear(input, self.weight, self.bias, self.recipe, training=self.training, defer=self.fuse)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -92,6 +93,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             dilation=(self.dilation[0], self.dilation[1]),
             groups=self.groups,
             training=self.training,
+            defer=self.fuse,
         )
 
     def window(self) -> Geometry:
@@ -115,6 +117,30 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             return 0, 0, 0, 0
         total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         return total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2
+
+
+class FusedBatchNorm1d(nn.BatchNorm1d):
+    """nn.BatchNorm1d whose result is deferred where that is possible."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        normalized = deferred.batch_norm(input, self)
+        return super().forward(input) if normalized is None else normalized
+
+
+class FusedBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d whose result is deferred where that is possible."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        normalized = deferred.batch_norm(input, self)
+        return super().forward(input) if normalized is None else normalized
+
+
+class FusedMaxPool2d(nn.MaxPool2d):
+    """nn.MaxPool2d that stays deferred with its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        pooled = deferred.max_pool(input, self)
+        return super().forward(input) if pooled is None else pooled
 
 
 def _pad(x: Tensor, padding: list[int], mode: str) -> Tensor:

@@ -17,9 +17,11 @@ from torch import Tensor
 from fqt import cpu
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
+from fqt.norm import Source, Windows
 from fqt.qtensor import QTensor
 
-OPERATORS = ("quantize", "decode", "output", "grad_input", "grad_weight")
+NORM = ("norm_sums", "norm_value", "norm_sign", "norm_grad_sums", "norm_grad")
+OPERATORS = ("quantize", "decode", "output", "grad_input", "grad_weight", "accumulate", *NORM)
 PRODUCTS = ("output", "grad_input", "grad_weight")
 
 
@@ -62,7 +64,12 @@ KERNELS: list[Kernel] = [
         lambda request: cpu.refuses_grad_input(request.formats, request.geometry),
     ),
     Kernel("grad_weight", "cpu", "cpu", "fqt.cpu:grad_weight", lambda request: cpu.refuses_grad_weight(request.formats)),
-    *(Kernel(operator, "reference", "", f"fqt.reference:{operator}", lambda request: None) for operator in OPERATORS),
+    Kernel("accumulate", "cpu", "cpu", "fqt.cpu:accumulate", lambda request: cpu.refuses_output(request.formats, request.geometry)),
+    *(Kernel(operator, "cpu", "cpu", f"fqt.cpu:{operator}", lambda _: cpu.refuses_norm()) for operator in NORM),
+    *(
+        Kernel(operator, "reference", "", f"fqt.{'norm' if operator in NORM else 'reference'}:{operator}", lambda request: None)
+        for operator in OPERATORS
+    ),
 ]
 
 
@@ -241,3 +248,89 @@ def _(a, a_format, a_shape, b, b_format, b_shape, geometry):
     window = Geometry.unflatten(geometry)
     taps, groups = (1, 1) if window is None else (window.kernel[0] * window.kernel[1], window.groups)
     return a[1].new_empty(a_shape[2], taps, b_shape[2] // groups)
+
+
+@_operator(f"accumulate({_OPERANDS}, SymInt[] geometry) -> Tensor")
+def _accumulate(a, a_format, a_shape, b, b_format, b_shape, geometry) -> Tensor:
+    x, w = _operands(a, a_format, a_shape, b, b_format, b_shape)
+    window = Geometry.unflatten(geometry)
+    return _call("accumulate", _request(x, w, window), x, w, window)
+
+
+@torch.library.register_fake("fqt::accumulate")
+def _(a, a_format, a_shape, b, b_format, b_shape, geometry):
+    window = Geometry.unflatten(geometry)
+    positions = a_shape[1] if window is None else window.output_size[0] * window.output_size[1]
+    return a[1].new_empty(a_shape[0], positions, b_shape[0], dtype=torch.int16)
+
+
+# --- batch normalization ---------------------------------------------------------------------------------------------
+
+_SOURCE = "Tensor y, Tensor? scale, Tensor? offset"
+
+
+def _norm(operator: str, y: Tensor, *args: object):
+    return _call(operator, Request(y.device.type, ()), *args)
+
+
+def _windows(windows: Sequence[int]) -> Windows:
+    height, width, *kernel = windows
+    return Windows(height, width, (kernel[0], kernel[1]))
+
+
+def _pooled(windows: Sequence[int]) -> int:
+    height, width = _windows(windows).pooled_size
+    return height * width
+
+
+@_operator(f"norm_sums({_SOURCE}) -> Tensor")
+def _norm_sums(y, scale, offset) -> Tensor:
+    return _norm("norm_sums", y, Source(y, scale, offset))
+
+
+@torch.library.register_fake("fqt::norm_sums")
+def _(y, scale, offset):
+    return y.new_empty(2, y.shape[2], dtype=torch.float64)
+
+
+@_operator(f"norm_value({_SOURCE}, Tensor affine, SymInt[] windows) -> Tensor")
+def _norm_value(y, scale, offset, affine, windows) -> Tensor:
+    return _norm("norm_value", y, Source(y, scale, offset), affine, _windows(windows))
+
+
+@torch.library.register_fake("fqt::norm_value")
+def _(y, scale, offset, affine, windows):
+    return affine.new_empty(y.shape[0], _pooled(windows), y.shape[2])
+
+
+@_operator(
+    f"norm_sign({_SOURCE}, Tensor affine, SymInt[] windows, float low, float high) -> (Tensor codes, Tensor mask, Tensor s)"
+)
+def _norm_sign(y, scale, offset, affine, windows, low, high) -> tuple[Tensor, Tensor, Tensor]:
+    return _norm("norm_sign", y, Source(y, scale, offset), affine, _windows(windows), low, high)
+
+
+@torch.library.register_fake("fqt::norm_sign")
+def _(y, scale, offset, affine, windows, low, high):
+    codes = y.new_empty(y.shape[0], _pooled(windows), -(-y.shape[2] // 8), dtype=torch.uint8)
+    return codes, torch.empty_like(codes), affine.new_empty(1)
+
+
+@_operator(f"norm_grad_sums(Tensor g, {_SOURCE}, Tensor affine, SymInt[] windows) -> Tensor")
+def _norm_grad_sums(g, y, scale, offset, affine, windows) -> Tensor:
+    return _norm("norm_grad_sums", y, g, Source(y, scale, offset), affine, _windows(windows))
+
+
+@torch.library.register_fake("fqt::norm_grad_sums")
+def _(g, y, scale, offset, affine, windows):
+    return y.new_empty(2, y.shape[2], dtype=torch.float64)
+
+
+@_operator(f"norm_grad(Tensor g, {_SOURCE}, Tensor affine, SymInt[] windows, Tensor means) -> Tensor")
+def _norm_grad(g, y, scale, offset, affine, windows, means) -> Tensor:
+    return _norm("norm_grad", y, g, Source(y, scale, offset), affine, _windows(windows), means)
+
+
+@torch.library.register_fake("fqt::norm_grad")
+def _(g, y, scale, offset, affine, windows, means):
+    return affine.new_empty(y.shape)

@@ -365,6 +365,12 @@ def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | Non
     return y if bias is None else y + bias.float()
 
 
+def accumulate(x: QTensor, w: QTensor, geometry: Geometry | None) -> Tensor:
+    """The integers that `output` scales, (N, P', O) int16: of signs, at most 32,767 terms."""
+    x_codes, w_codes = unpack(x.codes, x.format, x.shape), unpack(w.codes, w.format, w.shape)
+    return multiply_output(*_exact(x_codes, w_codes, w.shape[1] * w.shape[2], x, w), geometry).to(torch.int16).contiguous()
+
+
 def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry | None, x_shape: Shape3) -> Tensor:
     """The gradient of X, G * W, (N, P, C) float32. g's scale: tensor, sample (linear: token); w's: tensor."""
     groups = geometry.groups if geometry else 1

@@ -48,6 +48,7 @@ struct SignOutput {
   Scale x_scale, w_scale;  // by (sample, position), by (output channel, 0)
   const float* bias;
   float* y;
+  int16_t* sums = nullptr;  // if given, the accumulators alone, of at most 32,767 terms: no scale, no bias
 };
 
 struct GradInput {

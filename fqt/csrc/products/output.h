@@ -32,14 +32,20 @@ struct Pixel {
 
 // M pixels x 16 output channels: count, then the epilogue in the reference's order.
 template <int M>
-void output_tile(const uint32_t* a, int64_t words, const uint32_t* w, const Pixel* pixels, const float* w_scale,
-                 const float* bias, int64_t channel, int64_t lanes, float* y, int64_t stride) {
+void output_tile(const SignOutput& c, const uint32_t* a, int64_t words, const uint32_t* w, const Pixel* pixels,
+                 const float* w_scale, int64_t first, int64_t channel, int64_t lanes, int64_t stride) {
   int32_t differ[M][kLanes];
   differing_bits<M>(a, words, w, words, differ);
   for (int m = 0; m < M; ++m) {
     const int32_t* terms = pixels[m].terms + channel;
+    if (c.sums != nullptr) {
+      int16_t* to = c.sums + (first + m) * stride + channel;
+      for (int64_t i = 0; i < lanes; ++i) to[i] = static_cast<int16_t>(terms[i] - 2 * differ[m][i]);
+      continue;
+    }
     const float scale = pixels[m].scale;
-    float* to = y + m * stride + channel;
+    const float* bias = c.bias;
+    float* to = c.y + (first + m) * stride + channel;
     float t[kLanes];
     for (int64_t i = 0; i < lanes; ++i) {
       t[i] = static_cast<float>(terms[i] - 2 * differ[m][i]) * scale * w_scale[channel + i];
@@ -70,7 +76,7 @@ void sign_output(const SignOutput& c) {
   const int64_t kinds = l.y.kinds * l.x.kinds;
   Buffer<int32_t> terms(kinds * channels);
   Buffer<float> w_scale(channels);
-  for (int64_t i = 0; i < channels; ++i) w_scale[i] = c.w_scale(i, 0);
+  for (int64_t i = 0; i < channels && c.sums == nullptr; ++i) w_scale[i] = c.w_scale(i, 0);
   parallel(l.groups * panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / panels, first = item % panels * kLanes;
@@ -118,7 +124,7 @@ void sign_output(const SignOutput& c) {
           const int64_t y = p / l.x.size, x_at = p % l.x.size;
           if (words) windows[i * words + words - 1] = 0;
           copy_window(c, x + n * image, group, bytes, y, x_at, reinterpret_cast<uint8_t*>(windows.data + i * words));
-          met[i] = {terms.data + (l.y.kind[y] * l.x.kinds + l.x.kind[x_at]) * channels, c.x_scale(n, p)};
+          met[i] = {terms.data + (l.y.kind[y] * l.x.kinds + l.x.kind[x_at]) * channels, c.sums == nullptr ? c.x_scale(n, p) : 0};
         }
       }
       for (int64_t panel = item % parts * part; panel < least(panels, (item % parts + 1) * part); ++panel) {
@@ -127,8 +133,7 @@ void sign_output(const SignOutput& c) {
         for (int64_t i = 0; i < count;) {
           const bool full = count - i >= kRows;
           const auto tile = full ? output_tile<kRows> : output_tile<1>;
-          tile(windows.data + i * words, words, columns, met.data + i, w_scale.data, c.bias, channel, lanes,
-               c.y + (first + i) * channels, channels);
+          tile(c, windows.data + i * words, words, columns, met.data + i, w_scale.data, first + i, channel, lanes, channels);
           i += full ? kRows : 1;
         }
       }

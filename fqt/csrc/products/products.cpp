@@ -114,7 +114,20 @@ void sign_output(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, std::option
                  Tensor y) {
   const Plan made = plan(sizes, true);
   const SignOutput call{made.layer,     x.const_data_ptr<uint8_t>(), w.const_data_ptr<uint8_t>(), scale(x_scale),
-                        scale(w_scale), data<float>(bias),           y.mutable_data_ptr<float>()};
+                        scale(w_scale), data<float>(bias),           y.mutable_data_ptr<float>(),   nullptr};
+  FQT_DISPATCH(sign_output, call);
+}
+
+// sign_accumulate(Tensor x, Tensor w, int[] sizes, Tensor(a!) sums) -> ()
+void sign_accumulate(Tensor x, Tensor w, std::vector<int64_t> sizes, Tensor sums) {
+  const Plan made = plan(sizes, true);
+  STD_TORCH_CHECK(made.layer.taps() * made.layer.in < 1 << 15, "accumulate: ", made.layer.taps() * made.layer.in,
+                  " terms may overflow 16 bits");
+  SignOutput call{};
+  call.layer = made.layer;
+  call.x = x.const_data_ptr<uint8_t>();
+  call.w = w.const_data_ptr<uint8_t>();
+  call.sums = sums.mutable_data_ptr<int16_t>();
   FQT_DISPATCH(sign_output, call);
 }
 
@@ -182,6 +195,7 @@ int64_t limit_products(int64_t level) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fqt_cpu, m) {
   m.def(
       "sign_output(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor? bias, int[] sizes, Tensor(a!) y) -> ()");
+  m.def("sign_accumulate(Tensor x, Tensor w, int[] sizes, Tensor(a!) sums) -> ()");
   m.def(
       "sign_grad_input(Tensor g, int bits, Tensor g_scale, Tensor? g_offset, Tensor kept, Tensor w, Tensor w_scale,"
       " Tensor? mask, int[] sizes, Tensor(a!) grad) -> ()");
@@ -193,6 +207,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fqt_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fqt_cpu, CompositeExplicitAutograd, m) {
   m.impl("sign_output", TORCH_BOX(&sign_output));
+  m.impl("sign_accumulate", TORCH_BOX(&sign_accumulate));
   m.impl("sign_grad_input", TORCH_BOX(&sign_grad_input));
   m.impl("sign_grad_weight", TORCH_BOX(&sign_grad_weight));
   m.impl("limit_products", TORCH_BOX(&limit_products));

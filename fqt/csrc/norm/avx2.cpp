@@ -1,0 +1,12 @@
+#include "isa.h"  // before the pragma: what it includes must run on every machine
+
+#if defined(FQT_X86)
+#include <atomic>
+#include <immintrin.h>
+#include <type_traits>
+#pragma GCC target("avx2")
+#define FQT_AVX2
+namespace fqt::avx2 {
+#include "norm.h"
+}
+#endif

@@ -1,0 +1,44 @@
+// What the batch normalization operators and the kernels of all instruction sets share.
+#pragma once
+
+#include "../products/isa.h"  // FQT_X86, parallel, Buffer
+
+namespace fqt {
+
+constexpr int64_t kBlockRows = 256;  // rows that are summed in order, before the blocks are: part of the specification
+
+// What is normalized, `rows` of `channels`: floats, or integers that stand for code * scale + offset, channel by channel.
+struct Normed {
+  const float* floats = nullptr;
+  const int16_t* codes = nullptr;
+  const float *scale = nullptr, *offset = nullptr;  // of the codes; the offset may be absent
+  int64_t rows, channels;
+};
+
+// Max-pooling by windows that do not overlap, over images of height x width; 1x1 windows where nothing is pooled.
+struct Windows {
+  int64_t height, width, kernel_y, kernel_x;
+  int64_t pooled_y() const { return (height + kernel_y - 1) / kernel_y; }
+  int64_t pooled_x() const { return (width + kernel_x - 1) / kernel_x; }
+};
+
+// z = y * a + b by channel, and for the gradient x^ = (y - mean) * inv.
+struct Affine {
+  const float *a, *b, *mean, *inv;
+};
+
+#define FQT_DECLARE_NORM                                                                                                    \
+  void norm_sums(const Normed& y, double* sums);                                                                            \
+  void norm_value(const Normed& y, const Affine& affine, const Windows& windows, float* z);                                 \
+  bool norm_sign(const Normed& y, const Affine& affine, const Windows& windows, float low, float high, uint8_t* codes,      \
+                 uint8_t* mask);                                                                                            \
+  void norm_grad_sums(const Normed& y, const Affine& affine, const Windows& windows, const float* g, double* sums);         \
+  void norm_grad(const Normed& y, const Affine& affine, const Windows& windows, const float* g, const float* means, float* dy);
+
+namespace portable { FQT_DECLARE_NORM }
+#if defined(FQT_X86)
+namespace avx2 { FQT_DECLARE_NORM }
+namespace avx512 { FQT_DECLARE_NORM }
+#endif
+
+}  // namespace fqt

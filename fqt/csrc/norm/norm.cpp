@@ -1,0 +1,119 @@
+// The batch normalization operators of fqt_cpu, on LibTorch's stable ABI, and the choice of the instruction set at run time.
+//
+// y (N, P, C), contiguous: float, or int16 with a scale and perhaps an offset a channel. affine: (4, C) rows a, b, mean, inv.
+// windows: height and width of the images, then of the pooling's windows.
+
+#include "isa.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+namespace fqt {
+namespace {
+
+using torch::stable::Tensor;
+
+#if defined(FQT_X86)
+const bool kAvx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+const bool kAvx2 = __builtin_cpu_supports("avx2");
+const int kBest = kAvx512 ? 2 : kAvx2 ? 1 : 0;
+#else
+const int kBest = 0;
+#endif
+int isa_limit = 2;  // tests lower it
+
+#if defined(FQT_X86)
+#define FQT_DISPATCH(call) \
+  (std::min(kBest, isa_limit) == 2 ? avx512::call : std::min(kBest, isa_limit) == 1 ? avx2::call : portable::call)
+#else
+#define FQT_DISPATCH(call) (portable::call)
+#endif
+
+const float* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+Normed normed(const Tensor& y, const std::optional<Tensor>& scale, const std::optional<Tensor>& offset) {
+  STD_TORCH_CHECK(y.dim() == 3 && y.is_contiguous(), "expected a contiguous tensor of three axes");
+  Normed made{nullptr, nullptr, data(scale), data(offset), y.size(0) * y.size(1), y.size(2)};
+  if (scale) {
+    made.codes = y.const_data_ptr<int16_t>();
+  } else {
+    made.floats = y.const_data_ptr<float>();
+  }
+  return made;
+}
+
+Affine affine_of(const Tensor& t) {
+  const float* rows = t.const_data_ptr<float>();
+  return {rows, rows + t.size(1), rows + 2 * t.size(1), rows + 3 * t.size(1)};
+}
+
+Windows windows_of(const std::vector<int64_t>& w) {
+  STD_TORCH_CHECK(w.size() == 4, "expected the sizes of image and window, got ", w.size());
+  return {w[0], w[1], w[2], w[3]};
+}
+
+void norm_sums(Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset, Tensor sums) {
+  FQT_DISPATCH(norm_sums(normed(y, scale, offset), sums.mutable_data_ptr<double>()));
+}
+
+void norm_value(Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset, Tensor affine,
+                std::vector<int64_t> windows, Tensor z) {
+  FQT_DISPATCH(norm_value(normed(y, scale, offset), affine_of(affine), windows_of(windows), z.mutable_data_ptr<float>()));
+}
+
+bool norm_sign(Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset, Tensor affine,
+               std::vector<int64_t> windows, double low, double high, Tensor codes, Tensor mask) {
+  return FQT_DISPATCH(norm_sign(normed(y, scale, offset), affine_of(affine), windows_of(windows), static_cast<float>(low),
+                                static_cast<float>(high), codes.mutable_data_ptr<uint8_t>(),
+                                mask.mutable_data_ptr<uint8_t>()));
+}
+
+void norm_grad_sums(Tensor g, Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset, Tensor affine,
+                    std::vector<int64_t> windows, Tensor sums) {
+  FQT_DISPATCH(norm_grad_sums(normed(y, scale, offset), affine_of(affine), windows_of(windows), g.const_data_ptr<float>(),
+                              sums.mutable_data_ptr<double>()));
+}
+
+void norm_grad(Tensor g, Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset, Tensor affine,
+               std::vector<int64_t> windows, Tensor means, Tensor dy) {
+  FQT_DISPATCH(norm_grad(normed(y, scale, offset), affine_of(affine), windows_of(windows), g.const_data_ptr<float>(),
+                         means.const_data_ptr<float>(), dy.mutable_data_ptr<float>()));
+}
+
+int64_t limit_norm(int64_t level) {
+  isa_limit = static_cast<int>(level);
+  return std::min(kBest, isa_limit);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fqt_cpu, m) {
+  m.def("norm_sums(Tensor y, Tensor? scale, Tensor? offset, Tensor(a!) sums) -> ()");
+  m.def("norm_value(Tensor y, Tensor? scale, Tensor? offset, Tensor affine, int[] windows, Tensor(a!) z) -> ()");
+  m.def(
+      "norm_sign(Tensor y, Tensor? scale, Tensor? offset, Tensor affine, int[] windows, float low, float high,"
+      " Tensor(a!) codes, Tensor(b!) mask) -> bool");
+  m.def(
+      "norm_grad_sums(Tensor g, Tensor y, Tensor? scale, Tensor? offset, Tensor affine, int[] windows,"
+      " Tensor(a!) sums) -> ()");
+  m.def(
+      "norm_grad(Tensor g, Tensor y, Tensor? scale, Tensor? offset, Tensor affine, int[] windows, Tensor means,"
+      " Tensor(a!) dy) -> ()");
+  m.def("limit_norm(int level) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fqt_cpu, CompositeExplicitAutograd, m) {
+  m.impl("norm_sums", TORCH_BOX(&norm_sums));
+  m.impl("norm_value", TORCH_BOX(&norm_value));
+  m.impl("norm_sign", TORCH_BOX(&norm_sign));
+  m.impl("norm_grad_sums", TORCH_BOX(&norm_grad_sums));
+  m.impl("norm_grad", TORCH_BOX(&norm_grad));
+  m.impl("limit_norm", TORCH_BOX(&limit_norm));
+}
+
+}  // namespace fqt

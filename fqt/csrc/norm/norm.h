@@ -1,0 +1,293 @@
+// Batch normalization in front of a sign: the loops of fqt/norm.py, included once for each instruction set.
+//
+// A row is the channels of one pixel, contiguous; a vector holds kFloats of them. Every float rounds as the reference's, so no
+// fused multiply-add may be formed (-ffp-contract=off), and sums go in the reference's order: rows of a block, then blocks.
+
+namespace {
+
+#if defined(FQT_AVX512)
+constexpr int kFloats = 16;
+#elif defined(FQT_AVX2)
+constexpr int kFloats = 8;
+#else
+constexpr int kFloats = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kFloats)));
+typedef int32_t Ints __attribute__((vector_size(4 * kFloats)));
+typedef int16_t Shorts __attribute__((vector_size(2 * kFloats)));
+typedef double Doubles __attribute__((vector_size(4 * kFloats)));
+typedef float HalfFloats __attribute__((vector_size(2 * kFloats)));
+
+// `count` lanes from memory, zeros behind them.
+template <class Vector, bool kFull, class T>
+inline Vector load(const T* from, int64_t count) {
+  Vector v{};
+  if constexpr (kFull) {
+    std::memcpy(&v, from, sizeof(v));
+  } else {
+    std::memcpy(&v, from, count * sizeof(T));
+  }
+  return v;
+}
+
+template <bool kFull>
+inline void store(float* to, Floats v, int64_t count) {
+  std::memcpy(to, &v, kFull ? sizeof(v) : count * sizeof(float));
+}
+
+// One bit a lane, the first lowest.
+inline uint32_t bits_of(Ints set) {
+#if defined(FQT_AVX512)
+  return _mm512_movepi32_mask((__m512i)set);
+#elif defined(FQT_AVX2)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)set));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kFloats; ++i) bits |= static_cast<uint32_t>(set[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// sum += the lanes, in double precision.
+struct Sum {
+  Doubles low{}, high{};
+  void add(Doubles first, Doubles second) { low += first, high += second; }
+  static Doubles first(Floats v) {
+    HalfFloats half;
+    std::memcpy(&half, &v, sizeof(half));
+    return __builtin_convertvector(half, Doubles);
+  }
+  static Doubles second(Floats v) {
+    HalfFloats half;
+    std::memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof(half), sizeof(half));
+    return __builtin_convertvector(half, Doubles);
+  }
+  void store(double* to) const {
+    std::memcpy(to, &low, sizeof(low));
+    std::memcpy(to + kFloats / 2, &high, sizeof(high));
+  }
+};
+
+// The values of one vector of channels in any row.
+template <bool kFull>
+struct Column {
+  const float* floats;
+  const int16_t* codes;
+  int64_t stride, count;
+  Floats scale, offset;
+  bool shifted;
+
+  Column(const Normed& y, int64_t c)
+      : floats(y.floats == nullptr ? nullptr : y.floats + c), codes(y.codes == nullptr ? nullptr : y.codes + c),
+        stride(y.channels), count(kFull ? kFloats : y.channels - c), scale(), offset(), shifted(y.offset != nullptr) {
+    if (y.scale != nullptr) scale = load<Floats, kFull>(y.scale + c, count);
+    if (y.offset != nullptr) offset = load<Floats, kFull>(y.offset + c, count);
+  }
+  template <bool kCodes>
+  Floats at(int64_t row) const {
+    if constexpr (kCodes) {
+      const Shorts code = load<Shorts, kFull>(codes + row * stride, count);
+      const Floats value = __builtin_convertvector(__builtin_convertvector(code, Ints), Floats) * scale;
+      return shifted ? value + offset : value;
+    } else {
+      return load<Floats, kFull>(floats + row * stride, count);
+    }
+  }
+};
+
+// Calls body(column of the vector at channel c, c) for every vector of channels in [begin, end), compiled for full vectors and
+// for the last, partial one, and for codes and floats.
+template <class Body>
+inline void each_column(const Normed& y, int64_t begin, int64_t end, const Body& body) {
+  const auto with = [&](auto codes) {
+    int64_t c = begin;
+    for (; c + kFloats <= end; c += kFloats) body(Column<true>(y, c), c, codes, std::true_type{});
+    if (c < end) body(Column<false>(y, c), c, codes, std::false_type{});
+  };
+  if (y.codes != nullptr) {
+    with(std::true_type{});
+  } else {
+    with(std::false_type{});
+  }
+}
+
+// The pixels of one window.
+struct Window {
+  int64_t first, rows, columns, width;  // first: row of its first pixel; width: rows from one line to the next
+  Window() = default;
+  Window(const Windows& w, int64_t pooled) : width(w.width) {
+    const int64_t per_image = w.pooled_y() * w.pooled_x();
+    const int64_t n = pooled / per_image, p = pooled % per_image;
+    const int64_t y = p / w.pooled_x() * w.kernel_y, x = p % w.pooled_x() * w.kernel_x;
+    first = (n * w.height + y) * w.width + x;
+    rows = std::min(w.kernel_y, w.height - y);
+    columns = std::min(w.kernel_x, w.width - x);
+  }
+};
+
+// The largest z of a window, the first of equals, with its y and its number; a NaN is larger than all, as torch has it.
+struct Largest {
+  Floats z, y;
+  Ints number;
+};
+
+template <bool kCodes, bool kFull>
+inline Largest largest(const Column<kFull>& column, const Window& window, Floats a, Floats b) {
+  const Floats y = column.template at<kCodes>(window.first);
+  Largest best{y * a + b, y, Ints{}};
+  for (int64_t number = 1; number < window.rows * window.columns; ++number) {
+    const int64_t row = window.first + number / window.columns * window.width + number % window.columns;
+    const Floats other = column.template at<kCodes>(row), z = other * a + b;
+    const Ints better = (z > best.z) | (z != z);
+    best.z = better ? z : best.z;
+    best.y = better ? other : best.y;
+    best.number = better ? Ints{} + static_cast<int32_t>(number) : best.number;
+  }
+  return best;
+}
+
+// Runs body(first row, last row, first channel, last channel, sums of this block) over blocks of rows and stretches of
+// channels, then adds the blocks' two sums a channel in order.
+template <class Body>
+inline void sum_blocks(int64_t rows, int64_t channels, double* sums, const Body& body) {
+  constexpr int64_t kStretch = 64;
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, padded = (channels + kStretch - 1) / kStretch * kStretch;
+  const int64_t stretches = padded / kStretch;
+  Buffer<double> partial(blocks * 2 * padded);
+  parallel(blocks * stretches, 2, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t block = item / stretches, c = item % stretches * kStretch;
+      double* to = partial.data + block * 2 * padded;
+      body(block * kBlockRows, std::min(rows, (block + 1) * kBlockRows), c, std::min(channels, c + kStretch), to, to + padded);
+    }
+  });
+  std::fill(sums, sums + 2 * channels, 0.0);
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int which = 0; which < 2; ++which) {
+      const double* from = partial.data + (2 * block + which) * padded;
+      for (int64_t c = 0; c < channels; ++c) sums[which * channels + c] += from[c];
+    }
+  }
+}
+
+// Runs body(column, its first channel, codes?, full?, windows, first pooled row, end) over stretches of pooled rows that stay in
+// the cache while their columns are worked off one after the other.
+template <class Body>
+inline void each_stretch(const Normed& y, const Windows& w, const Body& body) {
+  constexpr int64_t kStretch = 64;
+  const int64_t pooled = y.rows / (w.height * w.width) * w.pooled_y() * w.pooled_x();
+  const int64_t stretches = (pooled + kStretch - 1) / kStretch;
+  parallel(stretches, std::max<int64_t>(1, 256 / std::max<int64_t>(y.channels, 1)), [&](int64_t begin, int64_t end) {
+    Window window[kStretch];
+    for (int64_t first = begin * kStretch; first < std::min(pooled, end * kStretch); first += kStretch) {
+      const int64_t last = std::min(pooled, first + kStretch);
+      for (int64_t row = first; row < last; ++row) window[row - first] = Window(w, row);
+      each_column(y, 0, y.channels, [&](const auto& column, int64_t c, auto codes, auto full) {
+        body(column, c, codes, full, window, first, last);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+void norm_sums(const Normed& y, double* sums) {
+  sum_blocks(y.rows, y.channels, sums, [&](int64_t begin, int64_t end, int64_t first, int64_t last, double* s, double* q) {
+    each_column(y, first, last, [&](const auto& column, int64_t c, auto codes, auto) {
+      Sum values, squares;
+      for (int64_t row = begin; row < end; ++row) {
+        const Floats v = column.template at<codes>(row);
+        const Doubles v0 = Sum::first(v), v1 = Sum::second(v);
+        values.add(v0, v1);
+        squares.add(v0 * v0, v1 * v1);
+      }
+      values.store(s + c);
+      squares.store(q + c);
+    });
+  });
+}
+
+void norm_value(const Normed& y, const Affine& f, const Windows& windows, float* z) {
+  each_stretch(y, windows, [&](const auto& column, int64_t c, auto codes, auto full, const Window* window, int64_t begin,
+                               int64_t end) {
+    const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
+    for (int64_t row = begin; row < end; ++row) {
+      store<full>(z + row * y.channels + c, largest<codes>(column, window[row - begin], a, b).z, column.count);
+    }
+  });
+}
+
+// Returns whether a value is NaN.
+bool norm_sign(const Normed& y, const Affine& f, const Windows& windows, float low, float high, uint8_t* codes,
+               uint8_t* mask) {
+  const int64_t bytes = (y.channels + 7) / 8;
+  std::atomic<bool> found{false};
+  each_stretch(y, windows, [&](const auto& column, int64_t c, auto are_codes, auto full, const Window* window, int64_t begin,
+                               int64_t end) {
+    const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
+    const uint32_t used = static_cast<uint32_t>((uint64_t{1} << column.count) - 1);
+    const int64_t size = (column.count + 7) / 8;
+    Ints nan{};
+    for (int64_t row = begin; row < end; ++row) {
+      const Floats z = largest<are_codes>(column, window[row - begin], a, b).z;
+      const uint32_t sign = bits_of(z >= 0.0f) & used, inside = bits_of((z >= low) & (z <= high)) & used;
+      nan |= z != z;
+      if constexpr (kFloats >= 8) {
+        std::memcpy(codes + row * bytes + c / 8, &sign, full ? kFloats / 8 : size);
+        std::memcpy(mask + row * bytes + c / 8, &inside, full ? kFloats / 8 : size);
+      } else if (c % 8 == 0) {
+        codes[row * bytes + c / 8] = static_cast<uint8_t>(sign);
+        mask[row * bytes + c / 8] = static_cast<uint8_t>(inside);
+      } else {
+        codes[row * bytes + c / 8] |= static_cast<uint8_t>(sign << c % 8);
+        mask[row * bytes + c / 8] |= static_cast<uint8_t>(inside << c % 8);
+      }
+    }
+    if (bits_of(nan) & used) found = true;
+  });
+  return found;
+}
+
+void norm_grad_sums(const Normed& y, const Affine& f, const Windows& windows, const float* g, double* sums) {
+  const int64_t pooled = y.rows / (windows.height * windows.width) * windows.pooled_y() * windows.pooled_x();
+  sum_blocks(pooled, y.channels, sums, [&](int64_t begin, int64_t end, int64_t first, int64_t last, double* s, double* p) {
+    Window window[kBlockRows];
+    for (int64_t row = begin; row < end; ++row) window[row - begin] = Window(windows, row);
+    each_column(y, first, last, [&](const auto& column, int64_t c, auto codes, auto full) {
+      const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
+      const Floats mean = load<Floats, full>(f.mean + c, column.count), inv = load<Floats, full>(f.inv + c, column.count);
+      Sum plain, products;
+      for (int64_t row = begin; row < end; ++row) {
+        const Floats gradient = load<Floats, full>(g + row * y.channels + c, column.count);
+        const Floats x = (largest<codes>(column, window[row - begin], a, b).y - mean) * inv;
+        const Doubles g0 = Sum::first(gradient), g1 = Sum::second(gradient);
+        plain.add(g0, g1);
+        products.add(g0 * Sum::first(x), g1 * Sum::second(x));
+      }
+      plain.store(s + c);
+      products.store(p + c);
+    });
+  });
+}
+
+void norm_grad(const Normed& y, const Affine& f, const Windows& windows, const float* g, const float* means, float* dy) {
+  each_stretch(y, windows, [&](const auto& column, int64_t c, auto codes, auto full, const Window* window, int64_t begin,
+                               int64_t end) {
+    const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
+    const Floats mean = load<Floats, full>(f.mean + c, column.count), inv = load<Floats, full>(f.inv + c, column.count);
+    const Floats mean_g = load<Floats, full>(means + c, column.count);
+    const Floats mean_gx = load<Floats, full>(means + y.channels + c, column.count);
+    for (int64_t row = begin; row < end; ++row) {
+      const Window& w = window[row - begin];
+      const Floats gradient = load<Floats, full>(g + row * y.channels + c, column.count);
+      const Ints chosen = largest<codes>(column, w, a, b).number;
+      for (int64_t number = 0; number < w.rows * w.columns; ++number) {
+        const int64_t to = w.first + number / w.columns * w.width + number % w.columns;
+        const Floats x = (column.template at<codes>(to) - mean) * inv;
+        const Floats dz = chosen == static_cast<int32_t>(number) ? gradient : Floats{};
+        store<full>(dy + to * y.channels + c, ((dz - mean_g) - x * mean_gx) * a, column.count);
+      }
+    }
+  });
+}
