@@ -224,7 +224,8 @@ def revert(model: nn.Module) -> nn.Module:
             plain = _FLOAT_OF[type(module)]
             module.__class__ = plain  # type: ignore[assignment]
         forget_macs(module)
-        module.__class__ = _UNFUSED.get(type(module), type(module))
+        if type(module) in _UNFUSED:
+            module.__class__ = _UNFUSED[type(module)]  # type: ignore[assignment]
         if "_fqt_replaced" in module.__dict__:
             module.__class__, added = module.__dict__.pop("_fqt_replaced")
             for name in added:

@@ -192,7 +192,7 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
     n, positions, out = g.shape
     groups = geometry.groups if geometry else 1
     taps = geometry.kernel[0] * geometry.kernel[1] if geometry else 1
-    grad = x.scale.new_zeros(out, taps, x.shape[2] // groups)
+    grad = _empty(out, taps, x.shape[2] // groups).zero_()
     samples, channels = torch.arange(n, dtype=torch.int32), torch.arange(out, dtype=torch.int32)
     scale, offset = (None if v is None else spread(v, g)[:, 0] for v in (g.scale, g.offset))
     assert scale is not None

@@ -5,10 +5,10 @@ reads two bits of the result (its sign, and whether the estimator passes), so th
 normalized and the pooled tensor need never be written: the convolution keeps its int16 accumulators, BatchNorm their
 statistics, and the next layer asks for the signs. The backward runs over the same accumulators.
 
-A `Deferred` has the shape, dtype and graph of the tensor that it stands for, and a NaN in every place. A layer that knows what to
-do takes what is behind it (`source`, `norm`, `windows`); for everyone else it computes itself: any torch function that meets
-one gets the float tensor in its place. So no module needs to know its neighbours, and nothing depends on how a model's
-forward is written.
+A `Deferred` has the shape, dtype and graph of the tensor that it stands for, and a NaN in every place. A layer that knows what
+to do takes what is behind it (`source`, `norm`, `windows`); for everyone else it computes itself: any torch function that
+meets one gets the float tensor in its place. So no module needs to know its neighbours, and nothing depends on how a
+model's forward is written.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fqt.autograd import once
 from fqt.formats import Format
 from fqt.norm import Source, Windows
 from fqt.qtensor import QTensor
@@ -109,8 +110,7 @@ class Deferred(Tensor):
         name = func.__name__
         lasting = name in _LASTING or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
         with torch._C.DisableTorchFunctionSubclass():
-            args, kwargs = _computed((args, kwargs or {}), lasting)
-            return func(*args, **kwargs)
+            return func(*_computed(args, lasting), **_computed(kwargs or {}, lasting))
 
 
 def _computed(tree: Any, lasting: bool) -> Any:
@@ -135,6 +135,7 @@ def possible(x: Tensor) -> bool:
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
     )
 
 
@@ -175,13 +176,16 @@ def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor | None:
         return None
     if x.windows.kernel != (1, 1) or pool.return_indices:
         return None
-    pair = torch.nn.modules.utils._pair
-    kernel, stride = pair(pool.kernel_size), pair(pool.stride)
+    kernel, stride = _pair(pool.kernel_size), _pair(pool.stride)
     whole = x.windows.height % kernel[0] == 0 and x.windows.width % kernel[1] == 0
-    if kernel != stride or pair(pool.padding) != (0, 0) or pair(pool.dilation) != (1, 1) or not (whole or pool.ceil_mode):
+    if kernel != stride or _pair(pool.padding) != (0, 0) or _pair(pool.dilation) != (1, 1) or not (whole or pool.ceil_mode):
         return None
-    windows = Windows(x.windows.height, x.windows.width, (int(kernel[0]), int(kernel[1])))
+    windows = Windows(x.windows.height, x.windows.width, kernel)
     return Deferred.make(x.source, x.graph, x.norm, windows, x.shape_of)
+
+
+def _pair(size: int | tuple[int, ...]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _canonical(x: Tensor) -> tuple[Tensor, Windows, Callable[[Tensor, Windows], Tensor]]:
@@ -267,11 +271,12 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor, *_: Tensor | None):
         y, scale, offset, affine = ctx.saved_tensors
-        args = (g.contiguous(), y, scale, offset, affine, ctx.windows.flat())
-        sums = torch.ops.fqt.norm_grad_sums(*args)
-        dy = None
-        if ctx.needs_input_grad[0]:
-            means = (sums / (y.shape[0] * y.shape[1])).float() if ctx.batch else affine.new_zeros(2, y.shape[2])
-            dy = torch.ops.fqt.norm_grad(*args, means)
-        d_bias, d_weight = sums.float()
-        return dy, d_weight, d_bias, *[None] * 9
+        with torch.no_grad():
+            args = (g.contiguous(), y, scale, offset, affine, ctx.windows.flat())
+            sums = torch.ops.fqt.norm_grad_sums(*args)
+            dy = None
+            if ctx.needs_input_grad[0]:
+                means = (sums / (y.shape[0] * y.shape[1])).float() if ctx.batch else affine.new_zeros(2, y.shape[2])
+                dy = torch.ops.fqt.norm_grad(*args, means)
+            d_bias, d_weight = sums.float()
+        return *once([dy, d_weight, d_bias]), *[None] * 9

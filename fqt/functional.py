@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fqt.autograd import once
 from fqt.deferred import Deferred, images_first, images_last, placeholder, possible, rows
 from fqt.formats import Shape3
 from fqt.geometry import Geometry
@@ -128,7 +129,7 @@ def conv2d(
 
 
 def _signs(x: Tensor, recipe: Recipe) -> tuple[Tensor | None, tuple[QTensor, Tensor] | None]:
-    """Of a deferred x: (N, P, C) placeholder with its graph, and its signs with their mask, where the recipe reads only these."""
+    """Of a deferred x: (N, P, C) placeholder with its graph, and its signs with their mask; None if the recipe reads more."""
     quantizer = recipe.quantizer("output", "x")
     if not isinstance(x, Deferred) or quantizer is None or not _plain_sign(quantizer):
         return None, None
@@ -238,7 +239,7 @@ def _layer(
             masks[letter] = mask
     run = _Products.apply if keeps_graph(x_NPC, w_OKI, bias) else _Products.forward
     y = run(x_NPC, w_OKI, bias, key, masks["x"], masks["w"], call, *flat)
-    if not defer:
+    if isinstance(y, Tensor):
         return y.to(dtype), None
     y_NPO, sums = y
     q = call.qtensors(flat)
@@ -314,9 +315,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx, g_NPO: Tensor, *_: Tensor | None):
         with torch.no_grad():
             grads = _Products._gradients(ctx, g_NPO)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            grads = [None if grad is None else _DifferentiatedOnce.apply(_leaf(grad)) for grad in grads]
-        return (*grads, *([None] * (len(ctx.needs_input_grad) - 3)))
+        return (*once(grads), *([None] * (len(ctx.needs_input_grad) - 3)))
 
     @staticmethod
     def _gradients(ctx, g_NPO: Tensor) -> list[Tensor | None]:
@@ -331,33 +330,6 @@ class _Products(torch.autograd.Function):
         if needs_bias:
             grad_bias = g_NPO.sum((0, 1), dtype=torch.promote_types(g_NPO.dtype, torch.float32))
         return [grad_x, grad_w, grad_bias]
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    """The tensor's values, requiring a gradient of their own."""
-    tensor = tensor.detach()
-    tensor.requires_grad = True  # torch.func refuses requires_grad_()
-    return tensor
-
-
-class _DifferentiatedOnce(torch.autograd.Function):
-    """The identity, standing behind each gradient of a graph made with create_graph=True: no second derivative is lost
-    silently (torch's once_differentiable lets it be where the incoming gradient is a constant)."""
-
-    @staticmethod
-    def forward(grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, *_: Tensor):
-        raise RuntimeError(
-            "the gradient of a quantized layer cannot be differentiated again: codes have no derivative. Where a second "
-            "derivative is needed (a gradient penalty, a Hessian), keep the layers float: fqt.convert(..., skip=...)"
-        )
 
 
 def _output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:

@@ -140,7 +140,7 @@ class FusedMaxPool2d(nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         pooled = deferred.max_pool(input, self)
-        return super().forward(input) if pooled is None else pooled
+        return super().forward(input) if pooled is None else pooled  # type: ignore[return-value]
 
 
 def _pad(x: Tensor, padding: list[int], mode: str) -> Tensor:

@@ -90,9 +90,7 @@ def norm_value(source: Source, affine: Tensor, windows: Windows) -> Tensor:
     return _largest(source, affine, windows)[0]
 
 
-def norm_sign(
-    source: Source, affine: Tensor, windows: Windows, low: float, high: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def norm_sign(source: Source, affine: Tensor, windows: Windows, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
     """The signs of z and the mask low <= z <= high, each (N, P', ceil(C/8)) uint8, and the signs' scale, (1,) float32."""
     z = norm_value(source, affine, windows)
     bad = z.isnan().any()

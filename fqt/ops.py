@@ -64,7 +64,9 @@ KERNELS: list[Kernel] = [
         lambda request: cpu.refuses_grad_input(request.formats, request.geometry),
     ),
     Kernel("grad_weight", "cpu", "cpu", "fqt.cpu:grad_weight", lambda request: cpu.refuses_grad_weight(request.formats)),
-    Kernel("accumulate", "cpu", "cpu", "fqt.cpu:accumulate", lambda request: cpu.refuses_output(request.formats, request.geometry)),
+    Kernel(
+        "accumulate", "cpu", "cpu", "fqt.cpu:accumulate", lambda request: cpu.refuses_output(request.formats, request.geometry)
+    ),
     *(Kernel(operator, "cpu", "cpu", f"fqt.cpu:{operator}", lambda _: cpu.refuses_norm()) for operator in NORM),
     *(
         Kernel(operator, "reference", "", f"fqt.{'norm' if operator in NORM else 'reference'}:{operator}", lambda request: None)

@@ -1,6 +1,6 @@
 // fqt_cpu::empty: large tensors from memory that is used again. The system hands out zeroed pages one fault at a time, which
 // for a tensor of tens of megabytes costs several times as much as writing it; torch's CPU allocator gives such memory back to
-// the system with every tensor that dies. Freed blocks stay here, never more than were once in use together.
+// the system with every tensor that dies. Freed blocks stay here, at most as many bytes as were once in use together.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,7 +9,7 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <map>
+#include <list>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
@@ -22,37 +22,37 @@ using torch::stable::Tensor;
 
 class Pool {
  public:
+  static constexpr size_t kAlignment = 4096;
+
   void* take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    void* block = nullptr;
-    size_t size = bytes;
-    const auto fit = free_.lower_bound(bytes);
-    if (fit != free_.end() && fit->first <= bytes + bytes / 4) {
-      size = fit->first;
-      block = fit->second;
+    auto fit = free_.end();
+    for (auto i = free_.begin(); i != free_.end(); ++i) {
+      if (i->size >= bytes && i->size <= bytes + bytes / 4 && (fit == free_.end() || i->size < fit->size)) fit = i;
+    }
+    Block block{nullptr, bytes};
+    if (fit != free_.end()) {
+      block = *fit;
       free_.erase(fit);
-      cached_ -= size;
+      cached_ -= block.size;
+    } else {
+      block.data = std::aligned_alloc(kAlignment, bytes);
+      STD_TORCH_CHECK(block.data != nullptr, "out of memory: a tensor needs ", bytes, " bytes");
     }
-    most_ = std::max(most_, used_ + size);
-    if (block == nullptr) {
-      trim(most_ - used_ - size);
-      block = std::aligned_alloc(kAlignment, size);
-      STD_TORCH_CHECK(block != nullptr, "out of memory: a tensor needs ", bytes, " bytes");
-    }
-    used_ += size;
-    size_of_[block] = size;
-    return block;
+    used_ += block.size;
+    most_ = std::max(most_, used_);
+    size_of_[block.data] = block.size;
+    return block.data;
   }
 
-  void give_back(void* block) {
+  void give_back(void* data) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = size_of_.find(block);
-    const size_t size = found->second;
+    const auto found = size_of_.find(data);
+    free_.push_back({data, found->second});
+    used_ -= found->second;
+    cached_ += found->second;
     size_of_.erase(found);
-    used_ -= size;
-    cached_ += size;
-    free_.emplace(size, block);
-    trim(most_ - used_);
+    trim(most_);
   }
 
   // Gives everything that is not in use back to the system.
@@ -62,21 +62,23 @@ class Pool {
     most_ = used_;
   }
 
-  static constexpr size_t kAlignment = 4096;
-
  private:
-  // Frees cached blocks, the largest first, until at most `bytes` are cached.
+  struct Block {
+    void* data;
+    size_t size;
+  };
+
+  // Frees cached blocks, the longest unused first, until at most `bytes` are cached.
   void trim(size_t bytes) {
     while (cached_ > bytes) {
-      const auto last = std::prev(free_.end());
-      std::free(last->second);
-      cached_ -= last->first;
-      free_.erase(last);
+      std::free(free_.front().data);
+      cached_ -= free_.front().size;
+      free_.pop_front();
     }
   }
 
   std::mutex mutex_;
-  std::multimap<size_t, void*> free_;
+  std::list<Block> free_;
   std::unordered_map<void*, size_t> size_of_;
   size_t used_ = 0, cached_ = 0, most_ = 0;
 };
