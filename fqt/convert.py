@@ -195,6 +195,8 @@ def _replace_modules(model: nn.Module, exchange: dict[type[nn.Module], nn.Module
 
 def _fuse(model: nn.Module) -> None:
     """Let layers, BatchNorms and poolings hand each other what they did not compute yet."""
+    if not any(type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) for module in model.modules()):
+        return
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
             module.__dict__["fuse"] = True

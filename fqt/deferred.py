@@ -29,7 +29,7 @@ from fqt.qtensor import QTensor
 _DESCRIPTIONS = {
     getattr(Tensor, name).__get__
     for name in ("shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_leaf", "is_cuda", "grad_fn")
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, Tensor.stride}
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
 # what changes the tensor itself, so that whoever reads it later must see the change
 _LASTING = {"retain_grad", "register_hook", "requires_grad_", "backward", "__set__", "register_post_accumulate_grad_hook"}
 
@@ -51,35 +51,37 @@ class Norm:
 
 
 class Deferred(Tensor):
-    """See the module's text.
+    """See the module's text. Its autograd graph is that of the tensor that it stands for.
 
     Attributes:
         source: y, canonical (N, P, C): what the convolution accumulated, or floats.
-        graph: (N, P, C), y with its graph (of codes: a placeholder of NaN).
         norm: what follows, None if nothing.
         windows: the images' size and the pooling that follows `norm`.
         shape_of: from canonical (N, P', C) to the shape that the module's caller expects.
+        graph: (N, P, C), y with its graph (of codes: a placeholder), as long as `grad_fn` is `made_by`.
+        changed: the float tensor, once it was changed in place.
     """
 
     source: Source
-    graph: Tensor
     norm: Norm | None
     windows: Windows
     shape_of: Callable[[Tensor, Windows], Tensor]
+    graph: Tensor
+    made_by: Any
     changed: Tensor | None
 
     @staticmethod
     def make(
-        source: Source,
-        graph: Tensor,
-        norm: Norm | None,
-        windows: Windows,
-        shape_of: Callable[[Tensor, Windows], Tensor],
+        source: Source, graph: Tensor, norm: Norm | None, windows: Windows, shape_of: Callable[[Tensor, Windows], Tensor]
     ) -> Deferred:
-        placeholder = graph if norm is None else _normalize(graph, source, norm, windows, "nothing")[0]
+        if norm is not None:
+            z_NPC = _Normalize.apply(graph, norm.weight, norm.bias, *source.tensors(), norm.affine, norm.batch, windows)
+        else:
+            z_NPC = graph
         with torch._C.DisableTorchFunctionSubclass():
-            made = shape_of(placeholder, windows).as_subclass(Deferred)
-        made.source, made.graph, made.norm, made.windows, made.shape_of = source, graph, norm, windows, shape_of
+            made = shape_of(z_NPC, windows).as_subclass(Deferred)  # type: ignore[arg-type]
+            made.made_by = made.grad_fn
+        made.source, made.norm, made.windows, made.shape_of, made.graph = source, norm, windows, shape_of, graph
         made.changed = None
         return made
 
@@ -87,20 +89,21 @@ class Deferred(Tensor):
         """The float tensor, with its graph."""
         if self.changed is not None:
             return self.changed
-        if self.norm is None:
-            y_NPC = self.graph if self.source.scale is None else _Scaled.apply(self.graph, *self.source.tensors())
-            return self.shape_of(y_NPC, self.windows)  # type: ignore[arg-type]
-        z_NPC = _normalize(self.graph, self.source, self.norm, self.windows, "value")[0]
-        return self.shape_of(z_NPC, self.windows)
+        with torch.set_grad_enabled(self.requires_grad):  # as a tensor keeps its graph where none is being recorded
+            return _Value.apply(_plain(self), self)  # type: ignore[return-value]
 
-    def signs(self, low: float, high: float) -> tuple[Tensor, QTensor, Tensor] | None:
-        """(N, P', C) placeholder with the graph, the signs, and the packed mask low <= z <= high; None where it cannot be had
-        without the floats."""
-        if self.norm is None or self.changed is not None:
-            return None
-        graph, codes, mask, scale = _normalize(self.graph, self.source, self.norm, self.windows, "signs", low, high)
-        shape = (graph.shape[0], graph.shape[1], graph.shape[2])
-        return graph, QTensor(codes, scale, None, None, Format("sign", 1), shape), mask
+    def signs(self, low: float, high: float) -> tuple[Tensor, QTensor, Tensor]:
+        """A placeholder (N, P', C) with the graph, the signs, and the packed mask low <= z <= high."""
+        assert self.norm is not None
+        codes, mask, scale = torch.ops.fqt.norm_sign(*self.source.tensors(), self.norm.affine, self.windows.flat(), low, high)
+        z_NPC = _canonical(_plain(self))
+        shape = (z_NPC.shape[0], z_NPC.shape[1], z_NPC.shape[2])
+        return z_NPC, QTensor(codes, scale, None, None, Format("sign", 1), shape), mask
+
+    def whole(self) -> bool:
+        """Whether nothing happened to it since it was made, so that more can be deferred."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.changed is None and self.grad_fn is self.made_by
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -147,21 +150,22 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> Tensor | Non
         return None
     assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
     if isinstance(x, Deferred) and x.norm is None and x.changed is None:
-        source, graph, windows, shape_of = x.source, x.graph, x.windows, x.shape_of
+        source, graph, windows, shape_of = x.source, _canonical(_plain(x)), x.windows, x.shape_of
     else:
         x = x.value() if isinstance(x, Deferred) else x
-        graph, windows, shape_of = _canonical(x)
+        graph = _canonical(x).contiguous()
+        windows, shape_of = (Windows(1, 1), rows) if x.dim() == 2 else (Windows(x.shape[2], x.shape[3]), images(x))
         source = Source(graph.detach())
-    rows = source.y.shape[0] * source.y.shape[1]
-    if rows < 2:  # torch refuses it in training
+    count = source.y.shape[0] * source.y.shape[1]
+    if count < 2:  # torch refuses it in training
         return None
     with torch.no_grad():
         if norm.training:
-            mean, square = torch.ops.fqt.norm_sums(*source.tensors()) / rows
+            mean, square = torch.ops.fqt.norm_sums(*source.tensors()) / count
             var = (square - mean * mean).clamp(min=0)
             norm.num_batches_tracked += 1
             norm.running_mean.lerp_(mean.float(), norm.momentum)
-            norm.running_var.lerp_((var * (rows / (rows - 1))).float(), norm.momentum)
+            norm.running_var.lerp_((var * (count / (count - 1))).float(), norm.momentum)
         else:
             mean, var = norm.running_mean.double(), norm.running_var.double()
         mean, inv = mean.float(), (var + norm.eps).sqrt().reciprocal().float()
@@ -172,7 +176,7 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> Tensor | Non
 
 def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor | None:
     """`pool(x)` of a normalized, deferred x as a Deferred; None where torch has to do it."""
-    if not isinstance(x, Deferred) or x.norm is None or x.changed is not None or x.dim() != 4:
+    if not isinstance(x, Deferred) or x.norm is None or not x.whole() or x.dim() != 4:
         return None
     if x.windows.kernel != (1, 1) or pool.return_indices:
         return None
@@ -188,12 +192,20 @@ def _pair(size: int | tuple[int, ...]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _canonical(x: Tensor) -> tuple[Tensor, Windows, Callable[[Tensor, Windows], Tensor]]:
-    """x as contiguous (N, P, C), its windows, and the way back."""
-    if x.dim() == 2:
-        return x.unsqueeze(1).contiguous(), Windows(1, 1), rows
-    images = images_last if x.is_contiguous(memory_format=torch.channels_last) else images_first
-    return x.flatten(2).transpose(1, 2).contiguous(), Windows(x.shape[2], x.shape[3]), images
+def _plain(x: Deferred) -> Tensor:
+    """The placeholder as it is, with its graph."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.as_subclass(Tensor)  # type: ignore[arg-type]
+
+
+def _canonical(x: Tensor) -> Tensor:
+    """(N, C) or (N, C, H, W) as (N, P, C)."""
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(2).transpose(1, 2)
+
+
+def images(x_NCHW: Tensor) -> Callable[[Tensor, Windows], Tensor]:
+    """The way from (N, P, C) to images in the memory format of these."""
+    return images_last if x_NCHW.is_contiguous(memory_format=torch.channels_last) else images_first
 
 
 def rows(y_NPC: Tensor, windows: Windows) -> Tensor:
@@ -217,28 +229,26 @@ def placeholder(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_full((), torch.nan, dtype=torch.float32).expand(shape)
 
 
-class _Scaled(torch.autograd.Function):
-    """Accumulators as the floats that they stand for."""
+class _Value(torch.autograd.Function):
+    """The floats that a Deferred stands for, in the graph of its placeholder."""
 
     @staticmethod
-    def forward(ctx, graph: Tensor, y: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-        value = y.float() * scale
-        return value if offset is None else value + offset
+    def forward(ctx, placeholder: Tensor, x: Deferred) -> Tensor:
+        y, scale, offset = x.source.tensors()
+        if x.norm is not None:
+            y = torch.ops.fqt.norm_value(y, scale, offset, x.norm.affine, x.windows.flat())
+        elif scale is not None:
+            y = y.float() * scale
+            y = y if offset is None else y + offset
+        return x.shape_of(y, x.windows).data  # not as a view: whoever adds to it in place would pay for a copy in the backward
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return g, None, None, None
-
-
-def _normalize(
-    graph: Tensor, source: Source, norm: Norm, windows: Windows, wanted: str, low: float = -1.0, high: float = 1.0
-) -> tuple[Tensor, ...]:
-    args = (graph, norm.weight, norm.bias, *source.tensors(), norm.affine, norm.batch, windows, wanted, low, high)
-    return _Normalize.apply(*args)  # type: ignore[return-value]
+        return g, None
 
 
 class _Normalize(torch.autograd.Function):
-    """z, or as much of it as is wanted: "nothing" (a placeholder), "signs" (a placeholder, codes, mask, scale) or "value"."""
+    """A placeholder for z (N, P', C), and the gradients of y, gamma and beta."""
 
     @staticmethod
     def forward(
@@ -252,24 +262,14 @@ class _Normalize(torch.autograd.Function):
         affine: Tensor,
         batch: bool,
         windows: Windows,
-        wanted: str,
-        low: float,
-        high: float,
-    ):
+    ) -> Tensor:
         ctx.save_for_backward(y, scale, offset, affine)
         ctx.batch, ctx.windows = batch, windows
-        if wanted == "value":
-            return (torch.ops.fqt.norm_value(y, scale, offset, affine, windows.flat()),)
         height, width = windows.pooled_size
-        z = placeholder(y, (y.shape[0], height * width, y.shape[2]))
-        if wanted == "nothing":
-            return (z,)
-        codes, mask, sign_scale = torch.ops.fqt.norm_sign(y, scale, offset, affine, windows.flat(), low, high)
-        ctx.mark_non_differentiable(codes, mask, sign_scale)
-        return z, codes, mask, sign_scale
+        return placeholder(y, (y.shape[0], height * width, y.shape[2]))
 
     @staticmethod
-    def backward(ctx, g: Tensor, *_: Tensor | None):
+    def backward(ctx, g: Tensor):
         y, scale, offset, affine = ctx.saved_tensors
         with torch.no_grad():
             args = (g.contiguous(), y, scale, offset, affine, ctx.windows.flat())
@@ -279,4 +279,4 @@ class _Normalize(torch.autograd.Function):
                 means = (sums / (y.shape[0] * y.shape[1])).float() if ctx.batch else affine.new_zeros(2, y.shape[2])
                 dy = torch.ops.fqt.norm_grad(*args, means)
             d_bias, d_weight = sums.float()
-        return *once([dy, d_weight, d_bias]), *[None] * 9
+        return *once([dy, d_weight, d_bias]), *[None] * 6

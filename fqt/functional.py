@@ -133,12 +133,10 @@ def _signs(x: Tensor, recipe: Recipe) -> tuple[Tensor | None, tuple[QTensor, Ten
     quantizer = recipe.quantizer("output", "x")
     if not isinstance(x, Deferred) or quantizer is None or not _plain_sign(quantizer):
         return None, None
-    if recipe.quantizer("grad_weight", "x") is None or not recipe.low_bit("output"):
+    if not recipe.saved("grad_weight", "x") or quantizer.pass_range is None or x.norm is None or x.changed is not None:
         return None, None
-    if not recipe.saved("grad_weight", "x") or quantizer.pass_range is None:
-        return None, None
-    signs = x.signs(*quantizer.pass_range)
-    return (None, None) if signs is None else (signs[0], signs[1:])
+    z_NPC, q, mask = x.signs(*quantizer.pass_range)
+    return z_NPC, (q, mask)
 
 
 def _plain_sign(quantizer: Quantizer) -> bool:
