@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from fqt import ops, reference
 from fqt.formats import Format
 from fqt.geometry import Geometry
-from fqt.ops import KERNELS, OPERATORS, Kernel, Request, load, select
+from fqt.ops import KERNELS, NORM, OPERATORS, Kernel, Request, load, select
 from fqt.qtensor import QTensor
 from fqt.testing import assert_same_values
 from tests.fqt import oracle
@@ -276,7 +276,7 @@ def test_every_operator_has_the_reference_as_its_last_row():
     for operator in OPERATORS:
         rows = [kernel for kernel in KERNELS if kernel.operator == operator]
         assert rows[-1].backend == "reference"
-        assert rows[-1].function == f"fqt.reference:{operator}"
+        assert rows[-1].function == f"fqt.{'norm' if operator in NORM else 'reference'}:{operator}"
         assert [kernel.backend for kernel in rows].count("reference") == 1
         assert rows[-1].refuses(SIGNS) is None
         assert rows[-1].device == ""
