@@ -235,17 +235,17 @@ def norm_sign(source: Source, affine: Tensor, windows: Windows, low: float, high
     return codes, mask, torch.ones(1)
 
 
-def norm_grad_sums(g: Tensor, source: Source, affine: Tensor, windows: Windows) -> Tensor:
+def norm_grad_sums(g: Tensor, kept: Tensor | None, source: Source, affine: Tensor, windows: Windows) -> Tensor:
     """As `fqt.norm.norm_grad_sums`."""
     sums = torch.empty(2, g.shape[2], dtype=torch.float64)
-    operators().norm_grad_sums(g, *source.tensors(), affine, windows.flat(), sums)
+    operators().norm_grad_sums(g, kept, *source.tensors(), affine, windows.flat(), sums)
     return sums
 
 
-def norm_grad(g: Tensor, source: Source, affine: Tensor, windows: Windows, means: Tensor) -> Tensor:
+def norm_grad(g: Tensor, kept: Tensor | None, source: Source, affine: Tensor, windows: Windows, means: Tensor) -> Tensor:
     """As `fqt.norm.norm_grad`."""
     dy = _empty(*source.y.shape)
-    operators().norm_grad(g, *source.tensors(), affine, windows.flat(), means, dy)
+    operators().norm_grad(g, kept, *source.tensors(), affine, windows.flat(), means, dy)
     return dy
 
 

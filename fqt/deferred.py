@@ -58,7 +58,7 @@ class Deferred(Tensor):
         norm: what follows, None if nothing.
         windows: the images' size and the pooling that follows `norm`.
         shape_of: from canonical (N, P', C) to the shape that the module's caller expects.
-        graph: (N, P, C), y with its graph (of codes: a placeholder), as long as `grad_fn` is `made_by`.
+        graph, placeholder: (N, P, C), y and the deferred tensor itself with their graphs, as long as `grad_fn` is `made_by`.
         changed: the float tensor, once it was changed in place.
     """
 
@@ -67,6 +67,7 @@ class Deferred(Tensor):
     windows: Windows
     shape_of: Callable[[Tensor, Windows], Tensor]
     graph: Tensor
+    placeholder: Tensor
     made_by: Any
     changed: Tensor | None
 
@@ -81,8 +82,8 @@ class Deferred(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             made = shape_of(z_NPC, windows).as_subclass(Deferred)  # type: ignore[arg-type]
             made.made_by = made.grad_fn
-        made.source, made.norm, made.windows, made.shape_of, made.graph = source, norm, windows, shape_of, graph
-        made.changed = None
+        made.source, made.norm, made.windows, made.shape_of = source, norm, windows, shape_of
+        made.graph, made.placeholder, made.changed = graph, z_NPC, None
         return made
 
     def value(self) -> Tensor:
@@ -96,9 +97,13 @@ class Deferred(Tensor):
         """A placeholder (N, P', C) with the graph, the signs, and the packed mask low <= z <= high."""
         assert self.norm is not None
         codes, mask, scale = torch.ops.fqt.norm_sign(*self.source.tensors(), self.norm.affine, self.windows.flat(), low, high)
-        z_NPC = _canonical(_plain(self))
+        z_NPC = self.canonical()
         shape = (z_NPC.shape[0], z_NPC.shape[1], z_NPC.shape[2])
         return z_NPC, QTensor(codes, scale, None, None, Format("sign", 1), shape), mask
+
+    def canonical(self) -> Tensor:
+        """The placeholder (N, P', C) with the graph, without a view between where there need not be one."""
+        return self.placeholder if self.whole() else _canonical(_plain(self))
 
     def whole(self) -> bool:
         """Whether nothing happened to it since it was made, so that more can be deferred."""
@@ -150,7 +155,7 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> Tensor | Non
         return None
     assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
     if isinstance(x, Deferred) and x.norm is None and x.changed is None:
-        source, graph, windows, shape_of = x.source, _canonical(_plain(x)), x.windows, x.shape_of
+        source, graph, windows, shape_of = x.source, x.canonical(), x.windows, x.shape_of
     else:
         x = x.value() if isinstance(x, Deferred) else x
         graph = _canonical(x).contiguous()
@@ -229,6 +234,20 @@ def placeholder(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_full((), torch.nan, dtype=torch.float32).expand(shape)
 
 
+def remember_kept(g: Tensor, index: Tensor) -> None:
+    """Note on a gradient which samples pruning has left; the others are zero. For the next function in the backward alone: a
+    tensor that was changed since, or another, carries no such note."""
+    kept = torch.zeros(g.shape[0], dtype=torch.bool)
+    kept[index[index >= 0].long()] = True
+    g.fqt_kept = kept, g._version  # type: ignore[attr-defined]
+
+
+def kept_samples(g: Tensor) -> Tensor | None:
+    """(N,) bool of `remember_kept`, None if nothing is known."""
+    kept, version = getattr(g, "fqt_kept", (None, 0))
+    return kept if kept is not None and version == g._version else None
+
+
 class _Value(torch.autograd.Function):
     """The floats that a Deferred stands for, in the graph of its placeholder."""
 
@@ -272,7 +291,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         y, scale, offset, affine = ctx.saved_tensors
         with torch.no_grad():
-            args = (g.contiguous(), y, scale, offset, affine, ctx.windows.flat())
+            args = (g.contiguous(), kept_samples(g), y, scale, offset, affine, ctx.windows.flat())
             sums = torch.ops.fqt.norm_grad_sums(*args)
             dy = None
             if ctx.needs_input_grad[0]:

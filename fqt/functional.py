@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fqt.autograd import once
-from fqt.deferred import Deferred, images_first, images_last, placeholder, possible, rows
+from fqt.deferred import Deferred, images_first, images_last, placeholder, possible, remember_kept, rows
 from fqt.formats import Shape3
 from fqt.geometry import Geometry
 from fqt.norm import Source, Windows
@@ -166,6 +166,7 @@ class _Call:
     x_dtype: torch.dtype
     w_dtype: torch.dtype
     defer: bool
+    signs: bool
 
     def made(self, name: str) -> bool:
         """Whether the forward encodes this operand, rather than taking codes made before or the float tensor."""
@@ -213,7 +214,7 @@ def _layer(
     x_shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     w_shape = (w_OKI.shape[0], w_OKI.shape[1], w_OKI.shape[2])
     defer = defer and accumulates(recipe) and w_shape[1] * w_shape[2] < 1 << 15
-    call = _Call(recipe, geometry, x_shape, w_shape, x_NPC.dtype, w_OKI.dtype, defer)
+    call = _Call(recipe, geometry, x_shape, w_shape, x_NPC.dtype, w_OKI.dtype, defer, signs is not None)
 
     masks = {"x": x_NPC.new_empty(0, dtype=torch.uint8), "w": x_NPC.new_empty(0, dtype=torch.uint8)}
     flat: list[Tensor] = []
@@ -353,8 +354,10 @@ def _grad_input(call: _Call, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, k
         if recipe.place("grad_input", "w", "conv" if geometry else "linear") == "folded":
             fold, w = spread(w.scale, w).permute(1, 2, 0), _unscaled(w)
         g, _ = quantize(g_NPO, quantizer, "g", key=key, stream=STREAM["grad_input.g"], fold=fold)
-        grad = torch.ops.fqt.grad_input(*_operand(g), *_operand(w), mask, call.x_shape, _flat(geometry))
-        return grad.to(call.x_dtype)
+        grad = torch.ops.fqt.grad_input(*_operand(g), *_operand(w), mask, call.x_shape, _flat(geometry)).to(call.x_dtype)
+        if call.signs and g.index is not None and g.format.axes == "N":
+            remember_kept(grad, g.index)
+        return grad
     w_OKI = saved[0] if w is None else w.decode()
     g_NPO = _float_gradient(g_NPO, quantizer, key, "grad_input.g")
     grad = multiply_grad_input(g_NPO, w_OKI.to(g_NPO.dtype), call.x_shape[2], geometry)

@@ -100,15 +100,20 @@ def norm_sign(source: Source, affine: Tensor, windows: Windows, low: float, high
     return codes, mask, torch.where(bad, torch.nan, 1.0).reshape(1)
 
 
-def norm_grad_sums(g: Tensor, source: Source, affine: Tensor, windows: Windows) -> Tensor:
-    """(2, C) float64: sum_g and sum_gx of the pooled gradient g (N, P', C)."""
+def norm_grad_sums(g: Tensor, kept: Tensor | None, source: Source, affine: Tensor, windows: Windows) -> Tensor:
+    """(2, C) float64: sum_g and sum_gx of the pooled gradient g (N, P', C).
+
+    Args:
+        kept: (N,) bool or None: where it is False g was pruned to zero, and the sample adds nothing.
+    """
     _, y, _ = _largest(source, affine, windows)
     x = (y - affine[2]) * affine[3]
+    x = x if kept is None else torch.where(kept.view(-1, 1, 1), x, 0.0)
     g_MC, x_MC = g.flatten(0, 1).double(), x.flatten(0, 1).double()
     return torch.stack([_sum(g_MC), _sum(g_MC * x_MC)])
 
 
-def norm_grad(g: Tensor, source: Source, affine: Tensor, windows: Windows, means: Tensor) -> Tensor:
+def norm_grad(g: Tensor, kept: Tensor | None, source: Source, affine: Tensor, windows: Windows, means: Tensor) -> Tensor:
     """dy, (N, P, C) float32. means: (2, C) float32, sum_g / M and sum_gx / M."""
     _, _, number = _largest(source, affine, windows)
     chosen = torch.arange(windows.kernel[0] * windows.kernel[1], device=g.device).view(-1, 1) == number.unsqueeze(2)

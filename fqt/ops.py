@@ -318,21 +318,21 @@ def _(y, scale, offset, affine, windows, low, high):
     return codes, torch.empty_like(codes), affine.new_empty(1)
 
 
-@_operator(f"norm_grad_sums(Tensor g, {_SOURCE}, Tensor affine, SymInt[] windows) -> Tensor")
-def _norm_grad_sums(g, y, scale, offset, affine, windows) -> Tensor:
-    return _norm("norm_grad_sums", y, g, Source(y, scale, offset), affine, _windows(windows))
+@_operator(f"norm_grad_sums(Tensor g, Tensor? kept, {_SOURCE}, Tensor affine, SymInt[] windows) -> Tensor")
+def _norm_grad_sums(g, kept, y, scale, offset, affine, windows) -> Tensor:
+    return _norm("norm_grad_sums", y, g, kept, Source(y, scale, offset), affine, _windows(windows))
 
 
 @torch.library.register_fake("fqt::norm_grad_sums")
-def _(g, y, scale, offset, affine, windows):
+def _(g, kept, y, scale, offset, affine, windows):
     return y.new_empty(2, y.shape[2], dtype=torch.float64)
 
 
-@_operator(f"norm_grad(Tensor g, {_SOURCE}, Tensor affine, SymInt[] windows, Tensor means) -> Tensor")
-def _norm_grad(g, y, scale, offset, affine, windows, means) -> Tensor:
-    return _norm("norm_grad", y, g, Source(y, scale, offset), affine, _windows(windows), means)
+@_operator(f"norm_grad(Tensor g, Tensor? kept, {_SOURCE}, Tensor affine, SymInt[] windows, Tensor means) -> Tensor")
+def _norm_grad(g, kept, y, scale, offset, affine, windows, means) -> Tensor:
+    return _norm("norm_grad", y, g, kept, Source(y, scale, offset), affine, _windows(windows), means)
 
 
 @torch.library.register_fake("fqt::norm_grad")
-def _(g, y, scale, offset, affine, windows, means):
+def _(g, kept, y, scale, offset, affine, windows, means):
     return affine.new_empty(y.shape)

@@ -65,13 +65,16 @@ def test_the_kernel_equals_the_specification(row: ops.Kernel, rng: np.random.Gen
             affine = torch.randn(4, shape[2], generator=generator)
             windows = Windows(height, width, draw.choice(KERNEL_SIZES))
             pooled_y, pooled_x = windows.pooled_size
-            g = torch.randn(shape[0], pooled_y * pooled_x, shape[2], generator=generator)
+            g, kept = torch.randn(shape[0], pooled_y * pooled_x, shape[2], generator=generator), None
+            if draw.random() < 0.5:
+                kept = torch.rand(shape[0], generator=generator) < 0.5
+                g[~kept] = 0.0
             args = {
                 "norm_sums": (from_,),
                 "norm_value": (from_, affine, windows),
                 "norm_sign": (from_, affine, windows, -1.0, draw.choice((1.0, 0.5))),
-                "norm_grad_sums": (g, from_, affine, windows),
-                "norm_grad": (g, from_, affine, windows, torch.randn(2, shape[2], generator=generator)),
+                "norm_grad_sums": (g, kept, from_, affine, windows),
+                "norm_grad": (g, kept, from_, affine, windows, torch.randn(2, shape[2], generator=generator)),
             }[row.operator]
             actual, expected = ops.load(row.function)(*args), specification(*args)
             for a, e in zip(*((x if isinstance(x, tuple) else (x,)) for x in (actual, expected)), strict=True):

@@ -27,13 +27,20 @@ struct Affine {
   const float *a, *b, *mean, *inv;
 };
 
+// The pooled gradient; of a sample that is not `kept` (null: all are) it is zero and not read.
+struct Gradient {
+  const float* data;
+  const bool* kept;
+};
+
 #define FQT_DECLARE_NORM                                                                                                    \
   void norm_sums(const Normed& y, double* sums);                                                                            \
   void norm_value(const Normed& y, const Affine& affine, const Windows& windows, float* z);                                 \
   bool norm_sign(const Normed& y, const Affine& affine, const Windows& windows, float low, float high, uint8_t* codes,      \
                  uint8_t* mask);                                                                                            \
-  void norm_grad_sums(const Normed& y, const Affine& affine, const Windows& windows, const float* g, double* sums);         \
-  void norm_grad(const Normed& y, const Affine& affine, const Windows& windows, const float* g, const float* means, float* dy);
+  void norm_grad_sums(const Normed& y, const Affine& affine, const Windows& windows, const Gradient& g, double* sums);      \
+  void norm_grad(const Normed& y, const Affine& affine, const Windows& windows, const Gradient& g, const float* means,      \
+                 float* dy);
 
 namespace portable { FQT_DECLARE_NORM }
 #if defined(FQT_X86)

@@ -73,15 +73,19 @@ bool norm_sign(Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offs
                                 mask.mutable_data_ptr<uint8_t>()));
 }
 
-void norm_grad_sums(Tensor g, Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset, Tensor affine,
-                    std::vector<int64_t> windows, Tensor sums) {
-  FQT_DISPATCH(norm_grad_sums(normed(y, scale, offset), affine_of(affine), windows_of(windows), g.const_data_ptr<float>(),
+Gradient gradient(const Tensor& g, const std::optional<Tensor>& kept) {
+  return {g.const_data_ptr<float>(), kept ? kept->const_data_ptr<bool>() : nullptr};
+}
+
+void norm_grad_sums(Tensor g, std::optional<Tensor> kept, Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset,
+                    Tensor affine, std::vector<int64_t> windows, Tensor sums) {
+  FQT_DISPATCH(norm_grad_sums(normed(y, scale, offset), affine_of(affine), windows_of(windows), gradient(g, kept),
                               sums.mutable_data_ptr<double>()));
 }
 
-void norm_grad(Tensor g, Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset, Tensor affine,
-               std::vector<int64_t> windows, Tensor means, Tensor dy) {
-  FQT_DISPATCH(norm_grad(normed(y, scale, offset), affine_of(affine), windows_of(windows), g.const_data_ptr<float>(),
+void norm_grad(Tensor g, std::optional<Tensor> kept, Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset,
+               Tensor affine, std::vector<int64_t> windows, Tensor means, Tensor dy) {
+  FQT_DISPATCH(norm_grad(normed(y, scale, offset), affine_of(affine), windows_of(windows), gradient(g, kept),
                          means.const_data_ptr<float>(), dy.mutable_data_ptr<float>()));
 }
 
@@ -99,10 +103,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fqt_cpu, m) {
       "norm_sign(Tensor y, Tensor? scale, Tensor? offset, Tensor affine, int[] windows, float low, float high,"
       " Tensor(a!) codes, Tensor(b!) mask) -> bool");
   m.def(
-      "norm_grad_sums(Tensor g, Tensor y, Tensor? scale, Tensor? offset, Tensor affine, int[] windows,"
+      "norm_grad_sums(Tensor g, Tensor? kept, Tensor y, Tensor? scale, Tensor? offset, Tensor affine, int[] windows,"
       " Tensor(a!) sums) -> ()");
   m.def(
-      "norm_grad(Tensor g, Tensor y, Tensor? scale, Tensor? offset, Tensor affine, int[] windows, Tensor means,"
+      "norm_grad(Tensor g, Tensor? kept, Tensor y, Tensor? scale, Tensor? offset, Tensor affine, int[] windows, Tensor means,"
       " Tensor(a!) dy) -> ()");
   m.def("limit_norm(int level) -> int");
 }

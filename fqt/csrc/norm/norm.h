@@ -115,11 +115,13 @@ inline void each_column(const Normed& y, int64_t begin, int64_t end, const Body&
 // The pixels of one window.
 struct Window {
   int64_t first, rows, columns, width;  // first: row of its first pixel; width: rows from one line to the next
+  int64_t sample;
   Window() = default;
   Window(const Windows& w, int64_t pooled) : width(w.width) {
     const int64_t per_image = w.pooled_y() * w.pooled_x();
     const int64_t n = pooled / per_image, p = pooled % per_image;
     const int64_t y = p / w.pooled_x() * w.kernel_y, x = p % w.pooled_x() * w.kernel_x;
+    sample = n;
     first = (n * w.height + y) * w.width + x;
     rows = std::min(w.kernel_y, w.height - y);
     columns = std::min(w.kernel_x, w.width - x);
@@ -249,18 +251,24 @@ bool norm_sign(const Normed& y, const Affine& f, const Windows& windows, float l
   return found;
 }
 
-void norm_grad_sums(const Normed& y, const Affine& f, const Windows& windows, const float* g, double* sums) {
+void norm_grad_sums(const Normed& y, const Affine& f, const Windows& windows, const Gradient& g, double* sums) {
   const int64_t pooled = y.rows / (windows.height * windows.width) * windows.pooled_y() * windows.pooled_x();
   sum_blocks(pooled, y.channels, sums, [&](int64_t begin, int64_t end, int64_t first, int64_t last, double* s, double* p) {
     Window window[kBlockRows];
-    for (int64_t row = begin; row < end; ++row) window[row - begin] = Window(windows, row);
+    int64_t rows_of[kBlockRows], count = 0;
+    for (int64_t row = begin; row < end; ++row) {
+      const Window w(windows, row);
+      if (g.kept != nullptr && !g.kept[w.sample]) continue;  // zeros change no sum
+      rows_of[count] = row;
+      window[count++] = w;
+    }
     each_column(y, first, last, [&](const auto& column, int64_t c, auto codes, auto full) {
       const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
       const Floats mean = load<Floats, full>(f.mean + c, column.count), inv = load<Floats, full>(f.inv + c, column.count);
       Sum plain, products;
-      for (int64_t row = begin; row < end; ++row) {
-        const Floats gradient = load<Floats, full>(g + row * y.channels + c, column.count);
-        const Floats x = (largest<codes>(column, window[row - begin], a, b).y - mean) * inv;
+      for (int64_t i = 0; i < count; ++i) {
+        const Floats gradient = load<Floats, full>(g.data + rows_of[i] * y.channels + c, column.count);
+        const Floats x = (largest<codes>(column, window[i], a, b).y - mean) * inv;
         const Doubles g0 = Sum::first(gradient), g1 = Sum::second(gradient);
         plain.add(g0, g1);
         products.add(g0 * Sum::first(x), g1 * Sum::second(x));
@@ -271,7 +279,7 @@ void norm_grad_sums(const Normed& y, const Affine& f, const Windows& windows, co
   });
 }
 
-void norm_grad(const Normed& y, const Affine& f, const Windows& windows, const float* g, const float* means, float* dy) {
+void norm_grad(const Normed& y, const Affine& f, const Windows& windows, const Gradient& g, const float* means, float* dy) {
   each_stretch(y, windows, [&](const auto& column, int64_t c, auto codes, auto full, const Window* window, int64_t begin,
                                int64_t end) {
     const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
@@ -280,8 +288,12 @@ void norm_grad(const Normed& y, const Affine& f, const Windows& windows, const f
     const Floats mean_gx = load<Floats, full>(means + y.channels + c, column.count);
     for (int64_t row = begin; row < end; ++row) {
       const Window& w = window[row - begin];
-      const Floats gradient = load<Floats, full>(g + row * y.channels + c, column.count);
-      const Ints chosen = largest<codes>(column, w, a, b).number;
+      Floats gradient{};
+      Ints chosen{};
+      if (g.kept == nullptr || g.kept[w.sample]) {
+        gradient = load<Floats, full>(g.data + row * y.channels + c, column.count);
+        chosen = largest<codes>(column, w, a, b).number;
+      }
       for (int64_t number = 0; number < w.rows * w.columns; ++number) {
         const int64_t to = w.first + number / w.columns * w.width + number % w.columns;
         const Floats x = (column.template at<codes>(to) - mean) * inv;
