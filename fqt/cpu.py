@@ -242,11 +242,14 @@ def norm_grad_sums(g: Tensor, kept: Tensor | None, source: Source, affine: Tenso
     return sums
 
 
-def norm_grad(g: Tensor, kept: Tensor | None, source: Source, affine: Tensor, windows: Windows, means: Tensor) -> Tensor:
+def norm_grad(
+    g: Tensor, kept: Tensor | None, source: Source, affine: Tensor, windows: Windows, means: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `fqt.norm.norm_grad`."""
     dy = _empty(*source.y.shape)
-    operators().norm_grad(g, kept, *source.tensors(), affine, windows.flat(), means, dy)
-    return dy
+    low, high = torch.empty(2, source.y.shape[0], source.y.shape[2])
+    operators().norm_grad(g, kept, *source.tensors(), affine, windows.flat(), means, dy, low, high)
+    return dy, low, high
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

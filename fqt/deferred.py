@@ -234,6 +234,22 @@ def placeholder(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_full((), torch.nan, dtype=torch.float32).expand(shape)
 
 
+def remember_ranges(g: Tensor, low_NC: Tensor, high_NC: Tensor) -> None:
+    """Note on a gradient its range by sample and channel, as `remember_kept` does."""
+    g.fqt_ranges = low_NC, high_NC, g._version  # type: ignore[attr-defined]
+
+
+def ranges(g: Tensor, axes: str) -> tuple[Tensor, Tensor] | None:
+    """The range of each group, (G,) and (G,), as `fqt.reference.group_range` finds it; None if nothing is known."""
+    low, high, version = getattr(g, "fqt_ranges", (None, None, 0))
+    if low is None or high is None or version != g._version:
+        return None
+    if axes == "NC":
+        return low.T.flatten(), high.T.flatten()
+    summed = {"": (0, 1), "N": 1, "C": 0}.get(axes)
+    return None if summed is None else (low.amin(summed).view(-1), high.amax(summed).view(-1))
+
+
 def remember_kept(g: Tensor, index: Tensor) -> None:
     """Note on a gradient which samples pruning has left; the others are zero. For the next function in the backward alone: a
     tensor that was changed since, or another, carries no such note."""
@@ -296,6 +312,7 @@ class _Normalize(torch.autograd.Function):
             dy = None
             if ctx.needs_input_grad[0]:
                 means = (sums / (y.shape[0] * y.shape[1])).float() if ctx.batch else affine.new_zeros(2, y.shape[2])
-                dy = torch.ops.fqt.norm_grad(*args, means)
+                dy, low, high = torch.ops.fqt.norm_grad(*args, means)
+                remember_ranges(dy, low, high)
             d_bias, d_weight = sums.float()
         return *once([dy, d_weight, d_bias]), *[None] * 6

@@ -113,13 +113,20 @@ def norm_grad_sums(g: Tensor, kept: Tensor | None, source: Source, affine: Tenso
     return torch.stack([_sum(g_MC), _sum(g_MC * x_MC)])
 
 
-def norm_grad(g: Tensor, kept: Tensor | None, source: Source, affine: Tensor, windows: Windows, means: Tensor) -> Tensor:
-    """dy, (N, P, C) float32. means: (2, C) float32, sum_g / M and sum_gx / M."""
+def norm_grad(
+    g: Tensor, kept: Tensor | None, source: Source, affine: Tensor, windows: Windows, means: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dy, (N, P, C) float32, and its smallest and largest values by sample and channel, (N, C); NaN where there is one.
+
+    Args:
+        means: (2, C) float32, sum_g / M and sum_gx / M.
+    """
     _, _, number = _largest(source, affine, windows)
     chosen = torch.arange(windows.kernel[0] * windows.kernel[1], device=g.device).view(-1, 1) == number.unsqueeze(2)
     dz = _together(torch.where(chosen, g.unsqueeze(2), 0.0), windows)
     x = (value(source) - affine[2]) * affine[3]
-    return ((dz - means[0]) - x * means[1]) * affine[0]
+    dy = ((dz - means[0]) - x * means[1]) * affine[0]
+    return dy, dy.amin(1), dy.amax(1)
 
 
 def _sum(v_MC: Tensor) -> Tensor:

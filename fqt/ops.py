@@ -328,11 +328,14 @@ def _(g, kept, y, scale, offset, affine, windows):
     return y.new_empty(2, y.shape[2], dtype=torch.float64)
 
 
-@_operator(f"norm_grad(Tensor g, Tensor? kept, {_SOURCE}, Tensor affine, SymInt[] windows, Tensor means) -> Tensor")
-def _norm_grad(g, kept, y, scale, offset, affine, windows, means) -> Tensor:
+@_operator(
+    f"norm_grad(Tensor g, Tensor? kept, {_SOURCE}, Tensor affine, SymInt[] windows, Tensor means) -> (Tensor, Tensor, Tensor)"
+)
+def _norm_grad(g, kept, y, scale, offset, affine, windows, means) -> tuple[Tensor, Tensor, Tensor]:
     return _norm("norm_grad", y, g, kept, Source(y, scale, offset), affine, _windows(windows), means)
 
 
 @torch.library.register_fake("fqt::norm_grad")
 def _(g, kept, y, scale, offset, affine, windows, means):
-    return affine.new_empty(y.shape)
+    low = affine.new_empty(y.shape[0], y.shape[2])
+    return affine.new_empty(y.shape), low, torch.empty_like(low)

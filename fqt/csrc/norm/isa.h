@@ -33,6 +33,11 @@ struct Gradient {
   const bool* kept;
 };
 
+// Smallest and largest value by sample and channel, NaN if there is one: what the next quantizer asks for first.
+struct Ranges {
+  float *low, *high;
+};
+
 #define FQT_DECLARE_NORM                                                                                                    \
   void norm_sums(const Normed& y, double* sums);                                                                            \
   void norm_value(const Normed& y, const Affine& affine, const Windows& windows, float* z);                                 \
@@ -40,7 +45,7 @@ struct Gradient {
                  uint8_t* mask);                                                                                            \
   void norm_grad_sums(const Normed& y, const Affine& affine, const Windows& windows, const Gradient& g, double* sums);      \
   void norm_grad(const Normed& y, const Affine& affine, const Windows& windows, const Gradient& g, const float* means,      \
-                 float* dy);
+                 float* dy, const Ranges& ranges);
 
 namespace portable { FQT_DECLARE_NORM }
 #if defined(FQT_X86)

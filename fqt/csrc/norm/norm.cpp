@@ -84,9 +84,10 @@ void norm_grad_sums(Tensor g, std::optional<Tensor> kept, Tensor y, std::optiona
 }
 
 void norm_grad(Tensor g, std::optional<Tensor> kept, Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset,
-               Tensor affine, std::vector<int64_t> windows, Tensor means, Tensor dy) {
+               Tensor affine, std::vector<int64_t> windows, Tensor means, Tensor dy, Tensor low, Tensor high) {
   FQT_DISPATCH(norm_grad(normed(y, scale, offset), affine_of(affine), windows_of(windows), gradient(g, kept),
-                         means.const_data_ptr<float>(), dy.mutable_data_ptr<float>()));
+                         means.const_data_ptr<float>(), dy.mutable_data_ptr<float>(),
+                         {low.mutable_data_ptr<float>(), high.mutable_data_ptr<float>()}));
 }
 
 int64_t limit_norm(int64_t level) {
@@ -107,7 +108,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fqt_cpu, m) {
       " Tensor(a!) sums) -> ()");
   m.def(
       "norm_grad(Tensor g, Tensor? kept, Tensor y, Tensor? scale, Tensor? offset, Tensor affine, int[] windows, Tensor means,"
-      " Tensor(a!) dy) -> ()");
+      " Tensor(a!) dy, Tensor(b!) low, Tensor(c!) high) -> ()");
   m.def("limit_norm(int level) -> int");
 }
 

@@ -174,16 +174,17 @@ inline void sum_blocks(int64_t rows, int64_t channels, double* sums, const Body&
 }
 
 // Runs body(column, its first channel, codes?, full?, windows, first pooled row, end) over stretches of pooled rows that stay in
-// the cache while their columns are worked off one after the other.
+// the cache while their columns are worked off one after the other. No two threads have rows of the same `unit`.
 template <class Body>
-inline void each_stretch(const Normed& y, const Windows& w, const Body& body) {
+inline void each_stretch(const Normed& y, const Windows& w, int64_t unit, const Body& body) {
   constexpr int64_t kStretch = 64;
   const int64_t pooled = y.rows / (w.height * w.width) * w.pooled_y() * w.pooled_x();
-  const int64_t stretches = (pooled + kStretch - 1) / kStretch;
-  parallel(stretches, std::max<int64_t>(1, 256 / std::max<int64_t>(y.channels, 1)), [&](int64_t begin, int64_t end) {
+  const int64_t rows = std::max<int64_t>(1, kStretch / unit) * unit, items = (pooled + rows - 1) / rows;
+  parallel(items, std::max<int64_t>(1, 16384 / std::max<int64_t>(y.channels * rows, 1)), [&](int64_t begin, int64_t end) {
     Window window[kStretch];
-    for (int64_t first = begin * kStretch; first < std::min(pooled, end * kStretch); first += kStretch) {
-      const int64_t last = std::min(pooled, first + kStretch);
+    const int64_t to = std::min(pooled, end * rows);
+    for (int64_t first = begin * rows, last; first < to; first = last) {
+      last = std::min(to, first + kStretch);
       for (int64_t row = first; row < last; ++row) window[row - first] = Window(w, row);
       each_column(y, 0, y.channels, [&](const auto& column, int64_t c, auto codes, auto full) {
         body(column, c, codes, full, window, first, last);
@@ -191,6 +192,26 @@ inline void each_stretch(const Normed& y, const Windows& w, const Body& body) {
     }
   });
 }
+
+// The range of a sample's values in one vector of channels.
+struct Extremes {
+  Floats low, high;
+  Ints nan;
+  Extremes() : low(Floats{} + std::numeric_limits<float>::infinity()), high(-low), nan{} {}
+  void add(Floats v) {
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+    nan |= v != v;
+  }
+  // Joins what is known of the sample; a NaN stays.
+  template <bool kFull>
+  void join(float* low_at, float* high_at, int64_t count) const {
+    const Floats l = load<Floats, kFull>(low_at, count), h = load<Floats, kFull>(high_at, count);
+    const Floats bad = Floats{} + std::numeric_limits<float>::quiet_NaN();
+    store<kFull>(low_at, nan ? bad : low < l ? low : l, count);
+    store<kFull>(high_at, nan ? bad : high > h ? high : h, count);
+  }
+};
 
 }  // namespace
 
@@ -211,7 +232,7 @@ void norm_sums(const Normed& y, double* sums) {
 }
 
 void norm_value(const Normed& y, const Affine& f, const Windows& windows, float* z) {
-  each_stretch(y, windows, [&](const auto& column, int64_t c, auto codes, auto full, const Window* window, int64_t begin,
+  each_stretch(y, windows, 1, [&](const auto& column, int64_t c, auto codes, auto full, const Window* window, int64_t begin,
                                int64_t end) {
     const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
     for (int64_t row = begin; row < end; ++row) {
@@ -225,7 +246,7 @@ bool norm_sign(const Normed& y, const Affine& f, const Windows& windows, float l
                uint8_t* mask) {
   const int64_t bytes = (y.channels + 7) / 8;
   std::atomic<bool> found{false};
-  each_stretch(y, windows, [&](const auto& column, int64_t c, auto are_codes, auto full, const Window* window, int64_t begin,
+  each_stretch(y, windows, 1, [&](const auto& column, int64_t c, auto are_codes, auto full, const Window* window, int64_t begin,
                                int64_t end) {
     const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
     const uint32_t used = static_cast<uint32_t>((uint64_t{1} << column.count) - 1);
@@ -279,27 +300,40 @@ void norm_grad_sums(const Normed& y, const Affine& f, const Windows& windows, co
   });
 }
 
-void norm_grad(const Normed& y, const Affine& f, const Windows& windows, const Gradient& g, const float* means, float* dy) {
-  each_stretch(y, windows, [&](const auto& column, int64_t c, auto codes, auto full, const Window* window, int64_t begin,
-                               int64_t end) {
+void norm_grad(const Normed& y, const Affine& f, const Windows& windows, const Gradient& g, const float* means, float* dy,
+               const Ranges& ranges) {
+  const int64_t samples = y.rows / (windows.height * windows.width), image = windows.pooled_y() * windows.pooled_x();
+  const float infinity = std::numeric_limits<float>::infinity();
+  std::fill(ranges.low, ranges.low + samples * y.channels, infinity);
+  std::fill(ranges.high, ranges.high + samples * y.channels, -infinity);
+  each_stretch(y, windows, image, [&](const auto& column, int64_t c, auto codes, auto full, const Window* window,
+                                      int64_t begin, int64_t end) {
     const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
     const Floats mean = load<Floats, full>(f.mean + c, column.count), inv = load<Floats, full>(f.inv + c, column.count);
     const Floats mean_g = load<Floats, full>(means + c, column.count);
     const Floats mean_gx = load<Floats, full>(means + y.channels + c, column.count);
-    for (int64_t row = begin; row < end; ++row) {
-      const Window& w = window[row - begin];
-      Floats gradient{};
-      Ints chosen{};
-      if (g.kept == nullptr || g.kept[w.sample]) {
-        gradient = load<Floats, full>(g.data + row * y.channels + c, column.count);
-        chosen = largest<codes>(column, w, a, b).number;
+    for (int64_t row = begin; row < end;) {
+      const int64_t sample = window[row - begin].sample;
+      Extremes extremes;
+      for (; row < end && window[row - begin].sample == sample; ++row) {
+        const Window& w = window[row - begin];
+        Floats gradient{};
+        Ints chosen{};
+        if (g.kept == nullptr || g.kept[sample]) {
+          gradient = load<Floats, full>(g.data + row * y.channels + c, column.count);
+          chosen = largest<codes>(column, w, a, b).number;
+        }
+        for (int64_t number = 0; number < w.rows * w.columns; ++number) {
+          const int64_t to = w.first + number / w.columns * w.width + number % w.columns;
+          const Floats x = (column.template at<codes>(to) - mean) * inv;
+          const Floats dz = chosen == static_cast<int32_t>(number) ? gradient : Floats{};
+          const Floats value = ((dz - mean_g) - x * mean_gx) * a;
+          store<full>(dy + to * y.channels + c, value, column.count);
+          extremes.add(value);
+        }
       }
-      for (int64_t number = 0; number < w.rows * w.columns; ++number) {
-        const int64_t to = w.first + number / w.columns * w.width + number % w.columns;
-        const Floats x = (column.template at<codes>(to) - mean) * inv;
-        const Floats dz = chosen == static_cast<int32_t>(number) ? gradient : Floats{};
-        store<full>(dy + to * y.channels + c, ((dz - mean_g) - x * mean_gx) * a, column.count);
-      }
+      const int64_t at = sample * y.channels + c;
+      extremes.template join<full>(ranges.low + at, ranges.high + at, column.count);
     }
   });
 }
