@@ -309,6 +309,57 @@ void grad_input(const GradInput& c) {
   });
 }
 
+// `grad_weight` of a linear layer whose samples have one position and a scale each: nothing is left to add in integers. What a
+// sample adds is a value of its gradient, made once, with the signs of x.
+inline void grad_weight_of_rows(const GradWeight& c) {
+  constexpr int kTile = 8, kColumns = 2 * kWidth / 4;
+  typedef float Floats __attribute__((vector_size(kWidth)));
+  const Layer& l = c.layer;
+  const int64_t tiles = ceil_div(c.channel_count, kTile), panels = ceil_div(l.in, kColumns), x_bytes = panels * kColumns / 8;
+  Buffer<uint8_t> x(c.sample_count * x_bytes);
+  Buffer<uint32_t> values(tiles * c.sample_count * kTile);  // (tile, sample, channel), the bits of floats
+  parallel(c.sample_count, most(1, 32768 / (c.channel_count + x_bytes)), [&](int64_t begin, int64_t end) {
+    Buffer<uint8_t> codes(l.out);
+    const int64_t packed = ceil_div(l.out * c.g.storage, 8);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = c.samples[i];
+      copy_bits(c.x + n * ceil_div(l.in, 8), 0, l.in, x.data + i * x_bytes, x_bytes);
+      if (!c.g.channel) unpack(c.g.data + n * packed, 0, l.out, c.g.storage, codes.data);
+      for (int64_t row = 0; row < tiles * kTile; ++row) {
+        float value = 0.0f;
+        if (row < c.channel_count) {
+          const int64_t channel = c.channels[row];
+          // channel-major, a sample's only code begins a byte
+          const uint8_t code = c.g.channel ? c.g.data[channel * l.n + n] & ((1 << c.g.storage) - 1) : codes[channel];
+          value = static_cast<float>(code) * c.g_scale(n, channel) * c.x_scale;
+          if (c.g_offset.data != nullptr) value += c.x_scale * c.g_offset(n, channel);
+        }
+        std::memcpy(values.data + (row / kTile * c.sample_count + i) * kTile + row % kTile, &value, sizeof(value));
+      }
+    }
+  });
+  parallel(tiles * panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t tile = item / panels, column = item % panels * kColumns;
+      const uint32_t* value = values.data + tile * c.sample_count * kTile;
+      Floats sums[kTile][2] = {};
+      for (int64_t i = 0; i < c.sample_count; ++i, value += kTile) {
+        const uint8_t* bits = x.data + i * x_bytes + column / 8;
+        const Ints minus[2] = {sign_where_unset(bits, 0), sign_where_unset(bits, kColumns / 2)};
+        for (int m = 0; m < kTile; ++m) {
+          const Ints all = Ints{} + value[m];
+          sums[m][0] += (Floats)(all ^ minus[0]);
+          sums[m][1] += (Floats)(all ^ minus[1]);
+        }
+      }
+      for (int64_t m = 0; m < least(kTile, c.channel_count - tile * kTile); ++m) {
+        std::memcpy(c.grad + c.channels[tile * kTile + m] * l.in + column, sums[m],
+                    least(kColumns, l.in - column) * sizeof(float));
+      }
+    }
+  });
+}
+
 // G (N, P', O) x X (N, P, C) -> (O, K, I): tables of four positions of an output channel, indices of four positions of X for
 // every tap. Samples are worked off in chunks that stay in the cache; integers are summed over all of them, or, with a scale
 // for each sample, become floats at the end of each and are added in ascending order.
@@ -318,6 +369,7 @@ void grad_weight(const GradWeight& c) {
   const int64_t taps = l.taps(), panels = ceil_div(l.in, kWidth), planes = c.g.planes, rows = c.channel_count;
   const int64_t positions = l.positions(), outputs = l.groups * l.out;
   const bool offset = c.g_offset.data != nullptr;
+  if (c.blocks && positions * taps * l.groups == 1 && l.other_positions() == 1) return grad_weight_of_rows(c);
 
   // X with every group padded to whole vectors, and a row of zeros for positions outside the image
   const int64_t x_bytes = panels * kWidth / 8, x_rows = l.n * l.other_positions() - c.missing;

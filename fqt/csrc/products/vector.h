@@ -137,6 +137,23 @@ inline void keep_where_set(const uint8_t* bits, float* values) {
 #endif
 }
 
+// The sign bit of a float in every lane whose bit is not set, from bit `first` on.
+inline Ints sign_where_unset(const uint8_t* bits, int first) {
+#if defined(FQT_AVX512)
+  __mmask16 set;
+  std::memcpy(&set, bits + first / 8, 2);
+  return (Ints)_mm512_maskz_set1_epi32(_knot_mask16(set), static_cast<int32_t>(0x80000000u));
+#elif defined(FQT_AVX2)
+  const __m256i bit_of = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
+  const __m256i unset = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits[first / 8]), bit_of), _mm256_setzero_si256());
+  return (Ints)_mm256_slli_epi32(unset, 31);
+#else
+  Ints minus{};
+  for (int i = 0; i < kWidth / 4; ++i) minus[i] = bits[(first + i) / 8] >> (first + i) % 8 & 1 ? 0 : 0x80000000u;
+  return minus;
+#endif
+}
+
 // Bits in which rows of `a` differ from the 16 columns of `w`, word by word: out[m][lane] for M rows.
 template <int M>
 inline void differing_bits(const uint32_t* a, int64_t stride, const uint32_t* w, int64_t words, int32_t out[][kLanes]) {
