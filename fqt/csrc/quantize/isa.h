@@ -18,6 +18,7 @@ namespace fqt {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr int64_t kLineBits = 2048;       // codes of a column that are written at a time, where codes run across
 constexpr float kMinRange = 0x1p-100f;  // fqt.reference.MIN_RANGE
 
 // A number that is affine in the place of an element: its group, its number within the group, the byte of its code.

@@ -317,8 +317,7 @@ struct Job {
 
   // Returns whether there was a NaN, if asked to look.
   bool encode_all(const Numbers& all, bool look_for_nan) const {
-    // whole cache lines of codes, also where they run across
-    const int64_t step = plan.along ? 1 : 512 / encoding.storage;
+    const int64_t step = plan.along ? 1 : kLineBits / encoding.storage;
     const int64_t rows = (std::max<int64_t>(1, kTask / plan.columns) + step - 1) / step * step;
     std::atomic<bool> nan = false;
     for_rows(rows, [&](int64_t, int64_t image, int64_t first, int64_t end) {

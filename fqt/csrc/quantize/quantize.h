@@ -7,7 +7,7 @@
 namespace {
 
 constexpr int64_t kChunk = 512;  // floats copied, encoded or added at a time: they stay in L1
-constexpr int64_t kTile = 64;    // columns that codes are packed across at a time, 64 bytes of codes each
+constexpr int64_t kTile = 64;    // columns that codes are packed across at a time
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -186,32 +186,43 @@ inline Ints coded(Floats v, Floats offset, Floats inverse, const Limits& limits,
   }
 }
 
-// kChunk elements of group `group` at most, from element 4 * `block` on, `count` a multiple of 4 * kLanes.
-template <bool kStochastic>
-inline void encode_chunk(const float* v, int64_t count, const Limits& limits, float offset, float inverse, const Keys& keys,
-                         uint32_t stream, uint32_t group, uint32_t block, uint8_t* codes) {
-  const Floats offsets = spread(offset), inverses = spread(inverse);
-  // the counters in such an order that the words come out in order
-  Pairs counter;
-  for (int i = 0; i < kLanes / 2; ++i) counter[i] = block + i / 2 + i % 2 * (kLanes / 4);
-  for (int64_t i = 0; i < count; i += 4 * kLanes) {
-    Ints four[4];
-    for (int half = 0; half < 2; ++half) {
-      Floats u[2] = {};
-      if constexpr (kStochastic) {
-        Counters c{counter, static_cast<uint64_t>(group) - Pairs{}, static_cast<uint64_t>(stream) - Pairs{}, Pairs{}};
-        counter += kLanes / 2;
-        philox(keys, c);
-        const Pairs first = join(c.c0, c.c1), second = join(c.c2, c.c3);
-        u[0] = u24(interleave<0>(first, second));
-        u[1] = u24(interleave<1>(first, second));
-      }
-      for (int j = 0; j < 2; ++j) {
-        const Floats f = load(v + i + (2 * half + j) * kLanes);
-        four[2 * half + j] = coded<kStochastic>(f, offsets, inverses, limits, u[j]);
-      }
+// Random numbers for 2 * kLanes elements a counter, in order.
+struct Draws {
+  Keys keys;
+  Pairs group, stream, order;
+  Draws(uint64_t key, uint32_t stream_number) : keys(key), group{}, stream(static_cast<uint64_t>(stream_number) - Pairs{}) {
+    for (int i = 0; i < kLanes / 2; ++i) order[i] = i / 2 + i % 2 * (kLanes / 4);  // what interleaving puts in order
+  }
+
+  template <int kCounters>
+  void operator()(uint32_t block, Floats (&u)[2 * kCounters]) const {
+    Counters c[kCounters];
+    for (int i = 0; i < kCounters; ++i) c[i] = {order + (block + i * (kLanes / 2)), group, stream, Pairs{}};
+    philox(keys, c);
+    for (int i = 0; i < kCounters; ++i) {
+      const Pairs first = join(c[i].c0, c[i].c1), second = join(c[i].c2, c[i].c3);
+      u[2 * i] = u24(interleave<0>(first, second));
+      u[2 * i + 1] = u24(interleave<1>(first, second));
     }
-    store_bytes(four, codes + i);
+  }
+};
+
+// Elements of a group from element 4 * `block` on, `count` a multiple of kStep.
+constexpr int kVectors = 8;
+constexpr int64_t kStep = kVectors * kLanes;
+
+template <bool kStochastic>
+inline void encode_chunk(const float* v, int64_t count, const Limits& limits, float offset, float inverse, const Draws& draws,
+                         uint32_t block, uint8_t* codes) {
+  const Floats offsets = spread(offset), inverses = spread(inverse);
+  for (int64_t i = 0; i < count; i += kStep) {
+    Floats u[kVectors] = {};
+    if constexpr (kStochastic) draws.template operator()<kVectors / 2>(block + static_cast<uint32_t>(i / 4), u);
+    Ints code[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      code[j] = coded<kStochastic>(load(v + i + j * kLanes), offsets, inverses, limits, u[j]);
+    }
+    for (int j = 0; j < kVectors; j += 4) store_bytes(code + j, codes + i + j * kLanes);
   }
 }
 
@@ -237,13 +248,13 @@ inline void pack(uint8_t* codes, int64_t count, int bits, uint8_t* out) {
   }
 }
 
-inline void encode_run(const Encoding& e, const Limits& limits, const Keys& keys, const float* v, int64_t count, float offset,
-                       float inverse, uint32_t group, int64_t element, uint8_t* out) {
-  alignas(64) float moved[kChunk + 4 + 4 * kLanes];
-  alignas(64) uint8_t codes[kChunk + 4 + 4 * kLanes + 8];
+inline void encode_run(const Encoding& e, const Limits& limits, const Draws& draws, const float* v, int64_t count,
+                       float offset, float inverse, int64_t element, uint8_t* out) {
+  alignas(64) float moved[kChunk + 4 + kStep];
+  alignas(64) uint8_t codes[kChunk + 4 + kStep + 8];
   // whole counters and whole vectors: what is not is moved to where it is
   const int64_t lead = e.stochastic ? element % 4 : 0;
-  const int64_t padded = (lead + count + 4 * kLanes - 1) / (4 * kLanes) * (4 * kLanes);
+  const int64_t padded = (lead + count + kStep - 1) / kStep * kStep;
   if (padded != count) {
     std::memset(moved, 0, lead * sizeof(float));
     std::memcpy(moved + lead, v, count * sizeof(float));
@@ -252,9 +263,9 @@ inline void encode_run(const Encoding& e, const Limits& limits, const Keys& keys
   }
   const uint32_t block = static_cast<uint32_t>(element / 4);
   if (e.stochastic) {
-    encode_chunk<true>(v, padded, limits, offset, inverse, keys, e.stream, group, block, codes);
+    encode_chunk<true>(v, padded, limits, offset, inverse, draws, block, codes);
   } else {
-    encode_chunk<false>(v, padded, limits, offset, inverse, keys, e.stream, group, block, codes);
+    encode_chunk<false>(v, padded, limits, offset, inverse, draws, block, codes);
   }
   pack(codes + lead, count, e.storage, out);
 }
@@ -282,14 +293,14 @@ inline bool encode_along(const Plan& p, const Encoding& e, int64_t image, int64_
                          const Slots& slots, bool look_for_nan) {
   alignas(64) float buffer[kChunk];
   const Limits limits(e);
-  const Keys keys(e.key);
+  Draws draws(e.key, e.stream);
   const Floats pass_low = spread(e.pass_low), pass_high = spread(e.pass_high);
   const auto sign = [](Floats v) { return at_least(v, Floats{}); };
   const auto inside = [&](Floats v) { return at_least(v, pass_low) & at_least(pass_high, v); };
   bool nan = false;
   for (int64_t row = first_row; row < end_row; ++row) {
     const int64_t slot = p.parts == Parts::rows ? row - first_row : 0, columns = width(p, row);
-    const uint32_t group = static_cast<uint32_t>(p.group.at(image, row, 0));
+    draws.group = static_cast<uint64_t>(p.group.at(image, row, 0)) - Pairs{};
     for (int64_t column = 0; column < columns; column += kChunk) {
       const int64_t count = least(kChunk, columns - column);
       const float* v = fetch(p, image, row, column, count, buffer);
@@ -303,7 +314,7 @@ inline bool encode_along(const Plan& p, const Encoding& e, int64_t image, int64_
         bits_run(v, count, sign, out);
       } else {
         const int64_t element = p.element.at(image, row, column);
-        encode_run(e, limits, keys, v, count, slots.offset[slot], slots.inverse[slot], group, element, out);
+        encode_run(e, limits, draws, v, count, slots.offset[slot], slots.inverse[slot], element, out);
       }
     }
   }
@@ -325,21 +336,28 @@ inline Words packed_word(const float* const* rows, int lane, const Lanes& lanes,
                          uint32_t stream, uint32_t block) {
   const Floats offset = load(lanes.offset + lane), inverse = load(lanes.inverse + lane);
   const Words groups = load_as<Words>(lanes.group + lane), blocks = load_as<Words>(lanes.block + lane) + block;
+  constexpr int kRows = 32 / kBits, kTogether = kRows < 8 ? kRows : kVectors;
   Words word{};
-  for (int r = 0; r < 32 / kBits; r += 4) {
-    Floats u[4] = {};
+  for (int r = 0; r < kRows; r += kTogether) {
+    Floats u[kTogether] = {};
     if constexpr (kStochastic) {
-      const Words c0 = blocks + static_cast<uint32_t>(r / 4);
       const Pairs c2 = static_cast<uint64_t>(stream) - Pairs{};
-      Counters even{(Pairs)c0, (Pairs)groups, c2, Pairs{}}, odd{(Pairs)c0 >> 32, (Pairs)groups >> 32, c2, Pairs{}};
-      philox(keys, even);
-      philox(keys, odd);
-      u[0] = u24(join(even.c0, odd.c0));
-      u[1] = u24(join(even.c1, odd.c1));
-      u[2] = u24(join(even.c2, odd.c2));
-      u[3] = u24(join(even.c3, odd.c3));
+      Counters c[kTogether / 2];
+      for (int i = 0; i < kTogether / 4; ++i) {
+        const Words c0 = blocks + static_cast<uint32_t>(r / 4 + i);
+        c[2 * i] = {(Pairs)c0, (Pairs)groups, c2, Pairs{}};
+        c[2 * i + 1] = {(Pairs)c0 >> 32, (Pairs)groups >> 32, c2, Pairs{}};
+      }
+      philox(keys, c);
+      for (int i = 0; i < kTogether / 4; ++i) {
+        const Counters &even = c[2 * i], &odd = c[2 * i + 1];
+        u[4 * i] = u24(join(even.c0, odd.c0));
+        u[4 * i + 1] = u24(join(even.c1, odd.c1));
+        u[4 * i + 2] = u24(join(even.c2, odd.c2));
+        u[4 * i + 3] = u24(join(even.c3, odd.c3));
+      }
     }
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kTogether; ++j) {
       const Ints code = coded<kStochastic>(load(rows[r + j] + lane), offset, inverse, limits, u[j]);
       word |= (Words)code << (kBits * (r + j));
     }
@@ -347,12 +365,12 @@ inline Words packed_word(const float* const* rows, int lane, const Lanes& lanes,
   return word;
 }
 
-// Packs down the columns: 512 bits of each column of a tile at a time, so that whole cache lines are written.
+// Packs down the columns: four cache lines of codes of each column of a tile at a time.
 // make(rows, lane, lanes, row): kLanes words of packed codes.
 template <int kBits, class Make>
 inline bool across(const Plan& p, int64_t image, int64_t first_row, int64_t end_row, const Slots* slots, uint8_t* codes,
                    const Affine& byte, bool look_for_nan, const Make& make) {
-  constexpr int64_t kRows = 32 / kBits, kWords = 16;
+  constexpr int64_t kRows = 32 / kBits, kWords = kLineBits / 32;
   alignas(64) float buffer[kChunk], picked[kRows][kTile] = {};
   alignas(64) uint32_t words[kWords][kTile], line[kWords];
   Lanes lanes;
@@ -591,16 +609,10 @@ void calibrate(const Calibration& c, int64_t count, const float* low, const floa
 }
 
 void draws(uint64_t key, uint32_t stream, int64_t count, float* out) {
-  const Keys keys(key);
-  alignas(64) float u[2 * kLanes];
-  Pairs counter;
-  for (int i = 0; i < kLanes / 2; ++i) counter[i] = i / 2 + i % 2 * (kLanes / 4);
-  for (int64_t i = 0; i < count; i += 2 * kLanes, counter += kLanes / 2) {
-    Counters c{counter, Pairs{}, static_cast<uint64_t>(stream) - Pairs{}, Pairs{}};
-    philox(keys, c);
-    const Pairs first = join(c.c0, c.c1), second = join(c.c2, c.c3);
-    store(u, u24(interleave<0>(first, second)));
-    store(u + kLanes, u24(interleave<1>(first, second)));
+  const Draws draw(key, stream);
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+    Floats u[2];
+    draw.template operator()<1>(static_cast<uint32_t>(i / 4), u);
     std::memcpy(out + i, u, least(2 * kLanes, count - i) * sizeof(float));
   }
 }

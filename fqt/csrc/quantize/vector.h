@@ -169,15 +169,20 @@ struct Keys {
   }
 };
 
-// A round is two multiplications, two shifts and two three-way xors, because neither takes its words apart.
-inline void philox(const Keys& keys, Counters& c) {
+// A round is two multiplications, two shifts and two three-way xors, because neither takes its words apart. Several counters go
+// through each round together: one alone waits for its own results.
+template <int kCounters>
+inline void philox(const Keys& keys, Counters (&c)[kCounters]) {
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const Pairs a = multiply(c.c0, 0xD2511F53u), b = multiply(c.c2, 0xCD9E8D57u);
-    c.c0 = (b >> 32) ^ c.c1 ^ keys.k[2 * round];
-    c.c2 = (a >> 32) ^ c.c3 ^ keys.k[2 * round + 1];
-    c.c1 = b;
-    c.c3 = a;
+#pragma GCC unroll 4
+    for (int i = 0; i < kCounters; ++i) {
+      const Pairs a = multiply(c[i].c0, 0xD2511F53u), b = multiply(c[i].c2, 0xCD9E8D57u);
+      c[i].c0 = (b >> 32) ^ c[i].c1 ^ keys.k[2 * round];
+      c[i].c2 = (a >> 32) ^ c[i].c3 ^ keys.k[2 * round + 1];
+      c[i].c1 = b;
+      c[i].c3 = a;
+    }
   }
 }
 
