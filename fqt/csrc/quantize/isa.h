@@ -43,7 +43,7 @@ struct Plan {
   int64_t images, rows, columns;       // of packed rows; in memory a row has `inner` columns
   int64_t last, inner;                 // last: columns of an image's last row
   bool along, direct;                  // direct: a row is x's memory itself
-  int64_t extent;                      // direct: elements that may be read from x.data on
+  int64_t row_step, extent;            // direct: distance of rows; elements that may be read from x.data on
   Parts parts;                         // which parts of an image have scales of their own
   Affine group, element, byte, mask;   // byte.column: where codes run across, else codes follow each other
   int64_t slots(int64_t taken_rows) const {

@@ -120,6 +120,7 @@ Plan plan(const View& x, const View* fold, const std::string& axes, int64_t stor
     made.byte = at(p * bytes, bytes, 0);
   }
   made.direct = !x.bfloat16 && fold == nullptr && made.x.stride.column == 1;
+  made.row_step = made.x.stride.row;
   made.extent = (n - 1) * x.sn + (p - 1) * x.sp + (c - 1) * x.sc + 1;
 
   // rows whose codes follow each other without a gap are cut anew, into rows that are long but not too long
@@ -128,7 +129,7 @@ Plan plan(const View& x, const View* fold, const std::string& axes, int64_t stor
   const bool dense = made.parts == Parts::whole && made.along && !in_order && (made.rows == 1 || c % 8 == 0);
   if (dense && (!made.direct || made.rows == 1 || made.x.stride.row == made.columns)) {
     made.rows = (elements + kColumns - 1) / kColumns;
-    made.columns = kColumns;
+    made.columns = made.row_step = kColumns;
     made.last = elements - (made.rows - 1) * kColumns;
     made.element.row = kColumns;
     made.byte.row = kColumns * storage / 8;
@@ -299,18 +300,29 @@ struct Job {
   void encode_image_by_image() const {
     const int64_t slots = plan.slots(plan.rows);
     parallel(plan.images, tasks_of(plan.rows * plan.columns), [&](int64_t begin, int64_t end) {
+      constexpr int64_t kBatch = 16;  // images whose numbers are written together: by (C, N) they share cache lines
       Numbers n(room());
+      std::vector<float> scales(kBatch * slots), offsets(kBatch * slots);
       for (int64_t image = begin; image < end; ++image) {
         const GroupOf group(plan, image, 0);
+        const int64_t done = (image - begin) % kBatch;
         if (calibration.range == Range::absmean && plan.parts == Parts::whole) {
           n.mean[0] = mean(group[0]);
         } else {
           kernels().range(plan, image, 0, plan.rows, n.low.data(), n.high.data());
         }
         calibrate(n, slots);
-        for (int64_t slot = 0; slot < slots; ++slot) scale[group[slot]] = n.scale[slot];
-        for (int64_t slot = 0; offset != nullptr && slot < slots; ++slot) offset[group[slot]] = n.offset[slot];
+        std::copy_n(n.scale.data(), slots, scales.data() + done * slots);
+        std::copy_n(n.offset.data(), slots, offsets.data() + done * slots);
         encode(image, 0, plan.rows, n, false);
+        if (done + 1 < kBatch && image + 1 < end) continue;
+        for (int64_t slot = 0; slot < slots; ++slot) {
+          for (int64_t i = 0; i <= done; ++i) {
+            const int64_t g = group[slot] - (done - i) * plan.group.image;
+            scale[g] = scales[i * slots + slot];
+            if (offset != nullptr) offset[g] = offsets[i * slots + slot];
+          }
+        }
       }
     });
   }

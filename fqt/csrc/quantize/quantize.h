@@ -45,8 +45,7 @@ inline void multiply(const Source& fold, int64_t at, int64_t count, float* to) {
 // `count` columns of a row: where they lie, or copied to `buffer` (widened, folded).
 inline const float* fetch(const Plan& p, int64_t image, int64_t row, int64_t column, int64_t count, float* buffer) {
   if (p.direct) {
-    const int64_t row_step = p.inner == p.columns ? p.x.stride.row : p.columns;
-    return static_cast<const float*>(p.x.data) + image * p.x.stride.image + row * row_step + column;
+    return static_cast<const float*>(p.x.data) + image * p.x.stride.image + row * p.row_step + column;
   }
   const int64_t flat = row * p.columns + column;
   int64_t in_row = flat / p.inner, at = flat % p.inner;
@@ -372,7 +371,7 @@ inline bool across(const Plan& p, int64_t image, int64_t first_row, int64_t end_
                    const Affine& byte, bool look_for_nan, const Make& make) {
   constexpr int64_t kRows = 32 / kBits, kWords = kLineBits / 32;
   alignas(64) float buffer[kChunk], picked[kRows][kTile] = {};
-  alignas(64) uint32_t words[kWords][kTile], line[kWords];
+  alignas(64) uint32_t words[kWords][kTile];
   Lanes lanes;
   bool nan = false;
   codes += byte.at(image, 0, 0) + first_row * kBits / 8;
@@ -389,14 +388,16 @@ inline bool across(const Plan& p, int64_t image, int64_t first_row, int64_t end_
     if (n == 0) continue;
     const int padded = (n + kLanes - 1) / kLanes * kLanes;
     const int64_t first = lanes.column[0], span = lanes.column[n - 1] - first + 1;
-    if (slots != nullptr) {
-      for (int i = 0; i < padded; ++i) {
-        const int64_t c = lanes.column[i < n ? i : 0];
-        lanes.inverse[i] = slots->inverse[c];
-        lanes.offset[i] = slots->offset[c];
-        lanes.group[i] = static_cast<uint32_t>(p.group.at(image, 0, c));
-        lanes.block[i] = static_cast<uint32_t>(p.element.at(image, 0, c) / 4);
-      }
+    for (int i = n; i < padded; ++i) lanes.column[i] = first;
+    const uint32_t group = static_cast<uint32_t>(p.group.at(image, 0, 0)), step = static_cast<uint32_t>(p.group.column);
+    const uint32_t block = static_cast<uint32_t>(p.element.at(image, 0, 0) / 4);
+    const uint32_t block_step = static_cast<uint32_t>(p.element.column / 4);
+    for (int i = 0; slots != nullptr && i < padded; ++i) {
+      const uint32_t c = static_cast<uint32_t>(lanes.column[i]);
+      lanes.inverse[i] = slots->inverse[c];
+      lanes.offset[i] = slots->offset[c];
+      lanes.group[i] = group + c * step;
+      lanes.block[i] = block + c * block_step;
     }
     for (int64_t top = first_row; top < end_row; top += kWords * kRows) {
       const int64_t height = least(kWords * kRows, end_row - top), count = (height + kRows - 1) / kRows;
@@ -418,11 +419,14 @@ inline bool across(const Plan& p, int64_t image, int64_t first_row, int64_t end_
           store(words[w] + lane, make(rows, lane, lanes, top + w * kRows));
         }
       }
-      const uint32_t used = height % kRows == 0 ? ~0u : (1u << (height % kRows * kBits)) - 1;
-      for (int i = 0; i < n; ++i) {
-        for (int64_t w = 0; w < count; ++w) line[w] = words[w][i];
-        line[count - 1] &= used;
-        std::memcpy(codes + lanes.column[i] * byte.column + (top - first_row) * kBits / 8, line, (height * kBits + 7) / 8);
+      const int64_t whole = height / kRows, bits = height % kRows * kBits;
+      for (int i = 0; i < n; ++i) {  // no call to memcpy: a column's codes may be few
+        uint8_t* to = codes + lanes.column[i] * byte.column + (top - first_row) * kBits / 8;
+        for (int64_t w = 0; w < whole; ++w) std::memcpy(to + 4 * w, &words[w][i], 4);
+        for (int64_t bit = 0; bit < bits; bit += 8) {
+          const uint32_t used = bits - bit < 8 ? (1u << (bits - bit)) - 1 : 255;
+          to[4 * whole + bit / 8] = static_cast<uint8_t>(words[whole][i] >> bit & used);
+        }
       }
     }
   }
@@ -586,26 +590,26 @@ void calibrate(const Calibration& c, int64_t count, const float* low, const floa
     }
     return;
   }
-  for (int64_t i = 0; i < count; ++i) {
-    float span, offset, divisor = steps;
-    if (c.range == Range::minmax) {
-      span = high[i] - low[i];
-      offset = low[i];
-    } else if (c.range == Range::absmax) {
-      span = low[i] != low[i] || high[i] > -low[i] ? high[i] : -low[i];
-      offset = span >= kMinRange ? -span : 0.0f;
-      span = c.offset ? span * 2.0f : span;
-    } else {
-      span = mean[i];
-      offset = 0.0f;
-      divisor = 1.0f;
-    }
-    const bool bad = !(std::fabs(span) < kInfinity), wide = span >= kMinRange;
-    scale[i] = bad ? kNaN : wide ? span / divisor : 0.0f;
-    slots.inverse[i] = !bad && wide ? divisor / span : 0.0f;
-    slots.offset[i] = bad || !c.offset ? 0.0f : offset;
-    slots.keep[i] = !bad;
+  const float divisor = c.range == Range::absmean ? 1.0f : steps;
+  float *span = scale, *offset = slots.offset;
+  for (int64_t i = 0; c.range == Range::minmax && i < count; ++i) {
+    span[i] = high[i] - low[i];
+    offset[i] = low[i];
   }
+  for (int64_t i = 0; c.range == Range::absmax && i < count; ++i) {
+    const float widest = low[i] != low[i] || high[i] > -low[i] ? high[i] : -low[i];
+    offset[i] = widest >= kMinRange ? -widest : 0.0f;
+    span[i] = c.offset ? widest * 2.0f : widest;
+  }
+  for (int64_t i = 0; c.range == Range::absmean && i < count; ++i) span[i] = mean[i];
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = span[i], quotient = value / divisor, reciprocal = divisor / value;
+    const bool good = std::fabs(value) < kInfinity, wide = value >= kMinRange;
+    slots.inverse[i] = good && wide ? reciprocal : 0.0f;
+    offset[i] = good && c.offset ? offset[i] : 0.0f;
+    scale[i] = !good ? kNaN : wide ? quotient : 0.0f;
+  }
+  for (int64_t i = 0; i < count; ++i) slots.keep[i] = scale[i] == scale[i];
 }
 
 void draws(uint64_t key, uint32_t stream, int64_t count, float* out) {
