@@ -28,6 +28,7 @@ inline void copy(const Source& s, int64_t at, int64_t count, float* to) {
   if (step == 1) {
     std::memcpy(to, from, count * sizeof(float));
   } else {
+#pragma GCC unroll 8
     for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
   }
 }
