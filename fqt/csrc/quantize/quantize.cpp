@@ -1,5 +1,5 @@
-// The operator fqt_cpu::quantize, on LibTorch's stable ABI (one binary for torch 2.11 and newer): how a tensor is cut into tasks,
-// which groups pruning keeps, and the choice of the instruction set at run time. The loops are in quantize.h.
+// The operator fqt_cpu::quantize, on LibTorch's stable ABI (one binary for torch 2.11 and newer): how a tensor is cut into
+// tasks, which groups pruning keeps, and the choice of the instruction set at run time. The loops are in quantize.h.
 
 #include "isa.h"
 
@@ -58,7 +58,7 @@ const Kernels& kernels() { return kKernels[std::min(kBest, isa_limit)]; }
 
 int64_t tasks_of(int64_t elements) { return std::max<int64_t>(1, kTask / std::max<int64_t>(1, elements)); }
 
-// --- how a tensor is cut ------------------------------------------------------------------------------------------------------
+// --- how a tensor is cut -----------------------------------------------------------------------------------------------------
 
 // (N, P, C) with strides counted in elements.
 struct View {
@@ -138,7 +138,7 @@ Plan plan(const View& x, const View* fold, const std::string& axes, int64_t stor
   return made;
 }
 
-// --- activation gradient pruning ----------------------------------------------------------------------------------------------
+// --- activation gradient pruning ---------------------------------------------------------------------------------------------
 
 // What `fqt.reference.keep_groups` multiplies each group by, 0 where it is pruned, in the same exact arithmetic.
 void factors(const std::vector<float>& lows, const std::vector<float>& highs, bool topk, int64_t b, uint64_t key,
@@ -194,7 +194,7 @@ void factors(const std::vector<float>& lows, const std::vector<float>& highs, bo
   }
 }
 
-// --- the operator -------------------------------------------------------------------------------------------------------------
+// --- the operator ------------------------------------------------------------------------------------------------------------
 
 // Numbers of some slots, or of all groups.
 struct Numbers {

@@ -1,5 +1,5 @@
-// Quantize and pack on a CPU: the loops of fqt/reference.py's `group_range`, `absmean`, `calibrate_groups`, `encode`, `pack` and
-// `pass_mask`. quantize.cpp decides how a tensor is cut (`Plan`) and calls them for some rows of an image at a time.
+// Quantize and pack on a CPU: the loops of fqt/reference.py's `group_range`, `absmean`, `calibrate_groups`, `encode`, `pack`
+// and `pass_mask`. quantize.cpp decides how a tensor is cut (`Plan`) and calls them for some rows of an image at a time.
 //
 // This file is included once for each instruction set, inside a namespace of its own. No fused multiply-add may be formed
 // (-ffp-contract=off): every float must round as the reference's.
@@ -73,7 +73,7 @@ inline bool has_nan(const float* v, int64_t count) {
   return nan != 0;
 }
 
-// --- ranges -----------------------------------------------------------------------------------------------------------------
+// --- ranges ------------------------------------------------------------------------------------------------------------------
 
 // Smallest and largest value of what is added. A vector may be added twice.
 struct Extremes {
@@ -165,7 +165,7 @@ inline void column_range(const Plan& p, int64_t image, int64_t first_row, int64_
   }
 }
 
-// --- codes along a row ------------------------------------------------------------------------------------------------------
+// --- codes along a row -------------------------------------------------------------------------------------------------------
 
 struct Limits {
   Floats low, high;
@@ -273,20 +273,18 @@ inline void encode_run(const Encoding& e, const Limits& limits, const Draws& dra
 // One bit for each element, of `test`; the last byte is filled with zeros.
 template <class Test>
 inline void bits_run(const float* v, int64_t count, const Test& test, uint8_t* out) {
-  alignas(64) float rest[64];
-  for (int64_t i = 0; i < count; i += 64) {
-    const float* from = v + i;
-    if (count - i < 64) {
-      std::memset(rest, 0, sizeof rest);
-      std::memcpy(rest, from, (count - i) * sizeof(float));
-      from = rest;
-    }
+  const auto eight_bytes = [&](const float* from) {
     uint64_t bits = 0;
     for (int j = 0; j < 64; j += kLanes) bits |= static_cast<uint64_t>(test(load(from + j))) << j;
-    if (count - i < 64) bits &= (uint64_t{1} << (count - i)) - 1;
-    const int64_t bytes = least(8, (count - i + 7) / 8);
-    for (int j = 0; j < bytes; ++j) out[i / 8 + j] = static_cast<uint8_t>(bits >> (8 * j));
-  }
+    return bits;
+  };
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64) store(out + i / 8, eight_bytes(v + i));
+  if (i == count) return;
+  alignas(64) float rest[64] = {};
+  std::memcpy(rest, v + i, (count - i) * sizeof(float));
+  const uint64_t bits = eight_bytes(rest) & ((uint64_t{1} << (count - i)) - 1);
+  std::memcpy(out + i / 8, &bits, (count - i + 7) / 8);
 }
 
 inline bool encode_along(const Plan& p, const Encoding& e, int64_t image, int64_t first_row, int64_t end_row,
@@ -321,7 +319,7 @@ inline bool encode_along(const Plan& p, const Encoding& e, int64_t image, int64_
   return nan;
 }
 
-// --- codes across the columns -----------------------------------------------------------------------------------------------
+// --- codes across the columns ------------------------------------------------------------------------------------------------
 
 // The columns of a tile: those of `kept` groups, with their numbers.
 struct Lanes {

@@ -149,7 +149,7 @@ inline void store_bytes(const Ints v[4], uint8_t* to) {
 #endif
 }
 
-// --- Philox 4x32-10, see fqt/philox.py --------------------------------------------------------------------------------------
+// --- Philox 4x32-10, see fqt/philox.py ---------------------------------------------------------------------------------------
 
 struct Counters {
   Pairs c0, c1, c2, c3;  // in the low word of each pair; the high words are never read
