@@ -3,7 +3,8 @@
     python -m benchmarks.kernels [--threads T] [--batch 16] [--instruction-set avx2] [--json F] [--quick]
 
 Products: a matrix product of 1024^3 and VGG-16's 3x3 layers, each against torch (of a convolution the faster of NCHW and
-channels_last). Quantizers: one pass over a layer's tensor, against a copy of it. Both sides are called in turns and the fastest
+channels_last). Quantizers: layers' activations (channels_last, --batch and 128 images) and weights, against a copy of the same
+tensor (`to.copy_(x)`). Both sides are called in turns and the fastest
 call of each counts: other processes only ever add. Before anything is measured every kernel is compared with the reference, bit
 for bit: if one differs, no figure.
 On a processor with AVX-512 the float side uses it too: to see the machines without, set --instruction-set avx2 and
@@ -13,6 +14,7 @@ ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 in
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -43,11 +45,20 @@ PRODUCTS = (
 )
 QUANTIZERS = (
     ("x", "xnor_activation", {}),
+    ("x", "dorefa_activation", {"bits": 2}),
+    ("x", "uniform", {"bits": 8}),
+    ("g", "uniform", {"bits": 8, "granularity": "sample"}),
+    ("g", "uniform", {"bits": 8, "granularity": "channel"}),
+    ("g", "uniform", {"bits": 8, "granularity": "sample", "stochastic": True}),
     ("g", "psq", {"bits": 4, "granularity": "sample"}),
     ("g", "psq", {"bits": 4, "granularity": "sample_channel"}),
     ("g", "agp", {"bits": 4, "granularity": "sample", "mode": "bernoulli"}),
     ("g", "agp", {"bits": 4, "granularity": "channel", "mode": "bernoulli"}),
+    ("w", "xnor_weight", {}),
+    ("w", "uniform", {"bits": 8, "granularity": "channel"}),
 )
+ACTIVATIONS = ((1024, 64), (256, 128), (64, 256), (16, 512))  # positions, channels of a sample of VGG-16's
+WEIGHTS = ("512 x 3x3 x 512", "512 x 3x3 x 512, contiguous", "4096 x 4096", "64 x 64")
 
 
 def fastest(functions: Sequence[Callable[[], object]], seconds: float) -> list[float]:
@@ -125,6 +136,18 @@ def floats(operator: str, n: int, inputs: int, outputs: int, size: int) -> list[
     return functions
 
 
+def activations(batch: int) -> dict[str, Tensor]:
+    """(N, P, C) tensors of VGG-16's layers by name."""
+    return {f"{n} x {p} x {c}": torch.randn(n, p, c) for n in sorted({batch, 128}) for p, c in ACTIVATIONS}
+
+
+def weights() -> dict[str, Tensor]:
+    """(O, K, I) tensors by the names of `WEIGHTS`, a convolution's as layers hand them over."""
+    image = torch.randn(512, 512, 3, 3)
+    found = (image.to(memory_format=torch.channels_last), image, torch.randn(4096, 4096, 1), torch.randn(64, 64, 1))
+    return {name: w.flatten(2).transpose(1, 2) for name, w in zip(WEIGHTS, found, strict=True)}
+
+
 def check() -> None:
     """Every kernel that is measured equals the reference, on every shape, two images of each (raises AssertionError)."""
     for inputs, outputs, size in ((1024, 1024, 0), *VGG16):
@@ -132,7 +155,7 @@ def check() -> None:
         for operator, left, right, keep in PRODUCTS:
             kernel, expected = low_bit(operator, left, right, keep, shapes)
             assert_same_values(kernel(), expected())
-    x, key = torch.randn(2, 64, 64), torch.tensor(1)
+    x, key = torch.randn(16, 64, 64), torch.tensor(1)
     for operand, name, options in QUANTIZERS:
         quantizer = build(name, operand, **options)
         assert quantizer is not None
@@ -149,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch", type=int, default=16, help="of VGG-16's layers")
-    parser.add_argument("--instruction-set", choices=INSTRUCTION_SETS, default="avx512", help="the most that products use")
+    parser.add_argument("--instruction-set", choices=INSTRUCTION_SETS, default="avx512", help="the most that kernels use")
     parser.add_argument("--quick", action="store_true", help="the matrix product and two layers, briefly")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
@@ -158,7 +181,9 @@ def main() -> None:
     reason = cpu.refuses_output((Format("sign", 1), Format("sign", 1)), None)
     if reason is not None:
         sys.exit(reason)
-    used = INSTRUCTION_SETS[cpu.operators().limit_products(INSTRUCTION_SETS.index(args.instruction_set))]
+    level = INSTRUCTION_SETS.index(args.instruction_set)
+    used = INSTRUCTION_SETS[cpu.operators().limit_products(level)]
+    quantize_used = INSTRUCTION_SETS[cpu.operators().limit_quantize(level)]
     check()
     print(f"all kernels equal the reference; {used}, {args.threads} threads\n")
     seconds = 0.1 if args.quick else 1.0
@@ -191,23 +216,28 @@ def main() -> None:
         )
     )  # fmt: skip
     passes = []
-    x, key = torch.randn(args.batch, 32 * 32, 64), torch.tensor(1)
-    to = torch.empty_like(x)
+    key = torch.tensor(1)
+    tensors = {"x": activations(args.batch), "g": activations(args.batch), "w": weights()}
     for operand, name, options in QUANTIZERS:
         quantizer = build(name, operand, **options)
         assert quantizer is not None
-        ms, copy_ms = fastest([lambda: encode(x, quantizer, operand, key=key), lambda: to.copy_(x)], seconds)  # noqa: B023
-        passes.append(
-            {"quantizer": name, "format": quantizer.format(operand).name, "elements": x.numel(), "threads": args.threads,
-             "ms": ms, "copy_ms": copy_ms, "gbytes": x.numel() * 4 / ms / 1e6, "ratio": ms / copy_ms}
-        )  # fmt: skip
+        for size, x in list(tensors[operand].items())[:: 7 if args.quick else 1]:
+            to = torch.empty_like(x)
+            run = functools.partial(encode, x, quantizer, operand, key=key)
+            ms, copy_ms = fastest([run, functools.partial(to.copy_, x)], seconds / 4)
+            passes.append(
+                {"quantizer": name, "format": quantizer.format(operand).name,
+                 "rounding": "stochastic" if quantizer.stochastic else "nearest", "kept": 1 / quantizer.keep_one_in,
+                 "size": size, "threads": args.threads, "instruction_set": quantize_used,
+                 "ms": ms, "copy_ms": copy_ms, "gbytes": x.numel() * 4 / ms / 1e6, "ratio": ms / copy_ms}
+            )  # fmt: skip
     print()
     print(
         table(
-            ["quantizer", "format", "ms", "GB/s read", "copy ms", "times a copy"],
+            ["quantizer", "format", "rounding", "kept", "size", "ms", "GB/s read", "copy ms", "times a copy"],
             [
-                [row["quantizer"], row["format"], f"{row['ms']:.2f}", f"{row['gbytes']:.1f}", f"{row['copy_ms']:.2f}",
-                 f"{row['ratio']:.1f}"]
+                [row["quantizer"], row["format"], row["rounding"], row["kept"], row["size"], f"{row['ms']:.3f}",
+                 f"{row['gbytes']:.1f}", f"{row['copy_ms']:.3f}", f"{row['ratio']:.2f}"]
                 for row in passes
             ],
         )

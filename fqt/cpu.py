@@ -16,7 +16,7 @@ from fqt.formats import FLOAT8_MAX, Format, Shape3
 from fqt.geometry import Geometry
 from fqt.norm import Source, Windows
 from fqt.qtensor import QTensor
-from fqt.reference import calibrate_groups, keep_groups, pruned, spread
+from fqt.reference import spread
 
 _LIBRARY = Path(__file__).parent / "_cpu.so"
 _BIT = Format("sign", 1)
@@ -100,39 +100,24 @@ def quantize(
     key: Tensor | None = None,
     stream: int = 0,
     pass_range: tuple[float, float] | None = None,
+    ranges: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[QTensor, Tensor | None]:
-    """As `fqt.reference.quantize`: one pass for each group's range, the reference's own arithmetic on those few numbers,
-    one pass to encode and pack."""
+    """As `fqt.reference.quantize`."""
     shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     groups = format.groups(shape)
-    x_NPC = x_NPC.float()
-    fold = None if fold is None else fold.float().expand(shape)
-    low, high = x_NPC.new_zeros(groups), x_NPC.new_zeros(groups)
     codes = torch.empty(format.packed_shape(shape), dtype=torch.uint8)
+    scale = torch.empty(groups)
+    offset = torch.empty(groups) if format.offset else None
+    index = torch.empty(groups, dtype=torch.int32) if prune else None
     mask = None if pass_range is None else torch.empty(_BIT.packed_shape(shape), dtype=torch.uint8)
-    if x_NPC.numel():
-        if calibrate != "absmean" or prune:  # a mean shows what is not finite as well as a range does
-            operators().group_range(x_NPC, fold, format.axes, low, high)
-        if mask is not None:
-            low_high = map(float, pass_range or ())
-            operators().encode(x_NPC, None, None, None, None, None, 0, "inside", *low_high, 1, "", mask)
-
-    mean = torch.zeros_like(low) if calibrate == "absmean" else None
-    if mean is not None and x_NPC.numel():
-        operators().absmean(x_NPC, fold, format.axes, mean)
-    scale, inverse, offset = calibrate_groups(low, high, mean, format, calibrate, limits)
-    keep, kept, factor = ~scale.isnan(), None, None
-    if prune:
-        kept, factor = keep_groups(low, high, prune, keep_one_in, key, stream + 1)
-        keep &= factor > 0
-    if x_NPC.numel():
-        operators().encode(
-            x_NPC, fold, inverse, offset, keep, key if stochastic else None, stream,
-            "sign" if format.grid == "sign" else "uniform", *map(float, format.code_range), format.storage_bits,
-            format.axes, codes,
-        )  # fmt: skip
-    q = QTensor(codes, scale, offset, None, format, shape)
-    return q if kept is None or factor is None else pruned(q, kept, factor), mask
+    low, high = (v.contiguous() for v in ranges) if ranges else (None, None)
+    operators().quantize(
+        x_NPC if x_NPC.dtype in (torch.float32, torch.bfloat16) else x_NPC.float(),
+        None if fold is None else fold.float().expand(shape),
+        key, low, high, format.grid, format.bits, format.axes, calibrate, *limits, stochastic, prune, keep_one_in, stream,
+        *(pass_range or (0.0, 0.0)), codes, scale, offset, index, mask,
+    )  # fmt: skip
+    return QTensor(codes, scale, offset, index, format, shape), mask
 
 
 def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:

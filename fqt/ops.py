@@ -133,13 +133,16 @@ def _(like: Tensor) -> Tensor:
 
 
 @_operator(
-    "quantize(Tensor x, Tensor? fold, Tensor? key, str format, str calibrate, float[] limits, bool stochastic, str prune,"
-    " int keep_one_in, int stream, float[] pass_range) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "quantize(Tensor x, Tensor? fold, Tensor? key, Tensor? low, Tensor? high, str format, str calibrate, float[] limits,"
+    " bool stochastic, str prune, int keep_one_in, int stream, float[] pass_range)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _quantize(
     x: Tensor,
     fold: Tensor | None,
     key: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
     format: str,
     calibrate: str,
     limits: list[float],
@@ -164,13 +167,14 @@ def _quantize(
         key=key,
         stream=stream,
         pass_range=(pass_range[0], pass_range[1]) if pass_range else None,
+        ranges=None if low is None or high is None else (low, high),
     )
     codes, scale, offset, index = q.tensors()
     return codes, scale, offset, index, codes.new_empty(0, dtype=torch.uint8) if mask is None else mask
 
 
 @torch.library.register_fake("fqt::quantize")
-def _(x, fold, key, format, calibrate, limits, stochastic, prune, keep_one_in, stream, pass_range):
+def _(x, fold, key, low, high, format, calibrate, limits, stochastic, prune, keep_one_in, stream, pass_range):
     parsed, shape = Format.parse(format), _shape3(x.shape)
     groups = parsed.groups(shape)
     dtype = {16: torch.int16, 32: torch.int32}.get(parsed.storage_bits, torch.uint8)

@@ -55,6 +55,7 @@ def quantize(
     key: Tensor | None = None,
     stream: int = 0,
     pass_range: tuple[float, float] | None = None,
+    ranges: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[QTensor, Tensor | None]:
     """Quantize a tensor.
 
@@ -69,6 +70,7 @@ def quantize(
         key: () int64, the Philox key.
         stream: even; rounding draws from this stream, pruning from the next.
         pass_range: of the clipped straight-through estimator; None passes every gradient.
+        ranges: what `group_range` would compute, (G,) float32 each, where the caller knows it; only without `fold`.
 
     Returns:
         The codes, and the packed mask of `pass_mask` (None without `pass_range`).
@@ -76,7 +78,7 @@ def quantize(
     mask = None if pass_range is None else pass_mask(x_NPC, *pass_range)
     shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     rows_GE = group_rows(x_NPC.float() if fold is None else x_NPC.float() * fold, format)
-    low, high = group_range(rows_GE)
+    low, high = ranges or group_range(rows_GE)
     mean = absmean(rows_GE) if calibrate == "absmean" else None
     scale, inverse, offset = calibrate_groups(low, high, mean, format, calibrate, limits)
     groups = torch.arange(rows_GE.shape[0], device=rows_GE.device)

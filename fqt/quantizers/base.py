@@ -198,6 +198,7 @@ def quantize(
     key: Tensor | None = None,
     stream: int = 0,
     fold: Tensor | None = None,
+    ranges: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[QTensor, Tensor]:
     """Quantize (N, P, C), or for a weight (O, K, I), after its transform.
 
@@ -205,12 +206,14 @@ def quantize(
         key: () int64, `torch.ops.fqt.draw_key(x)`; needed if `quantizer.random`.
         stream: even number of the draw within one key.
         fold: broadcastable to x, multiplied into it first.
+        ranges: smallest and largest value of each group, (G,) float32, where the caller knows them; NaN if it holds one.
 
     Returns:
         The codes, and the estimator's packed mask, (N, P, ceil(C/8)) uint8 (empty without a `pass_range`).
 
     Raises:
-        ValueError: x has not three axes, the operand not the quantizer's granularity, or a random quantizer no key.
+        ValueError: x has not three axes, the operand not the quantizer's granularity, a random quantizer no key, or ranges
+            together with a fold, or not one for each group.
     """
     format = quantizer.format(operand)
     if x_NPC.dim() != 3:
@@ -220,10 +223,23 @@ def quantize(
         )
     if quantizer.random and key is None:
         raise ValueError(f"{quantizer} draws random numbers: give it a key, such as torch.ops.fqt.draw_key(x)")
+    low, high = ranges or (None, None)
+    if low is not None and high is not None:
+        if fold is not None:
+            raise ValueError("ranges are those of x itself, which a fold changes: give one of them")
+        groups = format.groups((x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2]))
+        for name, tensor in (("smallest", low), ("largest", high)):
+            if tensor.shape != (groups,) or tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"ranges: the {name} values are {tensor.dtype} of shape {tuple(tensor.shape)}, expected float32 of "
+                    f"shape ({groups},), one for each group"
+                )
     *tensors, mask = torch.ops.fqt.quantize(
         x_NPC,
         fold,
         key,
+        low,
+        high,
         format.name,
         quantizer.calibrate,
         quantizer.limits,

@@ -22,8 +22,26 @@ QUANTIZE = [row for row in KERNELS if row.operator == "quantize" and row.backend
 MULTIPLY = [row for row in KERNELS if row.operator in PRODUCTS and row.backend == "cpu"]
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65)
-FILLS = ("normal", "nan", "inf", "tiny", "constant", "zeros", "huge")
-LAYOUTS = ("contiguous", "channels_first", "expanded", "sliced", "bfloat16")
+QUANTIZE_SIZES = (0, *SIZES, 32, 127, 128, 129)
+FILLS = ("normal", "nan", "inf", "tiny", "constant", "zeros", "huge", "negative zero")
+LAYOUTS = ("contiguous", "channels_first", "one position", "one channel", "sliced", "transposed", "part", "bfloat16")
+
+
+@pytest.fixture
+def instruction_set(request: pytest.FixtureRequest):
+    """The kernels limited to one instruction set, where they are built and the machine has it."""
+    reason = ops.cpu.refuses_quantize((Format("sign", 1),))
+    if reason is not None:
+        pytest.skip(reason)
+    level = INSTRUCTION_SETS.index(request.param)
+    limits = (ops.cpu.operators().limit_quantize, ops.cpu.operators().limit_products)
+    try:
+        if min(limit(level) for limit in limits) != level:
+            pytest.skip(f"this machine has no {request.param}")
+        yield
+    finally:
+        for limit in limits:
+            limit(len(INSTRUCTION_SETS) - 1)
 
 
 def built_in() -> list[tuple[str, Quantizer]]:
@@ -47,36 +65,55 @@ def built_in() -> list[tuple[str, Quantizer]]:
     return sorted(found, key=str)
 
 
-def tensor(shape: tuple[int, int, int], fill: str, layout: str, generator: torch.Generator) -> Tensor:
+def tensor(shape: Shape3, fill: str, layout: str, generator: torch.Generator) -> Tensor:
     x = torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, shape[2], generator=generator) * 3
     if fill in ("nan", "inf") and x.numel():
         x.view(-1)[int(torch.randint(x.numel(), (), generator=generator))] = float(fill)
     x = {"tiny": x * 1e-33, "constant": torch.full_like(x, 0.3), "zeros": torch.zeros_like(x), "huge": x * 2e37}.get(fill, x)
+    x = x.clamp(max=0) * -0.0 if fill == "negative zero" else x
     if layout == "channels_first":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "expanded":
+    if layout == "one position":
         return x[:, :1].expand(shape)
+    if layout == "one channel":
+        return x[:, :, :1].expand(shape)
     if layout == "sliced":
         return torch.stack([x, x + 1], 3).flatten(2)[:, :, ::2]
+    if layout == "transposed":
+        return x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    if layout == "part":
+        return torch.cat([x, x + 1], 2)[:, :, : shape[2]]
     return x.bfloat16() if layout == "bfloat16" else x
 
 
+def assert_quantizes_as_the_reference(row: Kernel, x: Tensor, format: Format, options: dict) -> None:
+    actual, actual_mask = ops.load(row.function)(x, format, **options)
+    expected, expected_mask = reference.quantize(x, format, **options)
+    try:
+        assert_same_codes(actual, expected)
+        assert (actual_mask is None) == (expected_mask is None)
+        assert expected_mask is None or torch.equal(actual_mask, expected_mask), "masks differ"
+    except AssertionError as error:
+        error.add_note(f"{format.name}, {tuple(x.shape)} {x.stride()} {x.dtype}, {torch.get_num_threads()} threads, {options}")
+        raise
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("row", QUANTIZE, ids=lambda row: row.backend)
+@pytest.mark.usefixtures("instruction_set", "poisoned_memory")
 def test_quantize_equals_the_reference(row: Kernel, rng: np.random.Generator):
-    """A few thousand random cases over quantizers, sizes, values, layouts, folds, masks and thread counts."""
+    """Random quantizers, sizes, values, layouts, folds, masks, given ranges and thread counts, 1,100 an instruction set."""
     draw = random.Random(int(rng.integers(2**62)))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    cases = [(operand, quantizer) for operand, quantizer in built_in() for _ in range(12)]
+    quantizers = [(quantizer, quantizer.format(operand)) for operand, quantizer in built_in()]
     served = 0
-    for operand, quantizer in cases:
-        format = quantizer.format(operand)
-        if row.refuses(Request("cpu", (format,))) is not None:
+    while served < 1100:
+        quantizer, format = draw.choice(quantizers)
+        shape = (draw.choice((0, 1, 2, 5, 16, 33)), draw.choice(QUANTIZE_SIZES), draw.choice(QUANTIZE_SIZES))
+        if row.refuses(Request("cpu", (format,))) is not None or shape[0] * shape[1] * shape[2] > 60_000:
             continue
-        shape = (draw.choice((0, 1, 2, 5, 16)), draw.choice(SIZES), draw.choice(SIZES))
         x = tensor(shape, draw.choice(FILLS), draw.choice(LAYOUTS), generator)
-        fold_shape = draw.choice([None, (1, 1, shape[2]), (shape[0], 1, 1), (shape[0], shape[1], 1)])
-        fold = None if fold_shape is None else torch.rand(fold_shape, generator=generator)
-        key = torch.randint(-(2**63), 2**63 - 1, (), generator=generator)
+        fold_shape = draw.choice([None, None, (1, 1, shape[2]), (shape[0], 1, 1), (shape[0], shape[1], 1)])
         options = {
             "calibrate": quantizer.calibrate,
             "limits": quantizer.limits,
@@ -84,37 +121,71 @@ def test_quantize_equals_the_reference(row: Kernel, rng: np.random.Generator):
             "prune": quantizer.prune,
             "keep_one_in": quantizer.keep_one_in,
             "pass_range": draw.choice([None, (-1.0, 1.0), (0.0, 0.5)]),
-            "fold": fold,
-            "key": key,
+            "fold": None if fold_shape is None else torch.rand(fold_shape, generator=generator),
+            "key": torch.randint(-(2**63), 2**63 - 1, (), generator=generator),
             "stream": draw.randrange(0, 16, 2),
         }
-        torch.set_num_threads(draw.choice((1, 2, 3, 8)))
-        actual, actual_mask = ops.load(row.function)(x, format, **options)
-        expected, expected_mask = reference.quantize(x, format, **options)
-        assert_same_codes(actual, expected)
-        assert (actual_mask is None) == (expected_mask is None)
-        assert expected_mask is None or torch.equal(actual_mask, expected_mask)
+        if fold_shape is None and draw.random() < 0.3:
+            options["ranges"] = reference.group_range(reference.group_rows(x.float(), format))
+        torch.set_num_threads(draw.choice((1, 1, 1, 1, 2, 3, 8)))
+        assert_quantizes_as_the_reference(row, x, format, options)
         served += 1
-    if served == 0:
-        pytest.skip(f"{row.backend} serves nothing here: {row.refuses(Request('cpu', (Format('sign', 1),)))}")
-    assert served > 1000
 
 
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("row", QUANTIZE, ids=lambda row: row.backend)
-@pytest.mark.parametrize("shape", [(3, 5000, 33), (2, 257, 512), (700, 3, 17), (1, 1, 4099)], ids=str)
-def test_quantize_equals_the_reference_across_chunks_and_threads(
-    row: Kernel, shape: tuple[int, int, int], rng: np.random.Generator
-):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(int(rng.integers(2**62))))
-    for granularity in ("tensor", "sample", "token", "channel", "sample_channel"):
-        quantizer = build("psq", "g", bits=3, granularity=granularity)
-        assert quantizer is not None
-        format = quantizer.format("g")
-        reason = row.refuses(Request("cpu", (format,)))
-        if reason is not None:
-            pytest.skip(f"{row.backend}: {reason}")
-        options = {"calibrate": "minmax", "stochastic": True, "key": torch.tensor(-7), "stream": 2}
-        assert_same_codes(ops.load(row.function)(x, format, **options)[0], reference.quantize(x, format, **options)[0])
+@pytest.mark.parametrize("shape", [(3, 5000, 33), (2, 1100, 72), (700, 3, 17), (1, 1, 9001), (40, 9, 64)], ids=str)
+@pytest.mark.usefixtures("instruction_set")
+def test_quantize_equals_the_reference_across_chunks_and_threads(row: Kernel, shape: Shape3, rng: np.random.Generator):
+    """Tensors that are cut: into tasks, long rows, tiles, batches of images, parts of a sum."""
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    for layout in ("contiguous", "channels_first"):
+        x = tensor(shape, "normal", layout, generator)
+        for threads, granularity in itertools.product((1, 3), ("tensor", "sample", "token", "channel", "sample_channel")):
+            torch.set_num_threads(threads)
+            format = build("psq", "g", bits=3, granularity=granularity).format("g")  # type: ignore[union-attr]
+            options = {"calibrate": "minmax", "stochastic": True, "key": torch.tensor(-7), "stream": 2}
+            assert_quantizes_as_the_reference(row, x, format, options)
+            sign = Format("sign", 1, format.axes)
+            assert_quantizes_as_the_reference(row, x, sign, {"calibrate": "absmean", "pass_range": (-1.0, 1.0)})
+        x[-1, -1, -1] = float("nan")
+        assert_quantizes_as_the_reference(row, x, Format("sign", 1), {"calibrate": "none"})
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.usefixtures("instruction_set")
+def test_pruning_of_many_groups_equals_the_reference(rng: np.random.Generator):
+    """Equal ranges, a few wide ones, ranges of 0 and such that are not finite; 1 group and thousands."""
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    for groups, mode, b in itertools.product((1, 2, 7, 64, 3000), ("bernoulli", "topk"), (2, 4, 8)):
+        for kind in ("heavy tails", "equal", "zeros", "infinite"):
+            x = torch.randn(groups, 2, 5, generator=generator)
+            if kind == "heavy tails":
+                x = x * torch.randn(groups, 1, 1, generator=generator).mul(3).exp()
+            elif kind == "equal":
+                x = torch.ones_like(x)
+            elif kind == "zeros":
+                x[: groups // 2] = 0.0
+            else:
+                x[:: groups // 3 + 1] = float("inf")
+            options = {"calibrate": "minmax", "prune": mode, "keep_one_in": b, "key": torch.tensor(groups), "stream": 4}
+            assert_quantizes_as_the_reference(QUANTIZE[0], x, Format("uint", 4, "N", True), options)
+
+
+def test_ranges_are_given_for_each_group_and_without_a_fold():
+    x, psq = torch.randn(2, 3, 4), build("psq", "g", bits=4)
+    assert psq is not None
+    low, high = x.amin((1, 2)), x.amax((1, 2))
+    key = torch.tensor(3)
+    assert_same_codes(quantize(x, psq, "g", key=key, ranges=(low, high))[0], quantize(x, psq, "g", key=key)[0])
+    with pytest.raises(ValueError, match="which a fold changes: give one of them"):
+        quantize(x, psq, "g", key=key, ranges=(low, high), fold=torch.ones(1))
+    with pytest.raises(
+        ValueError, match=r"smallest values are torch.float32 of shape \(1,\), expected float32 of shape \(2,\)"
+    ):
+        quantize(x, psq, "g", key=key, ranges=(low[:1], high))
+    with pytest.raises(ValueError, match="largest values are torch.float64"):
+        quantize(x, psq, "g", key=key, ranges=(low, high.double()))
 
 
 def test_a_key_is_needed_to_draw():
@@ -132,22 +203,6 @@ PRODUCT_FORMATS = {
     "grad_input": (("uint{b}+:N", "uint{b}+:N", "uint{b}+", "uint{b}:N", "uint{b}:NP"), ("sign",)),
     "grad_weight": (("uint{b}+:C", "uint{b}+:C", "uint{b}+:NC", "uint{b}+:N", "uint{b}+", "uint{b}:C"), ("sign",)),
 }
-
-
-@pytest.fixture
-def instruction_set(request: pytest.FixtureRequest):
-    """The products limited to one instruction set, where the kernels are built and the machine has it."""
-    reason = ops.cpu.refuses_output((Format("sign", 1), Format("sign", 1)), None)
-    if reason is not None:
-        pytest.skip(reason)
-    level = INSTRUCTION_SETS.index(request.param)
-    limit = ops.cpu.operators().limit_products
-    try:
-        if limit(level) != level:
-            pytest.skip(f"this machine has no {request.param}")
-        yield
-    finally:
-        limit(len(INSTRUCTION_SETS) - 1)
 
 
 def coded(format: Format, shape: Shape3, draw: random.Random, generator: torch.Generator, pruned: bool = False) -> QTensor:

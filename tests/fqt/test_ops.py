@@ -27,7 +27,7 @@ KEY = torch.tensor(-77)
 
 def quantize_arguments(x, name: str, calibrate: str, *, stochastic=False, prune="", keep=1, fold=None, pass_range=()):
     key = KEY if stochastic or prune else None
-    return (x, fold, key, name, calibrate, (-1.0, 1.0), stochastic, prune, keep, 4, pass_range)
+    return (x, fold, key, None, None, name, calibrate, (-1.0, 1.0), stochastic, prune, keep, 4, pass_range)
 
 
 def operand(rng: np.random.Generator, name: str, shape: tuple[int, int, int], keep: float | None = None) -> QTensor:

@@ -1,4 +1,5 @@
-// What the operators and the kernels of all instruction sets share.
+// What the operators and the kernels of all instruction sets share: plain structs, so that nothing that is compiled for a newer
+// machine can be linked into code for an older one.
 #pragma once
 
 #include <algorithm>
@@ -16,38 +17,86 @@
 
 namespace fqt {
 
-constexpr int64_t kChunk = 512;  // elements encoded at a time: a multiple of 8, so that chunks begin a byte
+static_assert(std::endian::native == std::endian::little, "packed codes are written as words");
+
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr int64_t kLineBits = 2048;       // codes of a column that are written at a time, where codes run across
+constexpr float kMinRange = 0x1p-100f;  // fqt.reference.MIN_RANGE
 
-struct View {
-  const float* data = nullptr;
-  int64_t n = 0, p = 0, c = 0, sn = 0, sp = 0, sc = 0;
+// A number that is affine in the place of an element: its group, its number within the group, the byte of its code.
+struct Affine {
+  int64_t image = 0, row = 0, column = 0;
+  int64_t at(int64_t i, int64_t r, int64_t c) const { return i * image + r * row + c * column; }
 };
 
-enum class Axes { tensor, sample, token, channel, both };
+// Floats with any strides, counted in elements.
+struct Source {
+  const void* data = nullptr;
+  bool bfloat16 = false;
+  Affine stride;
+};
 
-// inside: not codes but the estimator's mask, low <= x <= high
-enum class Grid { sign, uniform, inside };
+enum class Parts { whole, rows, columns };
+
+// A tensor (N, P, C) as images of rows of columns, in the order of its memory: the samples as they are or as one, the columns
+// being channels (channels_last) or positions. Rows of codes run along the columns, or down the rows ("across").
+struct Plan {
+  Source x, fold;                      // fold.data may be null
+  int64_t images, rows, columns;       // of packed rows; in memory a row has `inner` columns
+  int64_t last, inner;                 // last: columns of an image's last row
+  bool along, direct;                  // direct: a row is x's memory itself
+  int64_t row_step, extent;            // direct: distance of rows; elements that may be read from x.data on
+  Parts parts;                         // which parts of an image have scales of their own
+  Affine group, element, byte, mask;   // byte.column: where codes run across, else codes follow each other
+  int64_t slots(int64_t taken_rows) const {
+    return parts == Parts::whole ? 1 : parts == Parts::rows ? taken_rows : columns;
+  }
+};
+
+enum class Range { none, minmax, absmax, absmean };
+
+// How a group's range becomes scale, inverse and offset.
+struct Calibration {
+  Range range;
+  float first, last;          // Range::none: values of the smallest and the largest code
+  float low_code, high_code;  // of the grid
+  bool offset, fixed;
+};
+
+enum class Grid { sign, uniform, inside };  // inside: not codes but the estimator's mask
 
 struct Encoding {
   Grid grid;
-  int bits, storage;
-  float low, high;  // smallest and largest code (inside: value)
-  const float *inverse, *offset;
-  const bool* keep;
+  int storage;      // bits a code takes in memory
+  float low, high;  // smallest and largest code
   bool stochastic;
   uint64_t key;
   uint32_t stream;
+  uint8_t *codes, *mask;  // mask: null if none is made in the same read
+  float pass_low, pass_high;
+};
+
+// Of the groups of one image, or some of its rows: one entry for each of `Plan::slots`.
+struct Slots {
+  float *inverse, *offset;
+  uint8_t* keep;
 };
 
 // torch's own thread pool.
 void parallel(int64_t items, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
-#define FQT_DECLARE                                                                                                       \
-  void group_range(const View& x, const View* fold, Axes axes, int64_t groups, int64_t elements, float* low, float* high); \
-  void absmean(const View& x, const View* fold, Axes axes, int64_t groups, int64_t elements, float* mean);                 \
-  void encode(const View& x, const View* fold, const Encoding& e, Axes axes, int64_t groups, int64_t elements, uint8_t* out);
+// range: smallest and largest value of each slot, NaN if it holds one. encode: returns whether it saw a NaN, if asked to look.
+// abs_sum: of elements [first, first + count) of a group, over a binary tree of neighbours; first and, but for the last part,
+// count are multiples of a power of two. calibrate: count groups at a time. draws: uniform_u24 of group 0.
+#define FQT_DECLARE                                                                                                         \
+  void range(const Plan& plan, int64_t image, int64_t first_row, int64_t end_row, float* low, float* high);                 \
+  bool encode(const Plan& plan, const Encoding& e, int64_t image, int64_t first_row, int64_t end_row, const Slots& slots,   \
+              bool look_for_nan);                                                                                           \
+  double abs_sum(const Plan& ordered, int64_t group, int64_t first, int64_t count);                                         \
+  void calibrate(const Calibration& c, int64_t count, const float* low, const float* high, const float* mean, float* scale, \
+                 const Slots& slots);                                                                                       \
+  void draws(uint64_t key, uint32_t stream, int64_t count, float* out);
 
 namespace portable { FQT_DECLARE }
 #if defined(FQT_X86)

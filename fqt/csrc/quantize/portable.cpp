@@ -1,5 +1,9 @@
 #include "isa.h"
 
+#if defined(FQT_X86)
+#include <emmintrin.h>  // part of every x86-64
+#endif
 namespace fqt::portable {
+#include "vector.h"
 #include "quantize.h"
 }

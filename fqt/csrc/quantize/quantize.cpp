@@ -1,5 +1,5 @@
-// The operators fqt_cpu::group_range, absmean and encode, on LibTorch's stable ABI (one binary for torch 2.11 and newer), and
-// the choice of the instruction set at run time.
+// The operator fqt_cpu::quantize, on LibTorch's stable ABI (one binary for torch 2.11 and newer): how a tensor is cut into
+// tasks, which groups pruning keeps, and the choice of the instruction set at run time. The loops are in quantize.h.
 
 #include "isa.h"
 
@@ -8,115 +8,497 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <optional>
 #include <string>
+#include <utility>
 
 namespace fqt {
 
 void parallel(int64_t items, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-  if (items > 0) torch::stable::parallel_for(0, items, grain, body);
+  if (items > grain) {
+    torch::stable::parallel_for(0, items, grain, body);
+  } else if (items > 0) {
+    body(0, items);
+  }
 }
 
 namespace {
 
 using torch::stable::Tensor;
 
+constexpr int64_t kTask = 32768;  // elements below which another thread does not pay
+
 #if defined(FQT_X86)
 const bool kAvx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-const bool kAvx2 = __builtin_cpu_supports("avx2");
-#define FQT_DISPATCH(call) (kAvx512 ? avx512::call : kAvx2 ? avx2::call : portable::call)
+const int kBest = kAvx512 ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0;
 #else
-#define FQT_DISPATCH(call) (portable::call)
+const int kBest = 0;
 #endif
+
+struct Kernels {
+  decltype(&portable::range) range;
+  decltype(&portable::encode) encode;
+  decltype(&portable::abs_sum) abs_sum;
+  decltype(&portable::calibrate) calibrate;
+  decltype(&portable::draws) draws;
+};
+
+const Kernels kKernels[] = {
+    {portable::range, portable::encode, portable::abs_sum, portable::calibrate, portable::draws},
+#if defined(FQT_X86)
+    {avx2::range, avx2::encode, avx2::abs_sum, avx2::calibrate, avx2::draws},
+    {avx512::range, avx512::encode, avx512::abs_sum, avx512::calibrate, avx512::draws},
+#endif
+};
+int isa_limit = 2;  // tests lower it
+
+const Kernels& kernels() { return kKernels[std::min(kBest, isa_limit)]; }
+
+int64_t tasks_of(int64_t elements) { return std::max<int64_t>(1, kTask / std::max<int64_t>(1, elements)); }
+
+// --- how a tensor is cut -----------------------------------------------------------------------------------------------------
+
+// (N, P, C) with strides counted in elements.
+struct View {
+  const void* data = nullptr;
+  bool bfloat16 = false;
+  int64_t n = 0, p = 0, c = 0, sn = 0, sp = 0, sc = 0;
+};
 
 View view(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 3, "expected a tensor of three axes, got ", t.dim());
-  return {t.const_data_ptr<float>(), t.size(0), t.size(1), t.size(2), t.stride(0), t.stride(1), t.stride(2)};
+  const bool bfloat16 = t.scalar_type() == torch::headeronly::ScalarType::BFloat16;
+  const int64_t step = t.size(2) == 1 ? 1 : t.stride(2);
+  return {t.const_data_ptr(), bfloat16, t.size(0), t.size(1), t.size(2), t.stride(0), t.stride(1), step};
 }
 
-Axes axes_of(const std::string& name) {
-  if (name.empty()) return Axes::tensor;
-  if (name == "N" || name == "O") return Axes::sample;
-  if (name == "NP") return Axes::token;
-  return name == "C" ? Axes::channel : Axes::both;
+// Whether samples and positions can be counted as one axis.
+bool merges(const View& x) { return x.n == 1 || x.p == 1 || x.sn == x.p * x.sp; }
+
+// The axes' sizes and strides as (images, rows, columns).
+Source source(const View& x, bool channels_inside, bool merged) {
+  const int64_t rows = channels_inside ? x.sp : x.sc, columns = channels_inside ? x.sc : x.sp;
+  return {x.data, x.bfloat16, {merged ? 0 : x.sn, merged && x.p == 1 ? x.sn : rows, columns}};
 }
 
-int64_t groups_of(const View& x, Axes axes) {
-  switch (axes) {
-    case Axes::tensor: return 1;
-    case Axes::sample: return x.n;
-    case Axes::token: return x.n * x.p;
-    case Axes::channel: return x.c;
-    default: return x.c * x.n;
+// axes: as in fqt/formats.py. in_order: rows follow each other in the order of a group's elements, whatever memory is like.
+Plan plan(const View& x, const View* fold, const std::string& axes, int64_t storage, bool stochastic, bool in_order) {
+  const int64_t n = x.n, p = x.p, c = x.c;
+  const bool by_channel = axes == "C" || axes == "NC", tensor = axes.empty(), channel = axes == "C";
+  bool inside = x.sc == 1 || c == 1 || x.sp != 1 || p == 1;
+  // random numbers come four to a counter: it must not begin within a row that is packed across
+  if (!inside && !by_channel && stochastic && axes != "NP" && c % 4 != 0) inside = true;
+  if (in_order) inside = !by_channel;
+  const bool merged = inside && (tensor || channel) && merges(x) && (fold == nullptr || merges(*fold));
+  STD_TORCH_CHECK(!channel || in_order || n == 1 || merged || p % 8 == 0, "codes of a channel begin within a byte");
+
+  Plan made;
+  made.x = source(x, inside, merged);
+  if (fold != nullptr) made.fold = source(*fold, inside, merged);
+  made.images = merged ? 1 : n;
+  made.rows = inside ? (merged ? n * p : p) : c;
+  made.columns = made.last = made.inner = inside ? c : p;
+  made.along = inside != by_channel;
+  const int64_t bytes = (c * storage + 7) / 8, mask_bytes = (c + 7) / 8;
+  // (image, row, column), the latter two exchanged where positions are inside
+  const auto at = [&](int64_t image, int64_t position, int64_t in_channel) {
+    return inside ? Affine{image, position, in_channel} : Affine{image, in_channel, position};
+  };
+  made.mask = at(p * mask_bytes, mask_bytes, 0);
+  if (by_channel) {
+    made.parts = inside ? Parts::columns : Parts::rows;
+    const int64_t row = ((channel ? n * p : p) * storage + 7) / 8;
+    made.group = channel ? at(0, 0, 1) : at(1, 0, n);
+    made.element = channel ? at(p, 1, 0) : at(0, 1, 0);
+    made.byte = channel ? at(p * storage / 8, 0, row) : at(row, 0, n * row);
+  } else {
+    made.parts = axes == "NP" ? (inside ? Parts::rows : Parts::columns) : Parts::whole;
+    made.group = tensor ? Affine{} : axes == "NP" ? at(p, 1, 0) : at(1, 0, 0);
+    made.element = axes == "NP" ? at(0, 0, 1) : at(tensor ? p * c : 0, c, 1);
+    made.byte = at(p * bytes, bytes, 0);
+  }
+  made.direct = !x.bfloat16 && fold == nullptr && made.x.stride.column == 1;
+  made.row_step = made.x.stride.row;
+  made.extent = (n - 1) * x.sn + (p - 1) * x.sp + (c - 1) * x.sc + 1;
+
+  // rows whose codes follow each other without a gap are cut anew, into rows that are long but not too long
+  constexpr int64_t kColumns = 4096;
+  const int64_t elements = made.rows * made.columns;
+  const bool dense = made.parts == Parts::whole && made.along && !in_order && (made.rows == 1 || c % 8 == 0);
+  if (dense && (!made.direct || made.rows == 1 || made.x.stride.row == made.columns)) {
+    made.rows = (elements + kColumns - 1) / kColumns;
+    made.columns = made.row_step = kColumns;
+    made.last = elements - (made.rows - 1) * kColumns;
+    made.element.row = kColumns;
+    made.byte.row = kColumns * storage / 8;
+    made.mask.row = kColumns / 8;
+  }
+  return made;
+}
+
+// --- activation gradient pruning ---------------------------------------------------------------------------------------------
+
+// What `fqt.reference.keep_groups` multiplies each group by, 0 where it is pruned, in the same exact arithmetic.
+void factors(const std::vector<float>& lows, const std::vector<float>& highs, bool topk, int64_t b, uint64_t key,
+             uint32_t stream, std::vector<float>& factor) {
+  const int64_t groups = static_cast<int64_t>(lows.size());
+  std::vector<double> span(groups);
+  std::vector<bool> bad(groups);
+  double widest = 0.0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const float high = highs[g] < 0 ? 0.0f : highs[g], low = lows[g] > 0 ? 0.0f : lows[g];
+    bad[g] = !(std::fabs(high - low) < kInfinity);
+    span[g] = topk ? (bad[g] ? kInfinity : std::max(high, -low)) : bad[g] ? 0.0f : high - low;
+    widest = std::max(widest, span[g]);
+  }
+  if (topk) {
+    std::vector<int64_t> order(groups);
+    for (int64_t g = 0; g < groups; ++g) order[g] = g;
+    const int64_t kept = std::min(groups, std::max<int64_t>(1, groups / b));
+    std::nth_element(order.begin(), order.begin() + (kept - 1), order.end(),
+                     [&](int64_t a, int64_t c) { return span[a] != span[c] ? span[a] > span[c] : a < c; });
+    for (int64_t g = 0; g < groups; ++g) factor[g] = bad[g] ? 1.0f : 0.0f;
+    for (int64_t i = 0; i < kept; ++i) factor[order[i]] = 1.0f;
+    return;
+  }
+  constexpr double kOne = 1 << 24;  // the probability 1
+  std::vector<int64_t> range(groups), heap;
+  int64_t rest = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    range[g] = span[g] > 0 ? std::max<int64_t>(1, static_cast<int64_t>(span[g] * (0x1p30 / widest))) : 0;
+    rest += range[g];
+  }
+  heap = range;
+  std::make_heap(heap.begin(), heap.end());
+  // the k widest are kept for sure, with the least k for which no other's probability exceeds 1
+  const double budget = std::max(static_cast<double>(groups << 24) / static_cast<double>(b), kOne);
+  int64_t k = 0, narrowest_sure = 0;
+  double left = budget;
+  for (; k < groups; ++k) {
+    left = std::max(budget - kOne * static_cast<double>(k), 0.0);
+    if (left * static_cast<double>(heap.front()) <= kOne * static_cast<double>(rest)) break;
+    narrowest_sure = heap.front();
+    rest -= narrowest_sure;
+    std::pop_heap(heap.begin(), heap.end() - k);
+  }
+  const double share = k < groups ? left / std::max(static_cast<double>(rest), 1.0) : 0.0;
+  std::vector<float> u24(groups);
+  kernels().draws(key, stream, groups, u24.data());
+  for (int64_t g = 0; g < groups; ++g) {
+    double threshold = 0.0;
+    if (range[g] > 0) threshold = std::min(std::max(std::nearbyint(static_cast<double>(range[g]) * share), 1.0), kOne);
+    if (bad[g] || (k > 0 && range[g] >= narrowest_sure)) threshold = kOne;
+    factor[g] = u24[g] < threshold ? static_cast<float>(kOne / threshold) : 0.0f;
   }
 }
 
-// group_range(Tensor x, Tensor? fold, str axes, Tensor(a!) low, Tensor(b!) high) -> ()
-void group_range(Tensor x, std::optional<Tensor> fold, std::string axes, Tensor low, Tensor high) {
-  const View from = view(x), factor = fold ? view(*fold) : View{};
-  const Axes kind = axes_of(axes);
-  const int64_t groups = groups_of(from, kind);
-  FQT_DISPATCH(group_range(from, fold ? &factor : nullptr, kind, groups, from.n * from.p * from.c / groups,
-                           low.mutable_data_ptr<float>(), high.mutable_data_ptr<float>()));
+// --- the operator ------------------------------------------------------------------------------------------------------------
+
+// Numbers of some slots, or of all groups.
+struct Numbers {
+  std::vector<float> low, high, mean, scale, inverse, offset;
+  std::vector<uint8_t> keep;
+  explicit Numbers(int64_t count)
+      : low(count), high(count), mean(count), scale(count), inverse(count), offset(count), keep(count) {}
+  Slots slots() { return {inverse.data(), offset.data(), keep.data()}; }
+};
+
+// The groups of an image's slots from a row on.
+struct GroupOf {
+  int64_t first, step;
+  GroupOf(const Plan& p, int64_t image, int64_t row)
+      : first(p.group.at(image, p.parts == Parts::rows ? row : 0, 0)),
+        step(p.parts == Parts::rows ? p.group.row : p.group.column) {}
+  int64_t operator[](int64_t slot) const { return first + slot * step; }
+};
+
+struct Job {
+  Plan plan, ordered;  // ordered: for means
+  Encoding encoding;
+  Calibration calibration;
+  int64_t groups, elements;  // elements of a group
+  float *scale, *offset;     // offset may be null
+
+  // Calls body(task, image, first row, end row) for all rows of all images.
+  template <class Body>
+  void for_rows(int64_t rows, const Body& body) const {
+    const int64_t cuts = (plan.rows + rows - 1) / rows;
+    parallel(plan.images * cuts, tasks_of(std::min(rows, plan.rows) * plan.columns), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i % cuts * rows;
+        body(i, i / cuts, first, std::min(plan.rows, first + rows));
+      }
+    });
+  }
+
+  void ranges(Numbers& all) const {
+    const int64_t least_rows = plan.parts == Parts::columns ? plan.rows / 64 : 0;  // few partial results
+    const int64_t rows = std::min(plan.rows, std::max({int64_t{1}, kTask / plan.columns, least_rows}));
+    const int64_t cuts = (plan.rows + rows - 1) / rows, slots = plan.slots(rows);
+    Numbers part(plan.images * cuts * slots);
+    for_rows(rows, [&](int64_t task, int64_t image, int64_t first, int64_t end) {
+      kernels().range(plan, image, first, end, part.low.data() + task * slots, part.high.data() + task * slots);
+    });
+    std::fill(all.low.begin(), all.low.end(), kInfinity);
+    std::fill(all.high.begin(), all.high.end(), -kInfinity);
+    for (int64_t task = 0; task < plan.images * cuts; ++task) {
+      const int64_t first = task % cuts * rows;
+      const GroupOf group(plan, task / cuts, first);
+      for (int64_t slot = 0; slot < plan.slots(std::min(rows, plan.rows - first)); ++slot) {
+        float &low = all.low[group[slot]], &high = all.high[group[slot]];
+        const float a = part.low[task * slots + slot], b = part.high[task * slots + slot];
+        low = low != low || a != a ? kNaN : std::min(low, a);
+        high = high != high || b != b ? kNaN : std::max(high, b);
+      }
+    }
+  }
+
+  float mean(int64_t group) const {
+    return static_cast<float>(kernels().abs_sum(ordered, group, 0, elements) / static_cast<double>(elements));
+  }
+
+  // A group that is large is cut into parts: subtrees of its sum.
+  void means(Numbers& all) const {
+    if (groups > 8 || elements <= kTask) {
+      return parallel(groups, tasks_of(elements), [&](int64_t begin, int64_t end) {
+        for (int64_t g = begin; g < end; ++g) all.mean[g] = mean(g);
+      });
+    }
+    const int64_t parts = (elements + kTask - 1) / kTask;
+    std::vector<double> sums(groups * parts);
+    parallel(groups * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i % parts * kTask;
+        sums[i] = kernels().abs_sum(ordered, i / parts, first, std::min(kTask, elements - first));
+      }
+    });
+    for (int64_t g = 0; g < groups; ++g) {
+      double* sum = sums.data() + g * parts;
+      for (int64_t n = parts; n > 1; n = (n + 1) / 2) {
+        for (int64_t i = 0; i < n / 2; ++i) sum[i] = sum[2 * i] + sum[2 * i + 1];
+        if (n % 2) sum[n / 2] = sum[n - 1];
+      }
+      all.mean[g] = static_cast<float>(sum[0] / static_cast<double>(elements));
+    }
+  }
+
+  void calibrate(Numbers& n, int64_t count) const {
+    kernels().calibrate(calibration, count, n.low.data(), n.high.data(), n.mean.data(), n.scale.data(), n.slots());
+  }
+
+  // Whether images can be done one by one, each while it is in the cache: groups lie within an image, and threads find enough.
+  bool by_image() const {
+    return (plan.group.image != 0 || plan.images == 1) &&
+           (plan.rows * plan.columns <= kTask || plan.images >= 4 * torch::stable::get_num_threads());
+  }
+
+  // Room for the slots of an image; where codes run across, lanes are columns even if all have one scale.
+  int64_t room() const { return std::max(plan.slots(plan.rows), plan.along ? 0 : plan.columns); }
+
+  void encode_image_by_image() const {
+    const int64_t slots = plan.slots(plan.rows);
+    parallel(plan.images, tasks_of(plan.rows * plan.columns), [&](int64_t begin, int64_t end) {
+      constexpr int64_t kBatch = 16;  // images whose numbers are written together: by (C, N) they share cache lines
+      Numbers n(room());
+      std::vector<float> scales(kBatch * slots), offsets(kBatch * slots);
+      for (int64_t image = begin; image < end; ++image) {
+        const GroupOf group(plan, image, 0);
+        const int64_t done = (image - begin) % kBatch;
+        if (calibration.range == Range::absmean && plan.parts == Parts::whole) {
+          n.mean[0] = mean(group[0]);
+        } else {
+          kernels().range(plan, image, 0, plan.rows, n.low.data(), n.high.data());
+        }
+        calibrate(n, slots);
+        std::copy_n(n.scale.data(), slots, scales.data() + done * slots);
+        std::copy_n(n.offset.data(), slots, offsets.data() + done * slots);
+        encode(image, 0, plan.rows, n, false);
+        if (done + 1 < kBatch && image + 1 < end) continue;
+        for (int64_t slot = 0; slot < slots; ++slot) {
+          for (int64_t i = 0; i <= done; ++i) {
+            const int64_t g = group[slot] - (done - i) * plan.group.image;
+            scale[g] = scales[i * slots + slot];
+            if (offset != nullptr) offset[g] = offsets[i * slots + slot];
+          }
+        }
+      }
+    });
+  }
+
+  // Returns whether there was a NaN, if asked to look.
+  bool encode_all(const Numbers& all, bool look_for_nan) const {
+    const int64_t step = plan.along ? 1 : kLineBits / encoding.storage;
+    const int64_t rows = (std::max<int64_t>(1, kTask / plan.columns) + step - 1) / step * step;
+    std::atomic<bool> nan = false;
+    for_rows(rows, [&](int64_t, int64_t image, int64_t first, int64_t end) {
+      thread_local Numbers n(0);
+      if (static_cast<int64_t>(n.keep.size()) < room()) n = Numbers(room());
+      const GroupOf group(plan, image, first);
+      for (int64_t slot = 0; slot < plan.slots(end - first); ++slot) {
+        n.inverse[slot] = all.inverse[group[slot]];
+        n.offset[slot] = all.offset[group[slot]];
+        n.keep[slot] = all.keep[group[slot]];
+      }
+      if (encode(image, first, end, n, look_for_nan)) nan = true;
+    });
+    return nan;
+  }
+
+  bool encode(int64_t image, int64_t first, int64_t end, Numbers& n, bool look_for_nan) const {
+    if (!plan.along && plan.parts != Parts::columns) {
+      std::fill(n.inverse.begin() + 1, n.inverse.end(), n.inverse[0]);
+      std::fill(n.offset.begin() + 1, n.offset.end(), n.offset[0]);
+      std::fill(n.keep.begin() + 1, n.keep.end(), n.keep[0]);
+    }
+    return kernels().encode(plan, encoding, image, first, end, n.slots(), look_for_nan);
+  }
+};
+
+// x * fold, dense: where a channel's codes begin within a byte.
+std::vector<float> dense(View& x, const View* fold) {
+  std::vector<float> copied(x.n * x.p * x.c);
+  for (int64_t n = 0, i = 0; n < x.n; ++n) {
+    for (int64_t p = 0; p < x.p; ++p) {
+      for (int64_t c = 0; c < x.c; ++c, ++i) {
+        const int64_t at = n * x.sn + p * x.sp + c * x.sc;
+        if (x.bfloat16) {
+          const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(x.data)[at]) << 16;
+          std::memcpy(&copied[i], &bits, 4);
+        } else {
+          copied[i] = static_cast<const float*>(x.data)[at];
+        }
+        if (fold != nullptr) copied[i] *= static_cast<const float*>(fold->data)[n * fold->sn + p * fold->sp + c * fold->sc];
+      }
+    }
+  }
+  x = {copied.data(), false, x.n, x.p, x.c, x.p * x.c, x.c, 1};
+  return copied;
 }
 
-// absmean(Tensor x, Tensor? fold, str axes, Tensor(a!) mean) -> ()
-void absmean(Tensor x, std::optional<Tensor> fold, std::string axes, Tensor mean) {
-  const View from = view(x), factor = fold ? view(*fold) : View{};
-  const Axes kind = axes_of(axes);
-  const int64_t groups = groups_of(from, kind);
-  FQT_DISPATCH(absmean(from, fold ? &factor : nullptr, kind, groups, from.n * from.p * from.c / groups,
-                       mean.mutable_data_ptr<float>()));
-}
+void quantize(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, std::optional<Tensor> low,
+              std::optional<Tensor> high, std::string grid, int64_t bits, std::string axes, std::string calibrate,
+              double first, double last, bool stochastic, std::string prune, int64_t keep_one_in, int64_t stream,
+              double pass_low, double pass_high, Tensor codes, Tensor scale, std::optional<Tensor> offset,
+              std::optional<Tensor> index, std::optional<Tensor> mask) {
+  View from = view(x);
+  if (scale.numel() == 0) return;
+  const View factor = fold ? view(*fold) : View{}, *folded = fold ? &factor : nullptr;
+  const bool sign = grid == "sign", unsigned_codes = grid == "uint", fixed = grid == "fixed";
+  stochastic = stochastic && !sign;
+  const int64_t storage = bits <= 2 ? bits : bits <= 4 ? 4 : 8;
+  const float top = unsigned_codes ? (1 << bits) - 1 : std::max((1 << (bits - 1)) - 1, fixed ? 0 : 1);
 
-// encode(Tensor x, Tensor? fold, Tensor? inverse, Tensor? offset, Tensor? keep, Tensor? key, int stream, str grid, float low,
-//        float high, int storage, str axes, Tensor(a!) codes) -> ()
-void encode(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> inverse, std::optional<Tensor> offset,
-            std::optional<Tensor> keep, std::optional<Tensor> key, int64_t stream, std::string grid, double low, double high,
-            int64_t storage, std::string axes, Tensor codes) {
-  const View from = view(x), factor = fold ? view(*fold) : View{};
-  const Axes kind = axes_of(axes);
-  const int64_t groups = groups_of(from, kind);
-  Encoding e;
-  e.grid = grid == "sign" ? Grid::sign : grid == "inside" ? Grid::inside : Grid::uniform;
-  e.storage = e.bits = static_cast<int>(storage);
-  e.low = static_cast<float>(low);
-  e.high = static_cast<float>(high);
-  e.inverse = inverse ? inverse->const_data_ptr<float>() : nullptr;
-  e.offset = offset ? offset->const_data_ptr<float>() : nullptr;
-  e.keep = keep ? keep->const_data_ptr<bool>() : nullptr;
-  e.stochastic = key.has_value();
-  e.key = key ? static_cast<uint64_t>(*key->const_data_ptr<int64_t>()) : 0;
-  e.stream = static_cast<uint32_t>(stream);
-  FQT_DISPATCH(encode(from, fold ? &factor : nullptr, e, kind, groups, from.n * from.p * from.c / groups,
-                      codes.mutable_data_ptr<uint8_t>()));
+  Job job;
+  job.encoding = {sign ? Grid::sign : Grid::uniform,
+                  static_cast<int>(storage),
+                  unsigned_codes ? 0.0f : fixed ? -top - 1 : -top,
+                  top,
+                  stochastic,
+                  key ? static_cast<uint64_t>(*key->const_data_ptr<int64_t>()) : 0,
+                  static_cast<uint32_t>(stream),
+                  codes.mutable_data_ptr<uint8_t>(),
+                  nullptr,
+                  static_cast<float>(pass_low),
+                  static_cast<float>(pass_high)};
+  job.calibration = {calibrate == "none"     ? Range::none
+                     : calibrate == "minmax" ? Range::minmax
+                     : calibrate == "absmax" ? Range::absmax
+                                             : Range::absmean,
+                     static_cast<float>(first),
+                     static_cast<float>(last),
+                     job.encoding.low,
+                     top,
+                     offset.has_value(),
+                     fixed};
+  job.scale = scale.mutable_data_ptr<float>();
+  job.offset = offset ? offset->mutable_data_ptr<float>() : nullptr;
+  job.groups = scale.numel();
+  job.elements = x.numel() / job.groups;
+
+  const bool empty = job.elements == 0;
+  if (mask && !empty) {  // in the same read as the codes where both come from x, row by row
+    Job other = job;
+    job.encoding.mask = mask->mutable_data_ptr<uint8_t>();
+    if (fold || axes == "C" || axes == "NC") {
+      other.encoding.mask = std::exchange(job.encoding.mask, nullptr);
+      other.encoding.codes = nullptr;
+      other.plan = plan(from, nullptr, "", 1, false, false);
+      other.encode_all(Numbers(1), false);
+    }
+  }
+  std::vector<float> copied;
+  if (!empty && axes == "C" && from.n > 1 && from.p % 8 != 0 && !(merges(from) && (!fold || merges(factor)))) {
+    copied = dense(from, folded);
+    folded = nullptr;
+  }
+  if (!empty) {
+    job.plan = plan(from, folded, axes, storage, stochastic, false);
+    job.ordered = plan(from, folded, axes, storage, false, true);
+  }
+
+  const bool mean = job.calibration.range == Range::absmean, pruned = !prune.empty();
+  const bool fixed_range = job.calibration.range == Range::none && job.groups == 1 && !pruned && !low;
+  if (!empty && !pruned && !fixed_range && !low && job.by_image() && (!mean || job.plan.parts == Parts::whole)) {
+    return job.encode_image_by_image();
+  }
+  Numbers all(job.groups);
+  if (low) {
+    std::copy_n(low->const_data_ptr<float>(), job.groups, all.low.data());
+    std::copy_n(high->const_data_ptr<float>(), job.groups, all.high.data());
+  } else if (!empty && !fixed_range && (!mean || pruned)) {  // a mean shows what is not finite as well as a range does
+    job.ranges(all);
+  }
+  if (mean && !empty) job.means(all);
+  job.calibrate(all, job.groups);
+  std::vector<float> factor_of(job.groups, 1.0f);
+  if (pruned) {
+    factors(all.low, all.high, prune == "topk", keep_one_in, job.encoding.key, static_cast<uint32_t>(stream + 1), factor_of);
+    int32_t* kept = index->mutable_data_ptr<int32_t>();
+    std::fill(kept, kept + job.groups, -1);
+    for (int64_t g = 0; g < job.groups; ++g) {
+      if (factor_of[g] > 0) *kept++ = static_cast<int32_t>(g);
+      all.keep[g] &= factor_of[g] > 0;
+    }
+  }
+  for (int64_t g = 0; g < job.groups; ++g) {
+    job.scale[g] = pruned && !(factor_of[g] > 0) ? 0.0f : all.scale[g] * factor_of[g];
+    if (offset) job.offset[g] = pruned && !(factor_of[g] > 0) ? 0.0f : all.offset[g] * factor_of[g];
+  }
+  if (!empty && job.encode_all(all, fixed_range)) {
+    job.scale[0] = kNaN;
+    if (offset) job.offset[0] = 0.0f;
+    std::memset(job.encoding.codes, 0, codes.numel());
+  }
 }
 
 std::string instruction_set() {
-#if defined(FQT_X86)
-  return kAvx512 ? "avx512" : kAvx2 ? "avx2" : "portable";
-#else
-  return "portable";
-#endif
+  const char* const names[] = {"portable", "avx2", "avx512"};
+  return names[std::min(kBest, isa_limit)];
+}
+
+// limit_quantize(int level) -> int: use at most this instruction set (0 portable, 1 AVX2, 2 AVX-512); returns what is used
+int64_t limit_quantize(int64_t level) {
+  isa_limit = static_cast<int>(level);
+  return std::min(kBest, isa_limit);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fqt_cpu, m) {
-  m.def("group_range(Tensor x, Tensor? fold, str axes, Tensor(a!) low, Tensor(b!) high) -> ()");
-  m.def("absmean(Tensor x, Tensor? fold, str axes, Tensor(a!) mean) -> ()");
   m.def(
-      "encode(Tensor x, Tensor? fold, Tensor? inverse, Tensor? offset, Tensor? keep, Tensor? key, int stream, str grid,"
-      " float low, float high, int storage, str axes, Tensor(a!) codes) -> ()");
+      "quantize(Tensor x, Tensor? fold, Tensor? key, Tensor? low, Tensor? high, str grid, int bits, str axes, str calibrate,"
+      " float first, float last, bool stochastic, str prune, int keep_one_in, int stream, float pass_low, float pass_high,"
+      " Tensor(a!) codes, Tensor(b!) scale, Tensor(c!)? offset, Tensor(d!)? index, Tensor(e!)? mask) -> ()");
   m.def("instruction_set() -> str");
+  m.def("limit_quantize(int level) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fqt_cpu, CompositeExplicitAutograd, m) {
-  m.impl("group_range", TORCH_BOX(&group_range));
-  m.impl("absmean", TORCH_BOX(&absmean));
-  m.impl("encode", TORCH_BOX(&encode));
+  m.impl("quantize", TORCH_BOX(&quantize));
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
+  m.impl("limit_quantize", TORCH_BOX(&limit_quantize));
 }
 
 }  // namespace fqt

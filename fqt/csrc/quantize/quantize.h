@@ -1,103 +1,228 @@
-// Quantize and pack on a CPU: the loops of fqt/reference.py's `group_range`, `encode`, `pack` and `pass_mask`, one pass over
-// memory each. The few numbers a group (scale, keep or prune) are decided by the reference's own code between the two.
+// Quantize and pack on a CPU: the loops of fqt/reference.py's `group_range`, `absmean`, `calibrate_groups`, `encode`, `pack`
+// and `pass_mask`. quantize.cpp decides how a tensor is cut (`Plan`) and calls them for some rows of an image at a time.
 //
-// This file is included once for each instruction set, inside a namespace of its own; the compiler vectorizes the loops.
-// No fused multiply-add may be formed (-ffp-contract=off): every float must round as the reference's.
-//
-// A tensor is (N, P, C) with any strides. `Axes` says which of them have a scale of their own and with that, as in
-// fqt/formats.py, how groups and elements are counted and where a packed row begins:
-//
-//   axes    groups   elements of a group   packed rows
-//   tensor  1        N, P, C               each (N, P): C codes
-//   sample  N        P, C                  each (N, P): C codes
-//   token   N*P      C                     each (N, P): C codes
-//   channel C        N, P                  each C: N*P codes
-//   both    C*N      P                     each (C, N): P codes
+// This file is included once for each instruction set, inside a namespace of its own. No fused multiply-add may be formed
+// (-ffp-contract=off): every float must round as the reference's.
 
 namespace {
 
-// A group's elements as up to three nested axes, the innermost last.
-struct Walk {
-  const float* base;
-  int64_t size[3];
-  int64_t stride[3];
+constexpr int64_t kChunk = 512;  // floats copied, encoded or added at a time: they stay in L1
+constexpr int64_t kTile = 64;    // columns that codes are packed across at a time
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int64_t width(const Plan& p, int64_t row) { return row == p.rows - 1 ? p.last : p.columns; }
+
+// Copies a run of a row to a dense buffer.
+inline void copy(const Source& s, int64_t at, int64_t count, float* to) {
+  const int64_t step = s.stride.column;
+  if (s.bfloat16) {
+    const uint16_t* from = static_cast<const uint16_t*>(s.data) + at;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(from[i * step]) << 16;
+      std::memcpy(to + i, &bits, 4);
+    }
+    return;
+  }
+  const float* from = static_cast<const float*>(s.data) + at;
+  if (step == 1) {
+    std::memcpy(to, from, count * sizeof(float));
+  } else {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+  }
+}
+
+inline void multiply(const Source& fold, int64_t at, int64_t count, float* to) {
+  const int64_t step = fold.stride.column;
+  const float* factor = static_cast<const float*>(fold.data) + at;
+  if (step == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] *= factor[i];
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] *= factor[i * step];
+  }
+}
+
+// `count` columns of a row: where they lie, or copied to `buffer` (widened, folded).
+inline const float* fetch(const Plan& p, int64_t image, int64_t row, int64_t column, int64_t count, float* buffer) {
+  if (p.direct) {
+    return static_cast<const float*>(p.x.data) + image * p.x.stride.image + row * p.row_step + column;
+  }
+  const int64_t flat = row * p.columns + column;
+  int64_t in_row = flat / p.inner, at = flat % p.inner;
+  float* to = buffer;
+  while (count > 0) {
+    const int64_t run = least(count, p.inner - at);
+    copy(p.x, p.x.stride.at(image, in_row, at), run, to);
+    if (p.fold.data != nullptr) multiply(p.fold, p.fold.stride.at(image, in_row, at), run, to);
+    to += run;
+    count -= run;
+    at = 0;
+    ++in_row;
+  }
+  return buffer;
+}
+
+inline bool has_nan(const float* v, int64_t count) {
+  uint32_t nan = 0;
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    nan |= unordered(load(v + i), load(v + i + kLanes)) | unordered(load(v + i + 2 * kLanes), load(v + i + 3 * kLanes));
+  }
+  for (; i < count; ++i) nan |= v[i] != v[i];
+  return nan != 0;
+}
+
+// --- ranges ------------------------------------------------------------------------------------------------------------------
+
+// Smallest and largest value of what is added. A vector may be added twice.
+struct Extremes {
+  Floats low[4], high[4];
+  uint32_t nan = 0;
+
+  Extremes() {
+    for (int j = 0; j < 4; ++j) low[j] = spread(kInfinity), high[j] = spread(-kInfinity);
+  }
+
+  void add(const float* v, int64_t count) {
+    float few[kLanes];
+    if (count < kLanes) {
+      for (int i = 0; i < kLanes; ++i) few[i] = v[i < count ? i : 0];
+      v = few;
+      count = kLanes;
+    }
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+      Floats f[4];
+      for (int j = 0; j < 4; ++j) {
+        f[j] = load(v + i + j * kLanes);
+        low[j] = smaller(f[j], low[j]);
+        high[j] = larger(f[j], high[j]);
+      }
+      nan |= unordered(f[0], f[1]) | unordered(f[2], f[3]);
+    }
+    for (; i < count; i += kLanes) {
+      const Floats f = load(v + least(i, count - kLanes));
+      low[0] = smaller(f, low[0]);
+      high[0] = larger(f, high[0]);
+      nan |= unordered(f, f);
+    }
+  }
+
+  void finish(float* smallest, float* largest) const {
+    const Floats lows = smaller(smaller(low[0], low[1]), smaller(low[2], low[3]));
+    const Floats highs = larger(larger(high[0], high[1]), larger(high[2], high[3]));
+    float lo = lows[0], hi = highs[0];
+    for (int i = 1; i < kLanes; ++i) {
+      lo = lows[i] < lo ? lows[i] : lo;
+      hi = highs[i] > hi ? highs[i] : hi;
+    }
+    *smallest = nan ? kNaN : lo;
+    *largest = nan ? kNaN : hi;
+  }
 };
 
-Walk walk(const View& x, Axes axes, int64_t group) {
-  switch (axes) {
-    case Axes::tensor:
-      return {x.data, {x.n, x.p, x.c}, {x.sn, x.sp, x.sc}};
-    case Axes::sample:
-      return {x.data + group * x.sn, {1, x.p, x.c}, {0, x.sp, x.sc}};
-    case Axes::token:
-      return {x.data + group / x.p * x.sn + group % x.p * x.sp, {1, 1, x.c}, {0, 0, x.sc}};
-    case Axes::channel:
-      return {x.data + group * x.sc, {1, x.n, x.p}, {0, x.sn, x.sp}};
-    default:  // both: group = channel * N + sample
-      return {x.data + group / x.n * x.sc + group % x.n * x.sn, {1, 1, x.p}, {0, 0, x.sp}};
-  }
-}
-
-// Copies elements [first, first + count) of a group to a dense buffer.
-inline void gather(const Walk& w, int64_t first, int64_t count, float* out) {
-  int64_t i2 = first % w.size[2], rest = first / w.size[2], i1 = rest % w.size[1], i0 = rest / w.size[1];
-  while (count > 0) {
-    const int64_t run = std::min(count, w.size[2] - i2);
-    const float* from = w.base + i0 * w.stride[0] + i1 * w.stride[1] + i2 * w.stride[2];
-    if (w.stride[2] == 1) {
-      std::memcpy(out, from, run * sizeof(float));
-    } else {
-      for (int64_t i = 0; i < run; ++i) out[i] = from[i * w.stride[2]];
-    }
-    out += run;
-    count -= run;
-    i2 = 0;
-    if (++i1 == w.size[1]) i1 = 0, ++i0;
-  }
-}
-
-// The same, multiplied by `fold` where there is one.
-inline void gather_folded(const Walk& x, const Walk* fold, int64_t first, int64_t count, float* out) {
-  gather(x, first, count, out);
-  if (fold == nullptr) return;
-  alignas(64) float factor[kChunk];
-  gather(*fold, first, count, factor);
-  for (int64_t i = 0; i < count; ++i) out[i] *= factor[i];
-}
-
-// 24 random bits for elements [first, first + count) of a group, as floats: Philox 4x32-10, see fqt/philox.py.
-inline void uniform_u24(uint64_t key, uint32_t stream, uint32_t group, int64_t first, int64_t count, float* out) {
-  constexpr int kLanes = 16;
-  const uint32_t block0 = static_cast<uint32_t>(first / 4);
-  const int64_t blocks = (first + count + 3) / 4 - first / 4;
-  for (int64_t start = 0; start < blocks; start += kLanes) {
-    uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      c0[i] = block0 + static_cast<uint32_t>(start) + i;
-      c1[i] = group;
-      c2[i] = stream;
-      c3[i] = 0;
-    }
-    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-    for (int round = 0; round < 10; ++round) {
-      for (int i = 0; i < kLanes; ++i) {
-        const uint64_t a = static_cast<uint64_t>(c0[i]) * 0xD2511F53u;
-        const uint64_t b = static_cast<uint64_t>(c2[i]) * 0xCD9E8D57u;
-        c0[i] = static_cast<uint32_t>(b >> 32) ^ c1[i] ^ k0;
-        c2[i] = static_cast<uint32_t>(a >> 32) ^ c3[i] ^ k1;
-        c1[i] = static_cast<uint32_t>(b);
-        c3[i] = static_cast<uint32_t>(a);
+// Down the columns, eight rows at a time: memory is read in order, and `low` and `high` stay in L1.
+inline void column_range(const Plan& p, int64_t image, int64_t first_row, int64_t end_row, float* low, float* high) {
+  constexpr int kRows = 8;
+  alignas(64) float buffer[kRows][kChunk];
+  const int64_t block = p.direct ? p.columns : kChunk;
+  for (int64_t c = 0; c < p.columns; ++c) low[c] = kInfinity, high[c] = -kInfinity;
+  for (int64_t r = first_row; r < end_row; r += kRows) {
+    for (int64_t column = 0; column < p.columns; column += block) {
+      const int64_t count = least(block, p.columns - column);
+      float *lows = low + column, *highs = high + column;
+      const float* rows[kRows];
+      for (int i = 0; i < kRows; ++i) rows[i] = fetch(p, image, least(r + i, end_row - 1), column, count, buffer[i]);
+      if (count < kLanes) {
+        for (int i = 0; i < kRows; ++i) {
+          for (int64_t c = 0; c < count; ++c) {
+            const float v = rows[i][c];
+            lows[c] = v < lows[c] ? v : lows[c];
+            highs[c] = v > highs[c] ? v : highs[c];
+            if (v != v) lows[c] = highs[c] = kNaN;
+          }
+        }
+        continue;
       }
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
+      for (int64_t step = 0; step < count; step += kLanes) {
+        const int64_t c = least(step, count - kLanes);
+        Floats lo = load(lows + c), hi = load(highs + c);  // a NaN in them stays
+        uint32_t nan = 0;
+        for (int i = 0; i < kRows; i += 2) {
+          const Floats a = load(rows[i] + c), b = load(rows[i + 1] + c);
+          lo = smaller(b, smaller(a, lo));
+          hi = larger(b, larger(a, hi));
+          nan |= unordered(a, b);
+        }
+        store(lows + c, lo);
+        store(highs + c, hi);
+        for (int i = 0; nan != 0; ++i, nan >>= 1) {
+          if (nan & 1) lows[c + i] = highs[c + i] = kNaN;
+        }
+      }
     }
-    float* to = out + start * 4;
-    for (int i = 0; i < kLanes; ++i) {
-      to[4 * i] = static_cast<float>(static_cast<int32_t>(c0[i] >> 8));
-      to[4 * i + 1] = static_cast<float>(static_cast<int32_t>(c1[i] >> 8));
-      to[4 * i + 2] = static_cast<float>(static_cast<int32_t>(c2[i] >> 8));
-      to[4 * i + 3] = static_cast<float>(static_cast<int32_t>(c3[i] >> 8));
+  }
+}
+
+// --- codes along a row -------------------------------------------------------------------------------------------------------
+
+struct Limits {
+  Floats low, high;
+  Ints mask;
+  explicit Limits(const Encoding& e)
+      : low(spread(e.low)), high(spread(e.high)), mask(static_cast<int32_t>((1u << e.storage) - 1) - Ints{}) {}
+};
+
+// Codes as they are stored, in the low bits of an integer each.
+template <bool kStochastic>
+inline Ints coded(Floats v, Floats offset, Floats inverse, const Limits& limits, Floats u) {
+  const Floats y = smaller(larger((v - offset) * inverse, limits.low), limits.high);
+  if constexpr (kStochastic) {
+    const Floats below = floor_of(y);
+    return (__builtin_convertvector(below, Ints) - (Ints)(u < (y - below) * 0x1p24f)) & limits.mask;  // true is -1
+  } else {
+    return (Ints)(y + 0x1.8p23f) & limits.mask;  // rounds to even, and leaves the integer in the low bits
+  }
+}
+
+// Random numbers for 2 * kLanes elements a counter, in order.
+struct Draws {
+  Keys keys;
+  Pairs group, stream, order;
+  Draws(uint64_t key, uint32_t stream_number) : keys(key), group{}, stream(static_cast<uint64_t>(stream_number) - Pairs{}) {
+    for (int i = 0; i < kLanes / 2; ++i) order[i] = i / 2 + i % 2 * (kLanes / 4);  // what interleaving puts in order
+  }
+
+  template <int kCounters>
+  void operator()(uint32_t block, Floats (&u)[2 * kCounters]) const {
+    Counters c[kCounters];
+    for (int i = 0; i < kCounters; ++i) c[i] = {order + (block + i * (kLanes / 2)), group, stream, Pairs{}};
+    philox(keys, c);
+    for (int i = 0; i < kCounters; ++i) {
+      const Pairs first = join(c[i].c0, c[i].c1), second = join(c[i].c2, c[i].c3);
+      u[2 * i] = u24(interleave<0>(first, second));
+      u[2 * i + 1] = u24(interleave<1>(first, second));
     }
+  }
+};
+
+// Elements of a group from element 4 * `block` on, `count` a multiple of kStep.
+constexpr int kVectors = 8;
+constexpr int64_t kStep = kVectors * kLanes;
+
+template <bool kStochastic>
+inline void encode_chunk(const float* v, int64_t count, const Limits& limits, float offset, float inverse, const Draws& draws,
+                         uint32_t block, uint8_t* codes) {
+  const Floats offsets = spread(offset), inverses = spread(inverse);
+  for (int64_t i = 0; i < count; i += kStep) {
+    Floats u[kVectors] = {};
+    if constexpr (kStochastic) draws.template operator()<kVectors / 2>(block + static_cast<uint32_t>(i / 4), u);
+    Ints code[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      code[j] = coded<kStochastic>(load(v + i + j * kLanes), offsets, inverses, limits, u[j]);
+    }
+    for (int j = 0; j < kVectors; j += 4) store_bytes(code + j, codes + i + j * kLanes);
   }
 }
 
@@ -116,161 +241,381 @@ inline void pack(uint8_t* codes, int64_t count, int bits, uint8_t* out) {
     }
   } else {
     for (int64_t i = 0; i < bytes; ++i) {
-      uint64_t eight;
-      std::memcpy(&eight, codes + 8 * i, 8);
-      if constexpr (std::endian::native == std::endian::little) {
-        out[i] = static_cast<uint8_t>((eight * 0x0102040810204080u) >> 56);
-      } else {
-        out[i] = static_cast<uint8_t>((eight * 0x8040201008040201u) >> 56);
-      }
+      uint8_t byte = 0;
+      for (int j = 0; j < 8; ++j) byte |= codes[8 * i + j] << j;
+      out[i] = byte;
     }
   }
 }
 
-inline void encode_chunk(const Encoding& e, int64_t group, int64_t first, int64_t count, const float* v, uint8_t* codes) {
+inline void encode_run(const Encoding& e, const Limits& limits, const Draws& draws, const float* v, int64_t count,
+                       float offset, float inverse, int64_t element, uint8_t* out) {
+  alignas(64) float moved[kChunk + 4 + kStep];
+  alignas(64) uint8_t codes[kChunk + 4 + kStep + 8];
+  // whole counters and whole vectors: what is not is moved to where it is
+  const int64_t lead = e.stochastic ? element % 4 : 0;
+  const int64_t padded = (lead + count + kStep - 1) / kStep * kStep;
+  if (padded != count) {
+    std::memset(moved, 0, lead * sizeof(float));
+    std::memcpy(moved + lead, v, count * sizeof(float));
+    std::memset(moved + lead + count, 0, (padded - lead - count) * sizeof(float));
+    v = moved;
+  }
+  const uint32_t block = static_cast<uint32_t>(element / 4);
+  if (e.stochastic) {
+    encode_chunk<true>(v, padded, limits, offset, inverse, draws, block, codes);
+  } else {
+    encode_chunk<false>(v, padded, limits, offset, inverse, draws, block, codes);
+  }
+  pack(codes + lead, count, e.storage, out);
+}
+
+// One bit for each element, of `test`; the last byte is filled with zeros.
+template <class Test>
+inline void bits_run(const float* v, int64_t count, const Test& test, uint8_t* out) {
+  const auto eight_bytes = [&](const float* from) {
+    uint64_t bits = 0;
+    for (int j = 0; j < 64; j += kLanes) bits |= static_cast<uint64_t>(test(load(from + j))) << j;
+    return bits;
+  };
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64) store(out + i / 8, eight_bytes(v + i));
+  if (i == count) return;
+  alignas(64) float rest[64] = {};
+  std::memcpy(rest, v + i, (count - i) * sizeof(float));
+  const uint64_t bits = eight_bytes(rest) & ((uint64_t{1} << (count - i)) - 1);
+  std::memcpy(out + i / 8, &bits, (count - i + 7) / 8);
+}
+
+inline bool encode_along(const Plan& p, const Encoding& e, int64_t image, int64_t first_row, int64_t end_row,
+                         const Slots& slots, bool look_for_nan) {
+  alignas(64) float buffer[kChunk];
+  const Limits limits(e);
+  Draws draws(e.key, e.stream);
+  const Floats pass_low = spread(e.pass_low), pass_high = spread(e.pass_high);
+  const auto sign = [](Floats v) { return at_least(v, Floats{}); };
+  const auto inside = [&](Floats v) { return at_least(v, pass_low) & at_least(pass_high, v); };
+  bool nan = false;
+  for (int64_t row = first_row; row < end_row; ++row) {
+    const int64_t slot = p.parts == Parts::rows ? row - first_row : 0, columns = width(p, row);
+    draws.group = static_cast<uint64_t>(p.group.at(image, row, 0)) - Pairs{};
+    for (int64_t column = 0; column < columns; column += kChunk) {
+      const int64_t count = least(kChunk, columns - column);
+      const float* v = fetch(p, image, row, column, count, buffer);
+      if (look_for_nan) nan |= has_nan(v, count);
+      if (e.mask != nullptr) bits_run(v, count, inside, e.mask + p.mask.at(image, row, 0) + column / 8);
+      if (e.codes == nullptr) continue;
+      uint8_t* out = e.codes + p.byte.at(image, row, 0) + column * e.storage / 8;
+      if (!slots.keep[slot]) {
+        std::memset(out, 0, (count * e.storage + 7) / 8);
+      } else if (e.grid == Grid::sign) {
+        bits_run(v, count, sign, out);
+      } else {
+        const int64_t element = p.element.at(image, row, column);
+        encode_run(e, limits, draws, v, count, slots.offset[slot], slots.inverse[slot], element, out);
+      }
+    }
+  }
+  return nan;
+}
+
+// --- codes across the columns ------------------------------------------------------------------------------------------------
+
+// The columns of a tile: those of `kept` groups, with their numbers.
+struct Lanes {
+  int64_t column[kTile];
+  alignas(64) float inverse[kTile], offset[kTile];
+  alignas(64) uint32_t group[kTile], block[kTile];  // block: number of a group's first element, over 4
+};
+
+// 32 bits of packed codes for kLanes columns from `lane` on, of 32 / kBits rows of which the first is element 4 * `block`.
+template <int kBits, bool kStochastic>
+inline Words packed_word(const float* const* rows, int lane, const Lanes& lanes, const Limits& limits, const Keys& keys,
+                         uint32_t stream, uint32_t block) {
+  const Floats offset = load(lanes.offset + lane), inverse = load(lanes.inverse + lane);
+  const Words groups = load_as<Words>(lanes.group + lane), blocks = load_as<Words>(lanes.block + lane) + block;
+  constexpr int kRows = 32 / kBits, kTogether = kRows < 8 ? kRows : kVectors;
+  Words word{};
+  for (int r = 0; r < kRows; r += kTogether) {
+    Floats u[kTogether] = {};
+    if constexpr (kStochastic) {
+      const Pairs c2 = static_cast<uint64_t>(stream) - Pairs{};
+      Counters c[kTogether / 2];
+      for (int i = 0; i < kTogether / 4; ++i) {
+        const Words c0 = blocks + static_cast<uint32_t>(r / 4 + i);
+        c[2 * i] = {(Pairs)c0, (Pairs)groups, c2, Pairs{}};
+        c[2 * i + 1] = {(Pairs)c0 >> 32, (Pairs)groups >> 32, c2, Pairs{}};
+      }
+      philox(keys, c);
+      for (int i = 0; i < kTogether / 4; ++i) {
+        const Counters &even = c[2 * i], &odd = c[2 * i + 1];
+        u[4 * i] = u24(join(even.c0, odd.c0));
+        u[4 * i + 1] = u24(join(even.c1, odd.c1));
+        u[4 * i + 2] = u24(join(even.c2, odd.c2));
+        u[4 * i + 3] = u24(join(even.c3, odd.c3));
+      }
+    }
+    for (int j = 0; j < kTogether; ++j) {
+      const Ints code = coded<kStochastic>(load(rows[r + j] + lane), offset, inverse, limits, u[j]);
+      word |= (Words)code << (kBits * (r + j));
+    }
+  }
+  return word;
+}
+
+// Packs down the columns: four cache lines of codes of each column of a tile at a time.
+// make(rows, lane, lanes, row): kLanes words of packed codes.
+template <int kBits, class Make>
+inline bool across(const Plan& p, int64_t image, int64_t first_row, int64_t end_row, const Slots* slots, uint8_t* codes,
+                   const Affine& byte, bool look_for_nan, const Make& make) {
+  constexpr int64_t kRows = 32 / kBits, kWords = kLineBits / 32;
+  alignas(64) float buffer[kChunk], picked[kRows][kTile] = {};
+  alignas(64) uint32_t words[kWords][kTile];
+  Lanes lanes;
+  bool nan = false;
+  codes += byte.at(image, 0, 0) + first_row * kBits / 8;
+  for (int64_t column = 0; column < p.columns;) {
+    int n = 0;
+    while (column < p.columns && n < kTile && (n == 0 || column - lanes.column[0] < kChunk)) {
+      if (slots == nullptr || slots->keep[column]) {
+        lanes.column[n++] = column;
+      } else {
+        std::memset(codes + column * byte.column, 0, ((end_row - first_row) * kBits + 7) / 8);
+      }
+      ++column;
+    }
+    if (n == 0) continue;
+    const int padded = (n + kLanes - 1) / kLanes * kLanes;
+    const int64_t first = lanes.column[0], span = lanes.column[n - 1] - first + 1;
+    for (int i = n; i < padded; ++i) lanes.column[i] = first;
+    const uint32_t group = static_cast<uint32_t>(p.group.at(image, 0, 0)), step = static_cast<uint32_t>(p.group.column);
+    const uint32_t block = static_cast<uint32_t>(p.element.at(image, 0, 0) / 4);
+    const uint32_t block_step = static_cast<uint32_t>(p.element.column / 4);
+    for (int i = 0; slots != nullptr && i < padded; ++i) {
+      const uint32_t c = static_cast<uint32_t>(lanes.column[i]);
+      lanes.inverse[i] = slots->inverse[c];
+      lanes.offset[i] = slots->offset[c];
+      lanes.group[i] = group + c * step;
+      lanes.block[i] = block + c * block_step;
+    }
+    for (int64_t top = first_row; top < end_row; top += kWords * kRows) {
+      const int64_t height = least(kWords * kRows, end_row - top), count = (height + kRows - 1) / kRows;
+      for (int64_t w = 0; w < count; ++w) {
+        const float* rows[kRows];
+        for (int64_t r = 0; r < kRows; ++r) {
+          const int64_t row = top + least(w * kRows + r, height - 1);
+          rows[r] = fetch(p, image, row, first, span, span == n ? picked[r] : buffer);
+          if (span != n) {
+            for (int i = 0; i < n; ++i) picked[r][i] = rows[r][lanes.column[i] - first];
+            rows[r] = picked[r];
+          } else if (p.direct && n < padded && rows[r] + padded > static_cast<const float*>(p.x.data) + p.extent) {
+            std::memcpy(picked[r], rows[r], n * sizeof(float));
+            rows[r] = picked[r];
+          }
+          if (look_for_nan) nan |= has_nan(rows[r], n);
+        }
+        for (int lane = 0; lane < padded; lane += kLanes) {
+          store(words[w] + lane, make(rows, lane, lanes, top + w * kRows));
+        }
+      }
+      const int64_t whole = height / kRows, bits = height % kRows * kBits;
+      for (int i = 0; i < n; ++i) {  // no call to memcpy: a column's codes may be few
+        uint8_t* to = codes + lanes.column[i] * byte.column + (top - first_row) * kBits / 8;
+        for (int64_t w = 0; w < whole; ++w) std::memcpy(to + 4 * w, &words[w][i], 4);
+        for (int64_t bit = 0; bit < bits; bit += 8) {
+          const uint32_t used = bits - bit < 8 ? (1u << (bits - bit)) - 1 : 255;
+          to[4 * whole + bit / 8] = static_cast<uint8_t>(words[whole][i] >> bit & used);
+        }
+      }
+    }
+  }
+  return nan;
+}
+
+// `bit` of a vector as its lanes' bit 0, for `across`.
+template <class Test>
+inline bool bits_across(const Plan& p, int64_t image, int64_t first_row, int64_t end_row, const Slots* slots, uint8_t* out,
+                        const Affine& byte, bool look_for_nan, const Test& test) {
+  return across<1>(p, image, first_row, end_row, slots, out, byte, look_for_nan,
+                   [&](const float* const* rows, int lane, const Lanes&, int64_t) {
+                     Words word{};
+                     for (int r = 0; r < 32; ++r) word |= (Words)test(load(rows[r] + lane)) & (1u << r);
+                     return word;
+                   });
+}
+
+template <int kBits>
+inline bool codes_across(const Plan& p, const Encoding& e, int64_t image, int64_t first_row, int64_t end_row,
+                         const Slots& slots, bool look_for_nan) {
+  const Limits limits(e);
+  const Keys keys(e.key);
+  const int64_t first = p.element.at(image, 0, 0);
+  const auto with = [&](auto stochastic) {
+    return across<kBits>(p, image, first_row, end_row, &slots, e.codes, p.byte, look_for_nan,
+                         [&](const float* const* rows, int lane, const Lanes& lanes, int64_t row) {
+                           const uint32_t block = static_cast<uint32_t>((p.element.at(image, row, 0) - first) / 4);
+                           return packed_word<kBits, decltype(stochastic)::value>(rows, lane, lanes, limits, keys, e.stream,
+                                                                                  block);
+                         });
+  };
+  return e.stochastic ? with(std::true_type{}) : with(std::false_type{});
+}
+
+inline bool encode_across(const Plan& p, const Encoding& e, int64_t image, int64_t first_row, int64_t end_row,
+                          const Slots& slots, bool look_for_nan) {
+  if (e.mask != nullptr) {
+    const Floats low = spread(e.pass_low), high = spread(e.pass_high);
+    bits_across(p, image, first_row, end_row, nullptr, e.mask, p.mask, false,
+                [=](Floats v) { return (Ints)(v >= low) & (Ints)(v <= high); });
+  }
+  if (e.codes == nullptr) return false;
   if (e.grid == Grid::sign) {
-    for (int64_t i = 0; i < count; ++i) codes[i] = v[i] >= 0.0f;
-    return;
+    return bits_across(p, image, first_row, end_row, &slots, e.codes, p.byte, look_for_nan,
+                       [zero = Floats{}](Floats v) { return (Ints)(v >= zero); });
   }
-  if (e.grid == Grid::inside) {
-    for (int64_t i = 0; i < count; ++i) codes[i] = (v[i] >= e.low) & (v[i] <= e.high);
-    return;
+  switch (e.storage) {
+    case 1: return codes_across<1>(p, e, image, first_row, end_row, slots, look_for_nan);
+    case 2: return codes_across<2>(p, e, image, first_row, end_row, slots, look_for_nan);
+    case 4: return codes_across<4>(p, e, image, first_row, end_row, slots, look_for_nan);
+    default: return codes_across<8>(p, e, image, first_row, end_row, slots, look_for_nan);
   }
-  const float offset = e.offset == nullptr ? 0.0f : e.offset[group];
-  const float inverse = e.inverse[group];
-  const int32_t mask = (1 << e.bits) - 1;
-  alignas(64) float y[kChunk];
-  for (int64_t i = 0; i < count; ++i) {
-    const float scaled = (v[i] - offset) * inverse;
-    y[i] = std::min(std::max(scaled, e.low), e.high);
+}
+
+// The sum over a binary tree of neighbours of |v|, kChunk values at most; `v` may be written to.
+inline double abs_sum_of(const float* v, int64_t count) {
+  alignas(64) float padded[kChunk];
+  alignas(64) double sums[2][kChunk / 2];
+  int64_t n = 2;
+  while (n < count) n *= 2;
+  if (n != count) {
+    std::memset(padded, 0, n * sizeof(float));
+    std::memcpy(padded, v, count * sizeof(float));
+    v = padded;
   }
-  if (!e.stochastic) {
-    for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyintf(y[i])) & mask);
-    return;
+  double* from = sums[0];
+  for (int64_t i = 0; i < n / 2; ++i) {
+    from[i] = static_cast<double>(std::fabs(v[2 * i])) + static_cast<double>(std::fabs(v[2 * i + 1]));
   }
-  alignas(64) float u24[kChunk + 4 * 16 + 4];
-  uniform_u24(e.key, e.stream, static_cast<uint32_t>(group), first, count, u24);
-  const float* u = u24 + first % 4;
-  for (int64_t i = 0; i < count; ++i) {
-    const float below = std::floor(y[i]);
-    const int32_t up = u[i] < (y[i] - below) * 16777216.0f;
-    codes[i] = static_cast<uint8_t>((static_cast<int32_t>(below) + up) & mask);
+  for (n /= 2; n > 1; n /= 2) {
+    double* to = from == sums[0] ? sums[1] : sums[0];
+    for (int64_t i = 0; i < n / 2; ++i) to[i] = from[2 * i] + from[2 * i + 1];
+    from = to;
   }
+  return from[0];
 }
 
 }  // namespace
 
-// Smallest and largest value of each group; NaN if it holds one.
-void group_range(const View& x, const View* fold, Axes axes, int64_t groups, int64_t elements, float* low, float* high) {
-  // a group is cut into parts, so that one group alone can use all threads
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(elements / kChunk, 256 / std::max<int64_t>(groups, 1)));
-  const int64_t part = ((elements + parts - 1) / parts + kChunk - 1) / kChunk * kChunk;
-  std::vector<float> lows(groups * parts, kInfinity), highs(groups * parts, -kInfinity);
-  parallel(groups * parts, std::max<int64_t>(1, 32768 / std::max<int64_t>(part, 1)), [&](int64_t begin, int64_t end) {
-    alignas(64) float v[kChunk];
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t group = item % groups, first = item / groups * part, last = std::min(elements, first + part);
-      const Walk from = walk(x, axes, group);
-      Walk factor;
-      if (fold != nullptr) factor = walk(*fold, axes, group);
-      float lo[16], hi[16];
-      uint32_t nan[16] = {};
-      std::fill(lo, lo + 16, kInfinity);
-      std::fill(hi, hi + 16, -kInfinity);
-      for (int64_t e = first; e < last; e += kChunk) {
-        const int64_t count = std::min<int64_t>(kChunk, last - e);
-        gather_folded(from, fold == nullptr ? nullptr : &factor, e, count, v);
-        for (int64_t i = count; i % 16; ++i) v[i] = v[0];
-        for (int64_t i = 0; i < count; i += 16) {
-          for (int j = 0; j < 16; ++j) {
-            lo[j] = v[i + j] < lo[j] ? v[i + j] : lo[j];
-            hi[j] = v[i + j] > hi[j] ? v[i + j] : hi[j];
-            nan[j] |= v[i + j] != v[i + j];
-          }
-        }
-      }
-      bool any = false;
-      for (int j = 0; j < 16; ++j) {
-        any |= nan[j] != 0;
-        lows[item] = std::min(lows[item], lo[j]);
-        highs[item] = std::max(highs[item], hi[j]);
-      }
-      if (any) lows[item] = highs[item] = kNaN;
-    }
-  });
-  for (int64_t group = 0; group < groups; ++group) {
-    low[group] = kInfinity;
-    high[group] = -kInfinity;
-    for (int64_t i = group; i < groups * parts; i += groups) {
-      const bool nan = low[group] != low[group] || lows[i] != lows[i];
-      low[group] = nan ? kNaN : std::min(low[group], lows[i]);
-      high[group] = nan ? kNaN : std::max(high[group], highs[i]);
-    }
+void range(const Plan& p, int64_t image, int64_t first_row, int64_t end_row, float* low, float* high) {
+  if (p.parts == Parts::columns) return column_range(p, image, first_row, end_row, low, high);
+  alignas(64) float buffer[kChunk];
+  Extremes all;
+  if (p.parts == Parts::whole && p.direct && p.inner == p.columns && p.x.stride.row == p.columns) {  // order does not matter
+    all.add(fetch(p, image, first_row, 0, 0, buffer), (end_row - first_row - 1) * p.columns + width(p, end_row - 1));
+    return all.finish(low, high);
   }
+  for (int64_t row = first_row; row < end_row; ++row) {
+    const int64_t columns = width(p, row), block = p.direct ? columns : kChunk;
+    Extremes one;
+    Extremes& extremes = p.parts == Parts::whole ? all : one;
+    for (int64_t column = 0; column < columns; column += block) {
+      const int64_t count = least(block, columns - column);
+      extremes.add(fetch(p, image, row, column, count, buffer), count);
+    }
+    if (p.parts == Parts::rows) one.finish(low + (row - first_row), high + (row - first_row));
+  }
+  if (p.parts == Parts::whole) all.finish(low, high);
 }
 
-// Mean |x| of each group: a float64 sum over neighbours, then neighbours of neighbours, as the reference adds.
-void absmean(const View& x, const View* fold, Axes axes, int64_t groups, int64_t elements, float* mean) {
-  parallel(groups, std::max<int64_t>(1, 32768 / std::max<int64_t>(elements, 1)), [&](int64_t begin, int64_t end) {
-    alignas(64) float v[kChunk];
-    std::vector<double> sums(elements);
-    for (int64_t group = begin; group < end; ++group) {
-      const Walk from = walk(x, axes, group);
-      Walk factor;
-      if (fold != nullptr) factor = walk(*fold, axes, group);
-      for (int64_t first = 0; first < elements; first += kChunk) {
-        const int64_t count = std::min<int64_t>(kChunk, elements - first);
-        gather_folded(from, fold == nullptr ? nullptr : &factor, first, count, v);
-        for (int64_t i = 0; i < count; ++i) sums[first + i] = std::fabs(v[i]);
-      }
-      for (int64_t n = elements; n > 1; n = (n + 1) / 2) {
-        for (int64_t i = 0; i < n / 2; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
-        if (n % 2) sums[n / 2] = sums[n - 1];
-      }
-      mean[group] = static_cast<float>(sums[0] / static_cast<double>(elements));
-    }
-  });
+bool encode(const Plan& p, const Encoding& e, int64_t image, int64_t first_row, int64_t end_row, const Slots& slots,
+            bool look_for_nan) {
+  return (p.along ? encode_along : encode_across)(p, e, image, first_row, end_row, slots, look_for_nan);
 }
 
-// Codes of the groups whose `keep` is set, zero bits for the others.
-void encode(const View& x, const View* fold, const Encoding& e, Axes axes, int64_t groups, int64_t elements, uint8_t* out) {
-  const bool by_channel = axes == Axes::channel || axes == Axes::both;
-  // whole groups are packed in one row, and so are rows that end with their byte
-  const bool dense = by_channel || x.c * e.storage % 8 == 0;
-  const int64_t length = dense ? elements : x.c;
-  const int64_t rows = length == 0 ? 0 : elements / length, chunks = (length + kChunk - 1) / kChunk;
-  const int64_t row_bytes = (length * e.storage + 7) / 8;
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, std::min<int64_t>(length, kChunk)));
-  parallel(groups * rows * chunks, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) float v[kChunk];
-    alignas(64) uint8_t codes[kChunk + 8];
-    for (int64_t item = begin; item < end; ++item) {
-      // channels of a stretch of positions follow each other: in channels_last they share cache lines
-      int64_t group, row, chunk;
-      if (axes == Axes::both) {
-        const int64_t c = item % x.c, rest = item / x.c;
-        chunk = rest % chunks, row = 0, group = c * x.n + rest / chunks;
-      } else if (axes == Axes::channel) {
-        group = item % groups, row = 0, chunk = item / groups;
+double abs_sum(const Plan& p, int64_t group, int64_t first, int64_t count) {
+  alignas(64) float buffer[kChunk], piece[kChunk];
+  double sums[64];  // of 2^k chunks each, where bit k of their number is set
+  int64_t chunks = 0;
+  for (int64_t done = 0; done < count; done += kChunk, ++chunks) {
+    const int64_t wanted = least(kChunk, count - done);
+    const float* v = buffer;
+    for (int64_t have = 0; have < wanted;) {
+      // which row of which image the group's elements go on in
+      const int64_t element = first + done + have, run = element / p.columns, column = element % p.columns;
+      int64_t image = 0, row = group;
+      if (p.parts == Parts::whole) {
+        image = p.group.image == 0 ? run / p.rows : group, row = run % p.rows;
+      } else if (p.group.image == 0) {
+        image = run;
+      } else if (p.group.row == 1) {
+        image = group / p.rows, row = group % p.rows;
       } else {
-        chunk = item % chunks, row = item / chunks % rows, group = item / chunks / rows;
+        image = group % p.images, row = group / p.images;
       }
-      const int64_t in_row = chunk * kChunk, count = std::min<int64_t>(kChunk, length - in_row);
-      uint8_t* to = out + (group * rows + row) * row_bytes + in_row * e.storage / 8;
-      if (e.keep != nullptr && !e.keep[group]) {
-        std::memset(to, 0, (count * e.storage + 7) / 8);
-        continue;
-      }
-      const int64_t first = row * length + in_row;
-      const Walk from = walk(x, axes, group);
-      if (fold == nullptr) {
-        gather(from, first, count, v);
+      const int64_t length = least(wanted - have, p.columns - column);
+      const float* from = fetch(p, image, row, column, length, piece);
+      if (length == wanted) {
+        v = from;
       } else {
-        const Walk factor = walk(*fold, axes, group);
-        gather_folded(from, &factor, first, count, v);
+        std::memcpy(buffer + have, from, length * sizeof(float));
       }
-      encode_chunk(e, group, first, count, v, codes);
-      pack(codes, count, e.storage, to);
+      have += length;
     }
-  });
+    double sum = abs_sum_of(v, wanted);
+    int level = 0;
+    for (; chunks >> level & 1; ++level) sum = sums[level] + sum;
+    sums[level] = sum;
+  }
+  double total = 0.0;
+  for (int level = 0; chunks >> level != 0; ++level) {
+    if (chunks >> level & 1) total = sums[level] + total;
+  }
+  return total;
+}
+
+void calibrate(const Calibration& c, int64_t count, const float* low, const float* high, const float* mean, float* scale,
+               const Slots& slots) {
+  const float steps = c.low_code < 0 ? c.high_code : c.high_code - c.low_code;
+  if (c.range == Range::none) {
+    const float span = c.low_code < 0 ? c.last : c.last - c.first;
+    const float whole = c.fixed ? c.first / c.low_code : span / steps;
+    const float inverse = c.fixed ? 1.0f / c.first * c.low_code : steps / span;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool bad = low[i] != low[i];
+      scale[i] = bad ? kNaN : whole;
+      slots.inverse[i] = bad ? 0.0f : inverse;
+      slots.offset[i] = bad || !c.offset ? 0.0f : c.first;
+      slots.keep[i] = scale[i] == scale[i];
+    }
+    return;
+  }
+  const float divisor = c.range == Range::absmean ? 1.0f : steps;
+  float *span = scale, *offset = slots.offset;
+  for (int64_t i = 0; c.range == Range::minmax && i < count; ++i) {
+    span[i] = high[i] - low[i];
+    offset[i] = low[i];
+  }
+  for (int64_t i = 0; c.range == Range::absmax && i < count; ++i) {
+    const float widest = low[i] != low[i] || high[i] > -low[i] ? high[i] : -low[i];
+    offset[i] = widest >= kMinRange ? -widest : 0.0f;
+    span[i] = c.offset ? widest * 2.0f : widest;
+  }
+  for (int64_t i = 0; c.range == Range::absmean && i < count; ++i) span[i] = mean[i];
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = span[i], quotient = value / divisor, reciprocal = divisor / value;
+    const bool good = std::fabs(value) < kInfinity, wide = value >= kMinRange;
+    slots.inverse[i] = good && wide ? reciprocal : 0.0f;
+    offset[i] = good && c.offset ? offset[i] : 0.0f;
+    scale[i] = !good ? kNaN : wide ? quotient : 0.0f;
+  }
+  for (int64_t i = 0; i < count; ++i) slots.keep[i] = scale[i] == scale[i];
+}
+
+void draws(uint64_t key, uint32_t stream, int64_t count, float* out) {
+  const Draws draw(key, stream);
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+    Floats u[2];
+    draw.template operator()<1>(static_cast<uint32_t>(i / 4), u);
+    std::memcpy(out + i, u, least(2 * kLanes, count - i) * sizeof(float));
+  }
 }
