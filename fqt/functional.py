@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fqt.autograd import once
-from fqt.deferred import Deferred, images_first, images_last, placeholder, possible, remember_kept, rows
+from fqt.deferred import Deferred, images_first, images_last, placeholder, possible, ranges, remember_kept, rows
 from fqt.formats import Shape3
 from fqt.geometry import Geometry
 from fqt.norm import Source, Windows
@@ -353,7 +353,7 @@ def _grad_input(call: _Call, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, k
         fold = None
         if recipe.place("grad_input", "w", "conv" if geometry else "linear") == "folded":
             fold, w = spread(w.scale, w).permute(1, 2, 0), _unscaled(w)
-        g, _ = quantize(g_NPO, quantizer, "g", key=key, stream=STREAM["grad_input.g"], fold=fold)
+        g = _codes(g_NPO, quantizer, key, "grad_input.g", fold)
         grad = torch.ops.fqt.grad_input(*_operand(g), *_operand(w), mask, call.x_shape, _flat(geometry)).to(call.x_dtype)
         if call.signs and g.index is not None and g.format.axes == "N":
             remember_kept(grad, g.index)
@@ -373,7 +373,7 @@ def _grad_weight(call: _Call, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, 
         fold = None
         if recipe.place("grad_weight", "x", "conv" if geometry else "linear") == "folded":
             fold, x = spread(x.scale, x), _unscaled(x)
-        g, _ = quantize(g_NPO, quantizer, "g", key=key, stream=STREAM["grad_weight.g"], fold=fold)
+        g = _codes(g_NPO, quantizer, key, "grad_weight.g", fold)
         grad = torch.ops.fqt.grad_weight(*_operand(g), *_operand(x), _flat(geometry))
     else:
         x_NPC = saved[0] if x is None else x.decode()
@@ -386,7 +386,13 @@ def _float_gradient(g_NPO: Tensor, quantizer: Quantizer | None, key: Tensor | No
     """The gradient for a float product: as it is, or the values of its codes."""
     if quantizer is None:
         return g_NPO
-    return quantize(g_NPO, quantizer, "g", key=key, stream=STREAM[name])[0].decode().to(g_NPO.dtype)
+    return _codes(g_NPO, quantizer, key, name, None).decode().to(g_NPO.dtype)
+
+
+def _codes(g_NPO: Tensor, quantizer: Quantizer, key: Tensor | None, name: str, fold: Tensor | None) -> QTensor:
+    """The gradient's codes; whoever wrote it may have found its ranges on the way."""
+    known = ranges(g_NPO, quantizer.format("g").axes) if fold is None else None
+    return quantize(g_NPO, quantizer, "g", key=key, stream=STREAM[name], fold=fold, ranges=known)[0]
 
 
 def _unscaled(q: QTensor) -> QTensor:

@@ -23,7 +23,7 @@ struct Windows {
 };
 
 // z = y * a + b by channel, and for the gradient x^ = (y - mean) * inv.
-struct Affine {
+struct Normalization {
   const float *a, *b, *mean, *inv;
 };
 
@@ -40,11 +40,11 @@ struct Ranges {
 
 #define FQT_DECLARE_NORM                                                                                                    \
   void norm_sums(const Normed& y, double* sums);                                                                            \
-  void norm_value(const Normed& y, const Affine& affine, const Windows& windows, float* z);                                 \
-  bool norm_sign(const Normed& y, const Affine& affine, const Windows& windows, float low, float high, uint8_t* codes,      \
+  void norm_value(const Normed& y, const Normalization& affine, const Windows& windows, float* z);                                 \
+  bool norm_sign(const Normed& y, const Normalization& affine, const Windows& windows, float low, float high, uint8_t* codes,      \
                  uint8_t* mask);                                                                                            \
-  void norm_grad_sums(const Normed& y, const Affine& affine, const Windows& windows, const Gradient& g, double* sums);      \
-  void norm_grad(const Normed& y, const Affine& affine, const Windows& windows, const Gradient& g, const float* means,      \
+  void norm_grad_sums(const Normed& y, const Normalization& affine, const Windows& windows, const Gradient& g, double* sums);      \
+  void norm_grad(const Normed& y, const Normalization& affine, const Windows& windows, const Gradient& g, const float* means,      \
                  float* dy, const Ranges& ranges);
 
 namespace portable { FQT_DECLARE_NORM }

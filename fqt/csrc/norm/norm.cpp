@@ -47,7 +47,7 @@ Normed normed(const Tensor& y, const std::optional<Tensor>& scale, const std::op
   return made;
 }
 
-Affine affine_of(const Tensor& t) {
+Normalization affine_of(const Tensor& t) {
   const float* rows = t.const_data_ptr<float>();
   return {rows, rows + t.size(1), rows + 2 * t.size(1), rows + 3 * t.size(1)};
 }

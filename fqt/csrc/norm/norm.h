@@ -231,7 +231,7 @@ void norm_sums(const Normed& y, double* sums) {
   });
 }
 
-void norm_value(const Normed& y, const Affine& f, const Windows& windows, float* z) {
+void norm_value(const Normed& y, const Normalization& f, const Windows& windows, float* z) {
   each_stretch(y, windows, 1, [&](const auto& column, int64_t c, auto codes, auto full, const Window* window, int64_t begin,
                                int64_t end) {
     const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
@@ -242,7 +242,7 @@ void norm_value(const Normed& y, const Affine& f, const Windows& windows, float*
 }
 
 // Returns whether a value is NaN.
-bool norm_sign(const Normed& y, const Affine& f, const Windows& windows, float low, float high, uint8_t* codes,
+bool norm_sign(const Normed& y, const Normalization& f, const Windows& windows, float low, float high, uint8_t* codes,
                uint8_t* mask) {
   const int64_t bytes = (y.channels + 7) / 8;
   std::atomic<bool> found{false};
@@ -272,7 +272,7 @@ bool norm_sign(const Normed& y, const Affine& f, const Windows& windows, float l
   return found;
 }
 
-void norm_grad_sums(const Normed& y, const Affine& f, const Windows& windows, const Gradient& g, double* sums) {
+void norm_grad_sums(const Normed& y, const Normalization& f, const Windows& windows, const Gradient& g, double* sums) {
   const int64_t pooled = y.rows / (windows.height * windows.width) * windows.pooled_y() * windows.pooled_x();
   sum_blocks(pooled, y.channels, sums, [&](int64_t begin, int64_t end, int64_t first, int64_t last, double* s, double* p) {
     Window window[kBlockRows];
@@ -300,7 +300,7 @@ void norm_grad_sums(const Normed& y, const Affine& f, const Windows& windows, co
   });
 }
 
-void norm_grad(const Normed& y, const Affine& f, const Windows& windows, const Gradient& g, const float* means, float* dy,
+void norm_grad(const Normed& y, const Normalization& f, const Windows& windows, const Gradient& g, const float* means, float* dy,
                const Ranges& ranges) {
   const int64_t samples = y.rows / (windows.height * windows.width), image = windows.pooled_y() * windows.pooled_x();
   const float infinity = std::numeric_limits<float>::infinity();
