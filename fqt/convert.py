@@ -13,17 +13,24 @@ from pathlib import Path
 
 from torch import nn
 
+from fqt import ops
 from fqt.nn import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers
-from fqt.quantizers.base import nearest
 from fqt.recipe import PLACES, Recipe, load_recipe
 from fqt.summary import backends, count_macs, forget_macs
+from fqt.wording import nearest
 
 _CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
 _FLOAT_OF = {quant: plain for plain, quant in _CLASSES.items()}
 _log = logging.getLogger("fqt")
 
 
-def convert(model: nn.Module, recipe: str | Path | Recipe, *, skip: Sequence[str] | str | None = None) -> nn.Module:
+def convert(
+    model: nn.Module,
+    recipe: str | Path | Recipe,
+    *,
+    skip: Sequence[str] | str | None = None,
+    backend: str | None = None,
+) -> nn.Module:
     """Make every nn.Linear and nn.Conv2d of a model train by a recipe, in place.
 
     Subclasses of the two are left alone (they may compute something else); `summary` lists them. The order of layers, for
@@ -34,12 +41,16 @@ def convert(model: nn.Module, recipe: str | Path | Recipe, *, skip: Sequence[str
         recipe: a built-in name (`fqt.recipes()`), the path of a YAML file, or a `Recipe`. "fp32" changes nothing.
         skip: fnmatch patterns of module names ("features.0", "*.downsample.*") that stay in float, beside the recipe's own
             rules.
+        backend: the one backend that must serve every low-bit product of the layers and the quantizing of their operands
+            ("reference", "cpu", ...). None: the one that the environment's FQT_BACKEND names, else for each product the
+            fastest that serves it.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the model is converted already, a pattern matches no layer, or nothing is left to convert.
+        ValueError: the model is converted already, a pattern matches no layer, nothing is left to convert, or the named
+            backend is unknown or cannot serve a layer.
         TypeError: `model` is not a module, or `skip` is not strings.
 
     An error leaves the model as it was.
@@ -47,7 +58,7 @@ def convert(model: nn.Module, recipe: str | Path | Recipe, *, skip: Sequence[str
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}: make an instance" if isinstance(model, type) else type(model).__name__
         raise TypeError(f"convert takes a torch.nn.Module, not {what}")
-    recipe = load_recipe(recipe)
+    recipe, backend = load_recipe(recipe), ops.named_backend(backend)
     patterns = [skip] if isinstance(skip, str) else [] if skip is None else skip
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"skip is a pattern of module names or a list of them, not {skip!r}")
@@ -76,26 +87,55 @@ def convert(model: nn.Module, recipe: str | Path | Recipe, *, skip: Sequence[str
     exchange = _exchange(recipe)
 
     for name, layer_recipe in chosen.items():
-        layer = layers[name]
-        layer.__class__ = _CLASSES[type(layer)]
-        assert isinstance(layer, QuantizedLayer)
-        layer.recipe = layer_recipe
+        _quantize(layers[name], layer_recipe, backend)
+    try:
+        for name in chosen if backend else ():
+            _refuse_fallback(name, layers[name])
+    except ValueError:
+        for name in chosen:
+            _make_plain(layers[name])
+        raise
     for layer in layers.values():
         count_macs(layer)
     replaced = _replace_modules(model, exchange)
     served = {backend for _, layer in quantized_layers(model) for backend, _ in backends(layer).values()}
     _log.log(
-        logging.WARNING if "reference" in served else logging.INFO,
+        logging.WARNING if "reference" in served and not backend else logging.INFO,
         "%s: %d of %d layers converted, %d activations replaced%s",
         recipe.name,
         len(chosen),
         len(layers),
         replaced,
         "; some products have no low-bit kernel here and run on the reference, see fqt.summary(model)"
-        if "reference" in served
+        if "reference" in served and not backend
         else "",
     )
     return model
+
+
+def _quantize(layer: nn.Module, recipe: Recipe, backend: str) -> None:
+    layer.__class__ = _CLASSES[type(layer)]
+    assert isinstance(layer, QuantizedLayer)
+    layer.recipe = recipe
+    if backend:
+        layer.backend = backend
+
+
+def _make_plain(layer: nn.Module) -> None:
+    """Undo `_quantize`."""
+    del layer.__dict__["recipe"]
+    layer.__dict__.pop("backend", None)
+    layer.__class__ = _FLOAT_OF[type(layer)]  # type: ignore[assignment,index]
+
+
+def _refuse_fallback(name: str, layer: nn.Module) -> None:
+    """Raise ValueError unless the backend that was named serves all that the layer asks of kernels."""
+    assert isinstance(layer, QuantizedLayer)
+    for what, request in layer.requests().items():
+        try:
+            ops.select(what.split()[0], request)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}, {what}: {error}") from error
 
 
 def _choose(layers: dict[str, nn.Module], recipe: Recipe, skip: Sequence[str]) -> dict[str, Recipe]:
@@ -187,9 +227,7 @@ def revert(model: nn.Module) -> nn.Module:
             )
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
-            del module.__dict__["recipe"]
-            plain = _FLOAT_OF[type(module)]
-            module.__class__ = plain  # type: ignore[assignment]
+            _make_plain(module)
         forget_macs(module)
         if "_fqt_replaced" in module.__dict__:
             module.__class__, added = module.__dict__.pop("_fqt_replaced")

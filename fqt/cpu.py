@@ -13,14 +13,15 @@ from torch import Tensor
 
 from fqt.formats import FLOAT8_MAX, Format, Shape3
 from fqt.geometry import Geometry
+from fqt.native import refuse_truncated
 from fqt.qtensor import QTensor
 from fqt.reference import calibrate_groups, keep_groups, pruned, spread
 
 _LIBRARY = Path(__file__).parent / "_cpu.so"
 _BIT = Format("sign", 1)
 
-
-_NOT_BUILT = "the C++ kernels are not built: python setup.py build_ext --inplace"
+BUILD = "python setup.py build_ext --inplace"
+_NOT_BUILT = f"the C++ kernels are not built: {BUILD}"
 
 
 def refuses_quantize(formats: tuple[Format, ...]) -> str | None:
@@ -74,7 +75,8 @@ def _refuses_gradient(g: Format, other: Format, axes: tuple[str, ...]) -> str | 
 
 @functools.cache
 def operators():
-    """The extension's own operators."""
+    """The extension's own operators. OSError where the file is no library that this torch can load."""
+    refuse_truncated(_LIBRARY)
     torch.ops.load_library(_LIBRARY)
     return torch.ops.fqt_cpu
 

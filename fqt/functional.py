@@ -30,7 +30,9 @@ FORWARD_OPERANDS = ("output.x", "output.w", "grad_weight.x", "grad_input.w")
 STREAM = {name: 2 * i for i, name in enumerate((*FORWARD_OPERANDS, "grad_input.g", "grad_weight.g"))}
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, *, training: bool = True) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, *, training: bool = True, backend: str = ""
+) -> Tensor:
     """`torch.nn.functional.linear` by a recipe.
 
     Args:
@@ -38,6 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, *, tr
         weight: (O, I).
         bias: (O,) or None; added in float32.
         training: whether a random key may be drawn when gradients are disabled, see the module's text.
+        backend: the one that must serve every low-bit operator of the call, "" for the fastest that does.
 
     Returns:
         (..., O) in x's dtype, or autocast's when that is on.
@@ -52,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, *, tr
     for size in x.shape[1:-1]:
         positions *= size
     x_NPC = x.reshape(n, positions, x.shape[-1])
-    y_NPO = _layer(x_NPC, weight.unsqueeze(1), bias, recipe, None, training)
+    y_NPO = _layer(x_NPC, weight.unsqueeze(1), bias, recipe, None, training, backend)
     return y_NPO.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -67,6 +70,7 @@ def conv2d(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     training: bool = True,
+    backend: str = "",
 ) -> Tensor:
     """`torch.nn.functional.conv2d` by a recipe.
 
@@ -100,7 +104,7 @@ def conv2d(
         )
     x_NPC = x_NCHW.flatten(2).transpose(1, 2)
     w_OKI = weight.flatten(2).transpose(1, 2)
-    y_NPO = _layer(x_NPC, w_OKI, bias, recipe, geometry, training)
+    y_NPO = _layer(x_NPC, w_OKI, bias, recipe, geometry, training, backend)
     if _channels_last(x_NCHW):
         y_NCHW = y_NPO.flatten().view(n, out_height, out_width, weight.shape[0]).permute(0, 3, 1, 2)
     else:
@@ -130,6 +134,7 @@ class _Call:
     w_shape: Shape3
     x_dtype: torch.dtype
     w_dtype: torch.dtype
+    backend: str
 
     def made(self, name: str) -> bool:
         """Whether the forward encodes this operand, rather than taking codes made before or the float tensor."""
@@ -154,7 +159,13 @@ class _Call:
 
 
 def _layer(
-    x_NPC: Tensor, w_OKI: Tensor, bias: Tensor | None, recipe: Recipe, geometry: Geometry | None, training: bool
+    x_NPC: Tensor,
+    w_OKI: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    geometry: Geometry | None,
+    training: bool,
+    backend: str,
 ) -> Tensor:
     for name, tensor in (("input", x_NPC), ("weight", w_OKI)):
         if not tensor.is_floating_point():
@@ -168,7 +179,7 @@ def _layer(
         w_OKI = transformed(w_OKI, w_quantizer)
     x_shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     w_shape = (w_OKI.shape[0], w_OKI.shape[1], w_OKI.shape[2])
-    call = _Call(recipe, geometry, x_shape, w_shape, x_NPC.dtype, w_OKI.dtype)
+    call = _Call(recipe, geometry, x_shape, w_shape, x_NPC.dtype, w_OKI.dtype, backend)
 
     masks = {"x": x_NPC.new_empty(0, dtype=torch.uint8), "w": x_NPC.new_empty(0, dtype=torch.uint8)}
     flat: list[Tensor] = []
@@ -182,7 +193,7 @@ def _layer(
         value = (x_NPC if letter == "x" else w_OKI).detach()
         if product == "grad_input" and quantizer.transform:
             value = transformed(plain_w_OKI.detach(), quantizer)
-        q, mask = quantize(value, quantizer, letter, key=key, stream=STREAM[name])
+        q, mask = quantize(value, quantizer, letter, key=key, stream=STREAM[name], backend=backend)
         flat += q.tensors()
         if product == "output":
             masks[letter] = mask
@@ -222,7 +233,7 @@ class _Products(torch.autograd.Function):
     ) -> Tensor:
         q = call.qtensors(flat)
         if call.recipe.low_bit("output"):
-            return _output(q["output.x"], q["output.w"], bias, call.geometry)
+            return _output(call, q["output.x"], q["output.w"], bias)
         x_NPC = q["output.x"].decode().to(call.x_dtype) if "output.x" in q else x_NPC
         w_OKI = (q["output.w"].decode() if "output.w" in q else w_OKI).to(call.x_dtype)
         y_NPO = multiply_output(x_NPC, w_OKI, call.geometry)
@@ -292,8 +303,8 @@ class _DifferentiatedOnce(torch.autograd.Function):
         )
 
 
-def _output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
-    return torch.ops.fqt.output(*_operand(x), *_operand(w), bias, _flat(geometry))
+def _output(call: _Call, x: QTensor, w: QTensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.fqt.output(*_operand(x), *_operand(w), bias, _flat(call.geometry), backend=call.backend)
 
 
 def _operand(q: QTensor) -> tuple[list[Tensor], str, Shape3]:
@@ -314,11 +325,12 @@ def _grad_input(call: _Call, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, k
         fold = None
         if recipe.place("grad_input", "w", "conv" if geometry else "linear") == "folded":
             fold, w = spread(w.scale, w).permute(1, 2, 0), _unscaled(w)
-        g, _ = quantize(g_NPO, quantizer, "g", key=key, stream=STREAM["grad_input.g"], fold=fold)
-        grad = torch.ops.fqt.grad_input(*_operand(g), *_operand(w), mask, call.x_shape, _flat(geometry))
+        g, _ = quantize(g_NPO, quantizer, "g", key=key, stream=STREAM["grad_input.g"], fold=fold, backend=call.backend)
+        operands = (*_operand(g), *_operand(w), mask)
+        grad = torch.ops.fqt.grad_input(*operands, call.x_shape, _flat(geometry), backend=call.backend)
         return grad.to(call.x_dtype)
     w_OKI = saved[0] if w is None else w.decode()
-    g_NPO = _float_gradient(g_NPO, quantizer, key, "grad_input.g")
+    g_NPO = _float_gradient(call, g_NPO, quantizer, key, "grad_input.g")
     grad = multiply_grad_input(g_NPO, w_OKI.to(g_NPO.dtype), call.x_shape[2], geometry)
     return (apply_mask(grad, mask) if mask.numel() else grad).to(call.x_dtype)
 
@@ -332,20 +344,21 @@ def _grad_weight(call: _Call, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, 
         fold = None
         if recipe.place("grad_weight", "x", "conv" if geometry else "linear") == "folded":
             fold, x = spread(x.scale, x), _unscaled(x)
-        g, _ = quantize(g_NPO, quantizer, "g", key=key, stream=STREAM["grad_weight.g"], fold=fold)
-        grad = torch.ops.fqt.grad_weight(*_operand(g), *_operand(x), _flat(geometry))
+        g, _ = quantize(g_NPO, quantizer, "g", key=key, stream=STREAM["grad_weight.g"], fold=fold, backend=call.backend)
+        grad = torch.ops.fqt.grad_weight(*_operand(g), *_operand(x), _flat(geometry), backend=call.backend)
     else:
         x_NPC = saved[0] if x is None else x.decode()
-        g_NPO = _float_gradient(g_NPO, quantizer, key, "grad_weight.g")
+        g_NPO = _float_gradient(call, g_NPO, quantizer, key, "grad_weight.g")
         grad = multiply_grad_weight(g_NPO, x_NPC.to(g_NPO.dtype), geometry)
     return (apply_mask(grad, mask) if mask.numel() else grad).to(call.w_dtype)
 
 
-def _float_gradient(g_NPO: Tensor, quantizer: Quantizer | None, key: Tensor | None, name: str) -> Tensor:
+def _float_gradient(call: _Call, g_NPO: Tensor, quantizer: Quantizer | None, key: Tensor | None, name: str) -> Tensor:
     """The gradient for a float product: as it is, or the values of its codes."""
     if quantizer is None:
         return g_NPO
-    return quantize(g_NPO, quantizer, "g", key=key, stream=STREAM[name])[0].decode().to(g_NPO.dtype)
+    q, _ = quantize(g_NPO, quantizer, "g", key=key, stream=STREAM[name], backend=call.backend)
+    return q.decode().to(g_NPO.dtype)
 
 
 def _unscaled(q: QTensor) -> QTensor:
