@@ -6,6 +6,7 @@ and training mode are the same objects and values as before, and a reference to 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -16,7 +17,8 @@ from torch import nn
 from fqt import ops
 from fqt.nn import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers
 from fqt.recipe import PLACES, Recipe, load_recipe
-from fqt.summary import backends, count_macs, forget_macs
+from fqt.summary import NOTE, backends, count_macs, forget_macs
+from fqt.timing import measure
 from fqt.wording import nearest
 
 _CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
@@ -30,6 +32,8 @@ def convert(
     *,
     skip: Sequence[str] | str | None = None,
     backend: str | None = None,
+    min_speedup: float | None = None,
+    example: object = None,
 ) -> nn.Module:
     """Make every nn.Linear and nn.Conv2d of a model train by a recipe, in place.
 
@@ -44,13 +48,18 @@ def convert(
         backend: the one backend that must serve every low-bit product of the layers and the quantizing of their operands
             ("reference", "cpu", ...). None: the one that the environment's FQT_BACKEND names, else for each product the
             fastest that serves it.
+        min_speedup: keep a layer float where its float time over its low-bit time, measured as by `fqt.profile` here and
+            now, is less than this: 1.0 converts what gains. As with `skip`, activations are exchanged all the same.
+        example: the input to measure on: a tensor, a tuple of arguments or a mapping of keyword arguments, in size and
+            memory format those of the training.
 
     Returns:
         The model.
 
     Raises:
         ValueError: the model is converted already, a pattern matches no layer, nothing is left to convert, or the named
-            backend is unknown or cannot serve a layer.
+            backend is unknown or cannot serve a layer; `min_speedup` is no positive number, or one of it and `example`
+            is given without the other.
         TypeError: `model` is not a module, or `skip` is not strings.
 
     An error leaves the model as it was.
@@ -85,6 +94,14 @@ def convert(
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
     exchange = _exchange(recipe)
+    _check_speedup(min_speedup, example)
+    slow = {} if min_speedup is None else _slower(model, chosen, backend, min_speedup, example)
+    chosen = {name: layer_recipe for name, layer_recipe in chosen.items() if name not in slow}
+    if not chosen:
+        raise ValueError(
+            f"recipe {recipe.name!r} converts nothing in this {type(model).__name__}: every layer is slower than "
+            f"min_speedup={min_speedup:g} ({_speeds(slow)}); lower it, or keep the model float here"
+        )
 
     for name, layer_recipe in chosen.items():
         _quantize(layers[name], layer_recipe, backend)
@@ -95,17 +112,20 @@ def convert(
         for name in chosen:
             _make_plain(layers[name])
         raise
+    for name, speedup in slow.items():
+        layers[name].__dict__[NOTE] = f"kept float: {speedup:.2f}x measured"
     for layer in layers.values():
         count_macs(layer)
     replaced = _replace_modules(model, exchange)
     served = {backend for _, layer in quantized_layers(model) for backend, _ in backends(layer).values()}
     _log.log(
         logging.WARNING if "reference" in served and not backend else logging.INFO,
-        "%s: %d of %d layers converted, %d activations replaced%s",
+        "%s: %d of %d layers converted, %d activations replaced%s%s",
         recipe.name,
         len(chosen),
         len(layers),
         replaced,
+        f"; kept float, slower than {min_speedup:g}x: {_speeds(slow)}" if slow else "",
         "; some products have no low-bit kernel here and run on the reference, see fqt.summary(model)"
         if "reference" in served and not backend
         else "",
@@ -126,6 +146,29 @@ def _make_plain(layer: nn.Module) -> None:
     del layer.__dict__["recipe"]
     layer.__dict__.pop("backend", None)
     layer.__class__ = _FLOAT_OF[type(layer)]  # type: ignore[assignment,index]
+
+
+def _check_speedup(min_speedup: object, example: object) -> None:
+    if min_speedup is None:
+        if example is not None:
+            raise ValueError("example has no effect without min_speedup: give both, or leave it out")
+    elif not isinstance(min_speedup, int | float) or not min_speedup > 0:
+        raise ValueError(f"min_speedup is {min_speedup!r}, not a positive number such as 1.0")
+    elif example is None:
+        raise ValueError(f"min_speedup={min_speedup:g} is measured: give example=, an input as large as in training")
+
+
+def _slower(model: nn.Module, chosen: dict[str, Recipe], backend: str, min_speedup: float, example: object) -> dict[str, float]:
+    """Layer name -> measured speed-up, of the chosen layers below `min_speedup`. One that `example` does not reach is none."""
+    trial = copy.deepcopy(model)
+    for name, recipe in chosen.items():
+        _quantize(trial.get_submodule(name), recipe, backend)
+    speedups = measure(trial, example, seconds=0.1).speedups()
+    return {name: speedup for name, speedup in speedups.items() if speedup < min_speedup}
+
+
+def _speeds(speedups: dict[str, float]) -> str:
+    return ", ".join(f"{name} {speedup:.2f}x" for name, speedup in speedups.items())
 
 
 def _refuse_fallback(name: str, layer: nn.Module) -> None:
@@ -229,6 +272,7 @@ def revert(model: nn.Module) -> nn.Module:
         if isinstance(module, QuantizedLayer):
             _make_plain(module)
         forget_macs(module)
+        module.__dict__.pop(NOTE, None)
         if "_fqt_replaced" in module.__dict__:
             module.__class__, added = module.__dict__.pop("_fqt_replaced")
             for name in added:

@@ -16,6 +16,8 @@ from fqt.nn import QuantizedLayer
 from fqt.ops import PRODUCTS
 
 _MACS = "_fqt_macs"
+NOTE = "_fqt_note"
+"""Attribute of a layer that `convert` left float: why."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def _why_float(module: nn.Module) -> str:
     if any(is_lazy(weight) for weight in _weights(module)):
         return "lazy: it has no shape before its first forward; convert after that"
     if type(module) in (nn.Linear, nn.Conv2d):
-        return "kept float"
+        return module.__dict__.get(NOTE, "kept float")
     if isinstance(module, nn.Linear | nn.Conv2d):
         return "a subclass: left alone"
     return "not a kind that fqt converts"
