@@ -8,6 +8,7 @@ backward. This page is the whole public face.
 
 from fqt.convert import convert, revert
 from fqt.formats import Format
+from fqt.memory import Memory, memory
 from fqt.nn import QuantConv2d, QuantLinear, quantized_layers
 from fqt.observe import count_saved_bytes, observe_gradients
 from fqt.profile import profile
@@ -19,6 +20,7 @@ from fqt.timing import Profile
 
 __all__ = [
     "Format",
+    "Memory",
     "Product",
     "Profile",
     "QTensor",
@@ -31,6 +33,7 @@ __all__ = [
     "convert",
     "count_saved_bytes",
     "load_recipe",
+    "memory",
     "modelled_speedup",
     "observe_gradients",
     "profile",
