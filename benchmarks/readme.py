@@ -63,7 +63,7 @@ def layers(rows: list[dict]) -> str:
     shown = order if len(order) <= 12 else [order[round(i * (len(order) - 1) / 11)] for i in range(12)]
     counts = [f"{sum(of[batch] < 1 for of in ratios.values())} of {len(ratios)} at batch {batch}" for batch in batches]
     heading = f"Slower than float32 under `{rows[0]['recipe']}`: {', '.join(counts)}. {len(shown)} of them and of the others:"
-    head = ["network", "layer", *(f"float ms / low-bit ms, batch {batch}" for batch in batches)]
+    head = ["network", "layer", *(f"speed-up, batch {batch}" for batch in batches)]
     cells = [[*shape, *(f"{ratios[shape][batch]:.2f}" for batch in batches)] for shape in shown]
     return f"{heading}\n\n{table(head, cells)}"
 
