@@ -96,8 +96,8 @@ def named_backend(name: str | None = None) -> str:
         ValueError: no kernel has a backend of that name.
     """
     chosen = name or os.environ.get(ENVIRONMENT, "")
-    known = dict.fromkeys(kernel.backend for kernel in KERNELS)
-    if chosen and chosen not in known:
+    if chosen and all(kernel.backend != chosen for kernel in KERNELS):
+        known = dict.fromkeys(kernel.backend for kernel in KERNELS)
         where = "" if name else f" in {ENVIRONMENT}"
         raise ValueError(f"unknown backend {chosen!r}{where}{nearest(chosen, known)}; known: {', '.join(known)}")
     return chosen
