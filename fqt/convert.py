@@ -103,11 +103,9 @@ def convert(
             f"min_speedup={min_speedup:g} ({_speeds(slow)}); lower it, or keep the model float here"
         )
 
-    for name, layer_recipe in chosen.items():
-        _quantize(layers[name], layer_recipe, backend)
     try:
-        for name in chosen if backend else ():
-            _refuse_fallback(name, layers[name])
+        for name, layer_recipe in chosen.items():
+            _quantize(name, layers[name], layer_recipe, backend)
     except ValueError:
         for name in chosen:
             _make_plain(layers[name])
@@ -133,19 +131,26 @@ def convert(
     return model
 
 
-def _quantize(layer: nn.Module, recipe: Recipe, backend: str) -> None:
+def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None:
+    """Convert a layer. ValueError where a backend is named that does not serve all that the layer asks of kernels."""
     layer.__class__ = _CLASSES[type(layer)]
     assert isinstance(layer, QuantizedLayer)
     layer.recipe = recipe
     if backend:
         layer.backend = backend
+        for what, request in layer.requests().items():
+            try:
+                ops.select(what.split()[0], request)
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}, {what}: {error}") from error
 
 
 def _make_plain(layer: nn.Module) -> None:
-    """Undo `_quantize`."""
-    del layer.__dict__["recipe"]
-    layer.__dict__.pop("backend", None)
-    layer.__class__ = _FLOAT_OF[type(layer)]  # type: ignore[assignment,index]
+    """Undo `_quantize`, where it was done."""
+    if isinstance(layer, QuantizedLayer):
+        del layer.__dict__["recipe"]
+        layer.__dict__.pop("backend", None)
+        layer.__class__ = _FLOAT_OF[type(layer)]  # type: ignore[assignment]
 
 
 def _check_speedup(min_speedup: object, example: object) -> None:
@@ -162,23 +167,13 @@ def _slower(model: nn.Module, chosen: dict[str, Recipe], backend: str, min_speed
     """Layer name -> measured speed-up, of the chosen layers below `min_speedup`. One that `example` does not reach is none."""
     trial = copy.deepcopy(model)
     for name, recipe in chosen.items():
-        _quantize(trial.get_submodule(name), recipe, backend)
+        _quantize(name, trial.get_submodule(name), recipe, backend)
     speedups = measure(trial, example, seconds=0.1).speedups()
     return {name: speedup for name, speedup in speedups.items() if speedup < min_speedup}
 
 
 def _speeds(speedups: dict[str, float]) -> str:
     return ", ".join(f"{name} {speedup:.2f}x" for name, speedup in speedups.items())
-
-
-def _refuse_fallback(name: str, layer: nn.Module) -> None:
-    """Raise ValueError unless the backend that was named serves all that the layer asks of kernels."""
-    assert isinstance(layer, QuantizedLayer)
-    for what, request in layer.requests().items():
-        try:
-            ops.select(what.split()[0], request)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}, {what}: {error}") from error
 
 
 def _choose(layers: dict[str, nn.Module], recipe: Recipe, skip: Sequence[str]) -> dict[str, Recipe]:
@@ -269,8 +264,7 @@ def revert(model: nn.Module) -> nn.Module:
                 f"undo that first (a parametrization: torch.nn.utils.parametrize.remove_parametrizations)"
             )
     for module in model.modules():
-        if isinstance(module, QuantizedLayer):
-            _make_plain(module)
+        _make_plain(module)
         forget_macs(module)
         module.__dict__.pop(NOTE, None)
         if "_fqt_replaced" in module.__dict__:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import fqt
-from fqt import timing
+from fqt import ops, timing
+from fqt.ops import Kernel
 from fqt.timing import Profile, Timing
 from tests.fqt.test_convert import fingerprint
 
@@ -202,6 +203,15 @@ def test_what_min_speedup_refuses(speeds: dict[str, float], options: dict, words
     before = fingerprint(model)
     with pytest.raises(ValueError, match=words):
         fqt.convert(model, ONE_BIT, **options)
+    assert fingerprint(model) == before
+
+
+def test_a_named_backend_that_cannot_serve_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "KERNELS", [Kernel("output", "mine", "cpu", "none:none", lambda request: "no"), *ops.KERNELS])
+    model = small()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="layer '0', quantize output.x: backend 'mine' does not serve"):
+        fqt.convert(model, ONE_BIT, backend="mine", min_speedup=1.0, example=IMAGES)
     assert fingerprint(model) == before
 
 
