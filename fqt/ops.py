@@ -44,7 +44,7 @@ class Kernel:
 
     Attributes:
         operator: one of `OPERATORS`.
-        backend: the name that `fqt.summary` shows.
+        backend: the name that `fqt.summary` shows. Its first word is what a user names: "cpu" stands for "cpu int8" too.
         device: torch device type, "" for any.
         function: "module:name", imported when it is first used; its signature is that of the reference's function.
         refuses: the reason why it cannot serve a request, None if it can.
@@ -96,8 +96,8 @@ def named_backend(name: str | None = None) -> str:
         ValueError: no kernel has a backend of that name.
     """
     chosen = name or os.environ.get(ENVIRONMENT, "")
-    if chosen and all(kernel.backend != chosen for kernel in KERNELS):
-        known = dict.fromkeys(kernel.backend for kernel in KERNELS)
+    known = {kernel.backend.split()[0]: None for kernel in KERNELS} if chosen else {}
+    if chosen and chosen not in known:
         where = "" if name else f" in {ENVIRONMENT}"
         raise ValueError(f"unknown backend {chosen!r}{where}{nearest(chosen, known)}; known: {', '.join(known)}")
     return chosen
@@ -114,7 +114,9 @@ def select(operator: str, request: Request) -> tuple[Kernel, list[str]]:
     wanted = named_backend(request.backend) if operator != "decode" else ""
     reasons = []
     for kernel in KERNELS:
-        if kernel.operator != operator or kernel.device not in ("", request.device) or wanted not in ("", kernel.backend):
+        if kernel.operator != operator or kernel.device not in ("", request.device):
+            continue
+        if wanted and wanted != kernel.backend.split()[0]:
             continue
         reason = kernel.refuses(request) or (broken(kernel) if kernel.native else None)
         if reason is None:
@@ -129,7 +131,7 @@ def select(operator: str, request: Request) -> tuple[Kernel, list[str]]:
 
 
 def _elsewhere(operator: str, backend: str) -> str:
-    devices = [kernel.device for kernel in KERNELS if (kernel.operator, kernel.backend) == (operator, backend)]
+    devices = [kernel.device for kernel in KERNELS if (kernel.operator, kernel.backend.split()[0]) == (operator, backend)]
     return f", only for {', '.join(devices)}: move the model there before its conversion" if devices else ""
 
 

@@ -1,6 +1,7 @@
 """Each benchmark runs with --quick, on data that needs no download, and writes rows with where they come from."""
 
 import json
+import logging
 import sys
 import types
 
@@ -12,6 +13,14 @@ from fqt import ops, reference
 from fqt.cpu import refuses_quantize
 from fqt.formats import Format
 from fqt.ops import Kernel
+
+
+@pytest.fixture(autouse=True)
+def _loud_again():
+    """The benchmarks silence the library's log."""
+    level = logging.getLogger("fqt").level
+    yield
+    logging.getLogger("fqt").setLevel(level)
 
 
 def rows(monkeypatch, tmp_path, main, *arguments: str) -> list[dict]:

@@ -164,6 +164,17 @@ def test_a_layer_that_moved_where_its_backend_is_not_says_so(monkeypatch: pytest
         layer(torch.randn(2, 4))
 
 
+def test_a_backend_is_named_by_its_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        Kernel(name, f"mine {name}", "cpu", f"fqt.reference:{name}", lambda r: None) for name in ("quantize", *ops.PRODUCTS)
+    ]
+    monkeypatch.setattr(ops, "KERNELS", [*ops.KERNELS, *rows])
+    row = fqt.summary(fqt.convert(nn.Linear(4, 3), INT8, backend="mine")).rows[0]
+    assert row.served == {product: f"mine {product}" for product in ops.PRODUCTS}
+    with pytest.raises(ValueError, match="unknown backend 'mine output'; known: cpu, reference, mine"):
+        fqt.convert(nn.Linear(4, 3), INT8, backend="mine output")
+
+
 def test_decode_multiplies_nothing_and_is_not_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FQT_BACKEND", "cpu")
     assert ops.select("decode", Request("cpu", (Format("sign", 1),)))[0].backend == "reference"

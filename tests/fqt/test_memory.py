@@ -23,7 +23,7 @@ built = pytest.mark.skipif(not cpu._LIBRARY.exists(), reason="the C++ kernels ar
 
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("fqt").setLevel(logging.ERROR)
+    caplog.set_level(logging.ERROR, "fqt")
 
 
 @built

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,8 @@ def test_a_wrong_kernel_is_found_out(operator: str) -> None:
 def test_a_wrong_kernel_refuses_and_the_reference_serves(monkeypatch, caplog) -> None:
     right = cpu.output
     monkeypatch.setattr(cpu, "output", lambda *args: right(*args) + 1)
-    layer = fqt.convert(torch.nn.Linear(16, 3), fqt.load_recipe("fqt_1bit").everywhere())
+    with caplog.at_level(logging.INFO, "fqt"):
+        layer = fqt.convert(torch.nn.Linear(16, 3), fqt.load_recipe("fqt_1bit").everywhere())
     row = fqt.summary(layer).rows[0]
     assert row.served == {"output": "reference", "grad_input": "cpu", "grad_weight": "cpu"}
     assert "cpu: the native output differs from the reference (sign by sign: values:" in row.note
