@@ -108,12 +108,12 @@ def _record(model: nn.Module, input: object) -> dict[str, Counter[_Call]]:
     calls: dict[str, Counter[_Call]] = {name: Counter() for name, _ in quantized_layers(model)}
 
     def watch(name: str, layer: QuantizedLayer):
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = args[0] if args else named["input"]
             channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
             calls[name][_Call(tuple(x.shape), channels_last, x.requires_grad)] += 1
 
-        return layer.register_forward_pre_hook(hook)
+        return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     handles = [watch(name, layer) for name, layer in quantized_layers(model)]
     feed(model, input)

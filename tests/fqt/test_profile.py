@@ -77,7 +77,7 @@ class Named(nn.Module):
         self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
 
     def forward(self, *, x: torch.Tensor, scale: float) -> torch.Tensor:
-        return self.used(x) * scale
+        return self.used(input=x) * scale
 
 
 def test_inputs_are_tensors_tuples_or_mappings_and_uncalled_layers_have_no_row() -> None:
