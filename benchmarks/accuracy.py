@@ -19,6 +19,7 @@ import json
 import logging
 import multiprocessing
 import statistics
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,6 +90,29 @@ def run_all(jobs: list[Job], log: Path, workers: int) -> list[dict[str, object]]
     return [by_job[job] for job in jobs]
 
 
+def measure(
+    methods: Sequence[str], data: str, *, quick: bool, workers: int = 2, log: Path | None = None
+) -> list[dict[str, object]]:
+    """A row for each method: its learning rate, and the test accuracies (in %) of the seeds at that rate."""
+    epochs, limit, seeds = (1, 1000, (0,)) if quick else (3, None, (0, 1, 2))
+    log = log or Path("runs") / f"accuracy{'-quick' if quick else ''}.jsonl"
+    rate_limit, rate_epochs = (500, 1) if quick else (18000, 2)
+    searches = [Job(data, m, r, SEED_OF_RATES, rate_epochs, rate_limit, 0.1) for m in methods for r in RATES]
+    found = run_all(searches, log, workers)
+    best = {
+        method: max((row for row in found if row["method"] == method), key=lambda row: float(str(row["valid"])))["rate"]
+        for method in methods
+    }
+    finals = [Job(data, m, float(str(best[m])), seed, epochs, limit, 0.0) for seed in seeds for m in methods]
+    results = run_all(finals, log, workers)
+    rows = []
+    for method in methods:
+        scores = [100 * float(str(row["test"])) for row in results if row["method"] == method]
+        mean, spread = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+        rows.append({"method": method, "rate": best[method], "mean": mean, "stdev": spread, "scores": scores})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few minutes, no evidence")
@@ -98,24 +122,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="lines of finished runs (default: runs/accuracy.jsonl, or accuracy-quick)")
     parser.add_argument("--json", type=Path, help="write the table's rows here")
     args = parser.parse_args()
-    epochs, limit, seeds = (1, 1000, (0,)) if args.quick else (3, None, (0, 1, 2))
-    log = args.log or Path("runs") / f"accuracy{'-quick' if args.quick else ''}.jsonl"
-
-    rate_limit, rate_epochs = (500, 1) if args.quick else (18000, 2)
-    searches = [Job(args.data, m, r, SEED_OF_RATES, rate_epochs, rate_limit, 0.1) for m in args.methods for r in RATES]
-    found = run_all(searches, log, args.workers)
-    best = {
-        method: max((row for row in found if row["method"] == method), key=lambda row: float(str(row["valid"])))["rate"]
-        for method in args.methods
-    }
-    finals = [Job(args.data, m, float(str(best[m])), seed, epochs, limit, 0.0) for seed in seeds for m in args.methods]
-    results = run_all(finals, log, args.workers)
-
-    rows = []
-    for method in args.methods:
-        scores = [100 * float(str(row["test"])) for row in results if row["method"] == method]
-        mean, spread = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
-        rows.append({"method": method, "rate": best[method], "mean": mean, "stdev": spread, "scores": scores})
+    rows = measure(args.methods, args.data, quick=args.quick, workers=args.workers, log=args.log)
     float_gradients = next((row["mean"] for row in rows if row["method"] == "xnor"), None)
     print(
         table(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from fqt.doctor import processor
+
 
 def where() -> dict[str, object]:
     """The machine and the code that a row of results belongs to."""
@@ -22,16 +24,8 @@ def where() -> dict[str, object]:
         "commit": commit or "unknown",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": f"{_cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

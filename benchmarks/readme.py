@@ -53,7 +53,27 @@ def gradients(rows: list[dict]) -> str:
     )  # fmt: skip
 
 
-TABLES: dict[str, Callable[[list[dict]], str]] = {"accuracy": accuracy, "saved": saved, "gradients": gradients}
+def layers(rows: list[dict]) -> str:
+    """How many shapes lose, and at most a dozen of them, from the slowest to the fastest at the smallest batch."""
+    batches = sorted({row["batch"] for row in rows}, reverse=True)
+    ratios: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        ratios.setdefault((row["model"].removeprefix("torchvision:"), row["shape"]), {})[row["batch"]] = row["ratio"]
+    order = sorted(ratios, key=lambda shape: ratios[shape][batches[-1]])
+    shown = order if len(order) <= 12 else [order[round(i * (len(order) - 1) / 11)] for i in range(12)]
+    counts = [f"{sum(of[batch] < 1 for of in ratios.values())} of {len(ratios)} at batch {batch}" for batch in batches]
+    heading = f"Slower than float32 under `{rows[0]['recipe']}`: {', '.join(counts)}. {len(shown)} of them and of the others:"
+    head = ["network", "layer", *(f"speed-up, batch {batch}" for batch in batches)]
+    cells = [[*shape, *(f"{ratios[shape][batch]:.2f}" for batch in batches)] for shape in shown]
+    return f"{heading}\n\n{table(head, cells)}"
+
+
+def pareto(rows: list[dict]) -> str:
+    """The picture that stands beside its points."""
+    return f"![test accuracy against the measured speed-up of a step, {len(rows)} recipes](benchmarks/results/pareto.svg)"
+
+
+TABLES: dict[str, Callable[[list[dict]], str]] = {make.__name__: make for make in (accuracy, pareto, saved, gradients, layers)}
 
 
 def rewritten(text: str) -> str:

@@ -8,16 +8,21 @@ backward. This page is the whole public face.
 
 from fqt.convert import convert, revert
 from fqt.formats import Format
+from fqt.memory import Memory, memory
 from fqt.nn import QuantConv2d, QuantLinear, quantized_layers
 from fqt.observe import count_saved_bytes, observe_gradients
+from fqt.profile import profile
 from fqt.qtensor import QTensor
 from fqt.quantizers import Quantizer, quantize, register
 from fqt.recipe import Product, Recipe, Rule, load_recipe, recipes
 from fqt.summary import Summary, modelled_speedup, summary
+from fqt.timing import Profile
 
 __all__ = [
     "Format",
+    "Memory",
     "Product",
+    "Profile",
     "QTensor",
     "QuantConv2d",
     "QuantLinear",
@@ -28,8 +33,10 @@ __all__ = [
     "convert",
     "count_saved_bytes",
     "load_recipe",
+    "memory",
     "modelled_speedup",
     "observe_gradients",
+    "profile",
     "quantize",
     "quantized_layers",
     "recipes",

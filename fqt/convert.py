@@ -6,6 +6,7 @@ and training mode are the same objects and values as before, and a reference to 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fqt import ops
 from fqt.functional import accumulates
 from fqt.nn import (
     FusedBatchNorm1d,
@@ -23,9 +25,10 @@ from fqt.nn import (
     QuantLinear,
     quantized_layers,
 )
-from fqt.quantizers.base import nearest
 from fqt.recipe import PLACES, Recipe, load_recipe
-from fqt.summary import backends, count_macs, forget_macs
+from fqt.summary import NOTE, backends, count_macs, forget_macs
+from fqt.timing import measure
+from fqt.wording import nearest
 
 _CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -39,7 +42,14 @@ _log = logging.getLogger("fqt")
 
 
 def convert(
-    model: nn.Module, recipe: str | Path | Recipe, *, skip: Sequence[str] | str | None = None, fuse: bool = True
+    model: nn.Module,
+    recipe: str | Path | Recipe,
+    *,
+    skip: Sequence[str] | str | None = None,
+    fuse: bool = True,
+    backend: str | None = None,
+    min_speedup: float | None = None,
+    example: object = None,
 ) -> nn.Module:
     """Make every nn.Linear and nn.Conv2d of a model train by a recipe, in place.
 
@@ -55,12 +65,21 @@ def convert(
             takes the signs that it needs, and no float activation is written or kept between (see `fqt.deferred`). Eager
             float32 on a CPU; elsewhere it changes nothing. Same formulas; sums of the statistics are rounded otherwise than
             torch rounds them.
+        backend: the one backend that must serve every low-bit product of the layers and the quantizing of their operands
+            ("reference", "cpu", ...). None: the one that the environment's FQT_BACKEND names, else for each product the
+            fastest that serves it.
+        min_speedup: keep a layer float where its float time over its low-bit time, measured as by `fqt.profile` here and
+            now, is less than this: 1.0 converts what gains. As with `skip`, activations are exchanged all the same.
+        example: the input to measure on: a tensor, a tuple of arguments or a mapping of keyword arguments, in size and
+            memory format those of the training.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the model is converted already, a pattern matches no layer, or nothing is left to convert.
+        ValueError: the model is converted already, a pattern matches no layer, nothing is left to convert, or the named
+            backend is unknown or cannot serve a layer; `min_speedup` is no positive number, or one of it and `example`
+            is given without the other.
         TypeError: `model` is not a module, or `skip` is not strings.
 
     An error leaves the model as it was.
@@ -68,7 +87,7 @@ def convert(
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}: make an instance" if isinstance(model, type) else type(model).__name__
         raise TypeError(f"convert takes a torch.nn.Module, not {what}")
-    recipe = load_recipe(recipe)
+    recipe, backend = load_recipe(recipe), ops.named_backend(backend)
     patterns = [skip] if isinstance(skip, str) else [] if skip is None else skip
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"skip is a pattern of module names or a list of them, not {skip!r}")
@@ -95,12 +114,24 @@ def convert(
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
     exchange = _exchange(recipe)
+    _check_speedup(min_speedup, example)
+    slow = {} if min_speedup is None else _slower(model, chosen, backend, min_speedup, example)
+    chosen = {name: layer_recipe for name, layer_recipe in chosen.items() if name not in slow}
+    if not chosen:
+        raise ValueError(
+            f"recipe {recipe.name!r} converts nothing in this {type(model).__name__}: every layer is slower than "
+            f"min_speedup={min_speedup:g} ({_speeds(slow)}); lower it, or keep the model float here"
+        )
 
-    for name, layer_recipe in chosen.items():
-        layer = layers[name]
-        layer.__class__ = _CLASSES[type(layer)]
-        assert isinstance(layer, QuantizedLayer)
-        layer.recipe = layer_recipe
+    try:
+        for name, layer_recipe in chosen.items():
+            _quantize(name, layers[name], layer_recipe, backend)
+    except ValueError:
+        for name in chosen:
+            _make_plain(layers[name])
+        raise
+    for name, speedup in slow.items():
+        layers[name].__dict__[NOTE] = f"kept float: {speedup:.2f}x measured"
     for layer in layers.values():
         count_macs(layer)
     replaced = _replace_modules(model, exchange)
@@ -108,17 +139,63 @@ def convert(
         _fuse(model)
     served = {backend for _, layer in quantized_layers(model) for backend, _ in backends(layer).values()}
     _log.log(
-        logging.WARNING if "reference" in served else logging.INFO,
-        "%s: %d of %d layers converted, %d activations replaced%s",
+        logging.WARNING if "reference" in served and not backend else logging.INFO,
+        "%s: %d of %d layers converted, %d activations replaced%s%s",
         recipe.name,
         len(chosen),
         len(layers),
         replaced,
+        f"; kept float, slower than {min_speedup:g}x: {_speeds(slow)}" if slow else "",
         "; some products have no low-bit kernel here and run on the reference, see fqt.summary(model)"
-        if "reference" in served
+        if "reference" in served and not backend
         else "",
     )
     return model
+
+
+def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None:
+    """Convert a layer. ValueError where a backend is named that does not serve all that the layer asks of kernels."""
+    layer.__class__ = _CLASSES[type(layer)]
+    assert isinstance(layer, QuantizedLayer)
+    layer.recipe = recipe
+    if backend:
+        layer.backend = backend
+        for what, request in layer.requests().items():
+            try:
+                ops.select(what.split()[0], request)
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}, {what}: {error}") from error
+
+
+def _make_plain(layer: nn.Module) -> None:
+    """Undo `_quantize`, where it was done."""
+    if isinstance(layer, QuantizedLayer):
+        del layer.__dict__["recipe"]
+        layer.__dict__.pop("backend", None)
+        layer.__class__ = _FLOAT_OF[type(layer)]  # type: ignore[assignment]
+
+
+def _check_speedup(min_speedup: object, example: object) -> None:
+    if min_speedup is None:
+        if example is not None:
+            raise ValueError("example has no effect without min_speedup: give both, or leave it out")
+    elif not isinstance(min_speedup, int | float) or not min_speedup > 0:
+        raise ValueError(f"min_speedup is {min_speedup!r}, not a positive number such as 1.0")
+    elif example is None:
+        raise ValueError(f"min_speedup={min_speedup:g} is measured: give example=, an input as large as in training")
+
+
+def _slower(model: nn.Module, chosen: dict[str, Recipe], backend: str, min_speedup: float, example: object) -> dict[str, float]:
+    """Layer name -> measured speed-up, of the chosen layers below `min_speedup`. One that `example` does not reach is none."""
+    trial = copy.deepcopy(model)
+    for name, recipe in chosen.items():
+        _quantize(name, trial.get_submodule(name), recipe, backend)
+    speedups = measure(trial, example, seconds=0.1).speedups()
+    return {name: speedup for name, speedup in speedups.items() if speedup < min_speedup}
+
+
+def _speeds(speedups: dict[str, float]) -> str:
+    return ", ".join(f"{name} {speedup:.2f}x" for name, speedup in speedups.items())
 
 
 def _choose(layers: dict[str, nn.Module], recipe: Recipe, skip: Sequence[str]) -> dict[str, Recipe]:
@@ -220,12 +297,9 @@ def revert(model: nn.Module) -> nn.Module:
                 f"undo that first (a parametrization: torch.nn.utils.parametrize.remove_parametrizations)"
             )
     for module in model.modules():
-        if isinstance(module, QuantizedLayer):
-            del module.__dict__["recipe"]
-            module.__dict__.pop("fuse", None)
-            plain = _FLOAT_OF[type(module)]
-            module.__class__ = plain  # type: ignore[assignment]
+        _make_plain(module)
         forget_macs(module)
+        module.__dict__.pop(NOTE, None)
         if type(module) in _UNFUSED:
             module.__class__ = _UNFUSED[type(module)]  # type: ignore[assignment]
         if "_fqt_replaced" in module.__dict__:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fqt.formats import FLOAT8_MAX, Format, Shape3
 from fqt.geometry import Geometry
+from fqt.native import refuse_truncated
 from fqt.norm import Source, Windows
 from fqt.qtensor import QTensor
 from fqt.reference import spread
@@ -22,8 +23,8 @@ _LIBRARY = Path(__file__).parent / "_cpu.so"
 _BIT = Format("sign", 1)
 _LARGE = 1 << 20  # bytes from which page faults are felt
 
-
-_NOT_BUILT = "the C++ kernels are not built: python setup.py build_ext --inplace"
+BUILD = "python setup.py build_ext --inplace"
+_NOT_BUILT = f"the C++ kernels are not built: {BUILD}"
 
 
 def refuses_quantize(formats: tuple[Format, ...]) -> str | None:
@@ -82,7 +83,8 @@ def _refuses_gradient(g: Format, other: Format, axes: tuple[str, ...]) -> str | 
 
 @functools.cache
 def operators():
-    """The extension's own operators."""
+    """The extension's own operators. OSError where the file is no library that this torch can load."""
+    refuse_truncated(_LIBRARY)
     torch.ops.load_library(_LIBRARY)
     return torch.ops.fqt_cpu
 

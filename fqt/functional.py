@@ -34,7 +34,14 @@ STREAM = {name: 2 * i for i, name in enumerate((*FORWARD_OPERANDS, "grad_input.g
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, *, training: bool = True, defer: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    *,
+    training: bool = True,
+    defer: bool = False,
+    backend: str = "",
 ) -> Tensor:
     """`torch.nn.functional.linear` by a recipe.
 
@@ -44,6 +51,7 @@ def linear(
         bias: (O,) or None; added in float32.
         training: whether a random key may be drawn when gradients are disabled, see the module's text.
         defer: whether the result may be a `Deferred`, where that is possible.
+        backend: the one that must serve every low-bit operator of the call, "" for the fastest that does.
 
     Returns:
         (..., O) in x's dtype, or autocast's when that is on.
@@ -61,7 +69,7 @@ def linear(
     if x_NPC is None:
         x_NPC = x.reshape(n, positions, x.shape[-1])
     defer = defer and x.dim() == 2 and possible(x)
-    y_NPO, source = _layer(x_NPC, weight.unsqueeze(1), bias, recipe, None, training, signs, defer)
+    y_NPO, source = _layer(x_NPC, weight.unsqueeze(1), bias, recipe, None, training, signs, defer, backend)
     if source is not None:
         return Deferred.make(source, y_NPO, None, Windows(1, 1), rows)
     return y_NPO.reshape(*x.shape[:-1], weight.shape[0])
@@ -79,6 +87,7 @@ def conv2d(
     groups: int = 1,
     training: bool = True,
     defer: bool = False,
+    backend: str = "",
 ) -> Tensor:
     """`torch.nn.functional.conv2d` by a recipe.
 
@@ -118,7 +127,7 @@ def conv2d(
     last = _channels_last(x_NCHW) if last is None else last
     w_OKI = weight.flatten(2).transpose(1, 2)
     defer = defer and x.dim() == 4 and possible(x)
-    y_NPO, source = _layer(x_NPC, w_OKI, bias, recipe, geometry, training, signs, defer)
+    y_NPO, source = _layer(x_NPC, w_OKI, bias, recipe, geometry, training, signs, defer, backend)
     if source is not None:
         return Deferred.make(source, y_NPO, None, Windows(out_height, out_width), images_last if last else images_first)
     if last:
@@ -167,6 +176,7 @@ class _Call:
     w_dtype: torch.dtype
     defer: bool
     signs: bool
+    backend: str
 
     def made(self, name: str) -> bool:
         """Whether the forward encodes this operand, rather than taking codes made before or the float tensor."""
@@ -199,6 +209,7 @@ def _layer(
     training: bool,
     signs: tuple[QTensor, Tensor] | None,
     defer: bool,
+    backend: str,
 ) -> tuple[Tensor, Source | None]:
     """y (N, P', O); or with `defer`, where the product is one of signs, a placeholder and the accumulators behind it."""
     for name, tensor in (("input", x_NPC), ("weight", w_OKI)):
@@ -214,7 +225,7 @@ def _layer(
     x_shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     w_shape = (w_OKI.shape[0], w_OKI.shape[1], w_OKI.shape[2])
     defer = defer and accumulates(recipe) and w_shape[1] * w_shape[2] < 1 << 15
-    call = _Call(recipe, geometry, x_shape, w_shape, x_NPC.dtype, w_OKI.dtype, defer, signs is not None)
+    call = _Call(recipe, geometry, x_shape, w_shape, x_NPC.dtype, w_OKI.dtype, defer, signs is not None, backend)
 
     masks = {"x": x_NPC.new_empty(0, dtype=torch.uint8), "w": x_NPC.new_empty(0, dtype=torch.uint8)}
     flat: list[Tensor] = []
@@ -232,7 +243,7 @@ def _layer(
         value = (x_NPC if letter == "x" else w_OKI).detach()
         if product == "grad_input" and quantizer.transform:
             value = transformed(plain_w_OKI.detach(), quantizer)
-        q, mask = quantize(value, quantizer, letter, key=key, stream=STREAM[name])
+        q, mask = quantize(value, quantizer, letter, key=key, stream=STREAM[name], backend=backend)
         flat += q.tensors()
         if product == "output":
             masks[letter] = mask
@@ -285,10 +296,10 @@ class _Products(torch.autograd.Function):
         q = call.qtensors(flat)
         if call.defer:
             operands = (*_operand(q["output.x"]), *_operand(q["output.w"]))
-            sums = torch.ops.fqt.accumulate(*operands, _flat(call.geometry))
+            sums = torch.ops.fqt.accumulate(*operands, _flat(call.geometry), backend=call.backend)
             return placeholder(sums, tuple(sums.shape)), sums
         if call.recipe.low_bit("output"):
-            return _output(q["output.x"], q["output.w"], bias, call.geometry)
+            return _output(call, q["output.x"], q["output.w"], bias)
         x_NPC = q["output.x"].decode().to(call.x_dtype) if "output.x" in q else x_NPC
         w_OKI = (q["output.w"].decode() if "output.w" in q else w_OKI).to(call.x_dtype)
         y_NPO = multiply_output(x_NPC, w_OKI, call.geometry)
@@ -331,8 +342,8 @@ class _Products(torch.autograd.Function):
         return [grad_x, grad_w, grad_bias]
 
 
-def _output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
-    return torch.ops.fqt.output(*_operand(x), *_operand(w), bias, _flat(geometry))
+def _output(call: _Call, x: QTensor, w: QTensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.fqt.output(*_operand(x), *_operand(w), bias, _flat(call.geometry), backend=call.backend)
 
 
 def _operand(q: QTensor) -> tuple[list[Tensor], str, Shape3]:
@@ -353,13 +364,14 @@ def _grad_input(call: _Call, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, k
         fold = None
         if recipe.place("grad_input", "w", "conv" if geometry else "linear") == "folded":
             fold, w = spread(w.scale, w).permute(1, 2, 0), _unscaled(w)
-        g = _codes(g_NPO, quantizer, key, "grad_input.g", fold)
-        grad = torch.ops.fqt.grad_input(*_operand(g), *_operand(w), mask, call.x_shape, _flat(geometry)).to(call.x_dtype)
+        g = _codes(call, g_NPO, quantizer, key, "grad_input.g", fold)
+        operands = (*_operand(g), *_operand(w), mask)
+        grad = torch.ops.fqt.grad_input(*operands, call.x_shape, _flat(geometry), backend=call.backend).to(call.x_dtype)
         if call.signs and g.index is not None and g.format.axes == "N":
             remember_kept(grad, g.index)
         return grad
     w_OKI = saved[0] if w is None else w.decode()
-    g_NPO = _float_gradient(g_NPO, quantizer, key, "grad_input.g")
+    g_NPO = _float_gradient(call, g_NPO, quantizer, key, "grad_input.g")
     grad = multiply_grad_input(g_NPO, w_OKI.to(g_NPO.dtype), call.x_shape[2], geometry)
     return (apply_mask(grad, mask) if mask.numel() else grad).to(call.x_dtype)
 
@@ -373,26 +385,27 @@ def _grad_weight(call: _Call, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, 
         fold = None
         if recipe.place("grad_weight", "x", "conv" if geometry else "linear") == "folded":
             fold, x = spread(x.scale, x), _unscaled(x)
-        g = _codes(g_NPO, quantizer, key, "grad_weight.g", fold)
-        grad = torch.ops.fqt.grad_weight(*_operand(g), *_operand(x), _flat(geometry))
+        g = _codes(call, g_NPO, quantizer, key, "grad_weight.g", fold)
+        grad = torch.ops.fqt.grad_weight(*_operand(g), *_operand(x), _flat(geometry), backend=call.backend)
     else:
         x_NPC = saved[0] if x is None else x.decode()
-        g_NPO = _float_gradient(g_NPO, quantizer, key, "grad_weight.g")
+        g_NPO = _float_gradient(call, g_NPO, quantizer, key, "grad_weight.g")
         grad = multiply_grad_weight(g_NPO, x_NPC.to(g_NPO.dtype), geometry)
     return (apply_mask(grad, mask) if mask.numel() else grad).to(call.w_dtype)
 
 
-def _float_gradient(g_NPO: Tensor, quantizer: Quantizer | None, key: Tensor | None, name: str) -> Tensor:
+def _float_gradient(call: _Call, g_NPO: Tensor, quantizer: Quantizer | None, key: Tensor | None, name: str) -> Tensor:
     """The gradient for a float product: as it is, or the values of its codes."""
     if quantizer is None:
         return g_NPO
-    return _codes(g_NPO, quantizer, key, name, None).decode().to(g_NPO.dtype)
+    return _codes(call, g_NPO, quantizer, key, name, None).decode().to(g_NPO.dtype)
 
 
-def _codes(g_NPO: Tensor, quantizer: Quantizer, key: Tensor | None, name: str, fold: Tensor | None) -> QTensor:
+def _codes(call: _Call, g_NPO: Tensor, quantizer: Quantizer, key: Tensor | None, name: str, fold: Tensor | None) -> QTensor:
     """The gradient's codes; whoever wrote it may have found its ranges on the way."""
     known = ranges(g_NPO, quantizer.format("g").axes) if fold is None else None
-    return quantize(g_NPO, quantizer, "g", key=key, stream=STREAM[name], fold=fold, ranges=known)[0]
+    stream = STREAM[name]
+    return quantize(g_NPO, quantizer, "g", key=key, stream=stream, fold=fold, ranges=known, backend=call.backend)[0]
 
 
 def _unscaled(q: QTensor) -> QTensor:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fqt import deferred, functional
+from fqt import deferred, functional, ops
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
 from fqt.quantizers.base import quantize, transformed
-from fqt.recipe import Recipe
+from fqt.recipe import LEFT_RIGHT, Recipe
 
 
 class QuantizedLayer(nn.Module):
@@ -22,6 +22,8 @@ class QuantizedLayer(nn.Module):
     kind: str
     weight: nn.Parameter
     fuse = False  # whether the output may be left to what follows, see `fqt.deferred`
+    backend: str = ""
+    """The backend that must serve this layer, "" for whichever is fastest: fqt.convert(..., backend=...)."""
 
     def window(self) -> Geometry | None:
         """The layer's geometry as far as the module knows it."""
@@ -49,7 +51,21 @@ class QuantizedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         recipe = self.__dict__.get("recipe")
-        return f"{super().extra_repr()}, recipe={recipe.name if recipe else None}"
+        backend = f", backend={self.backend}" if self.backend else ""
+        return f"{super().extra_repr()}, recipe={recipe.name if recipe else None}{backend}"
+
+    def requests(self) -> dict[str, ops.Request]:
+        """What the layer asks of kernels: each product that runs in low bits, and "quantize output.x" and so on."""
+        device, asked = self.weight.device.type, {}
+        for product, letters in LEFT_RIGHT.items():
+            for letter in letters:
+                format = self.recipe.format(product, letter)
+                if format is not None and not self.recipe.saved(product, letter):
+                    asked[f"quantize {product}.{letter}"] = ops.Request(device, (format,), backend=self.backend)
+            if self.recipe.low_bit(product):
+                formats = self.recipe.multiplied(product, self.kind)
+                asked[product] = ops.Request(device, formats, self.window(), self.backend)
+        return asked
 
     def quantized_weight(self) -> QTensor | None:
         """The weight's codes as an evaluation computes with them, logical (O, K, I); None if the recipe keeps it float."""
@@ -58,7 +74,7 @@ class QuantizedLayer(nn.Module):
             return None
         with torch.no_grad():
             w_OKI = self.weight.flatten(2).transpose(1, 2) if self.weight.dim() == 4 else self.weight.unsqueeze(1)
-            return quantize(transformed(w_OKI, quantizer), replace(quantizer, stochastic=False), "w")[0]
+            return quantize(transformed(w_OKI, quantizer), replace(quantizer, stochastic=False), "w", backend=self.backend)[0]
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -70,7 +86,15 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         """A linear layer has no window."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.weight, self.bias, self.recipe, training=self.training, defer=self.fuse)
+        return functional.linear(
+            input,
+            self.weight,
+            self.bias,
+            self.recipe,
+            training=self.training,
+            defer=self.fuse,
+            backend=self.backend,
+        )
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -94,6 +118,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             groups=self.groups,
             training=self.training,
             defer=self.fuse,
+            backend=self.backend,
         )
 
     def window(self) -> Geometry:

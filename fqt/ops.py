@@ -2,24 +2,29 @@
 
 A QTensor crosses a schema as its four tensors, its format's short name and its logical shape. Every operator looks its kernel
 up in `KERNELS`, from fast to slow; the reference comes last and takes everything. A kernel is added with one row here.
+Where a backend is named, by a call or by FQT_BACKEND, it alone serves or the call is refused: nothing falls back in silence.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fqt import cpu
+from fqt import cpu, selfcheck
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.norm import Source, Windows
 from fqt.qtensor import QTensor
+from fqt.wording import nearest
 
+ENVIRONMENT = "FQT_BACKEND"
 NORM = ("norm_sums", "norm_value", "norm_sign", "norm_grad_sums", "norm_grad")
 OPERATORS = ("quantize", "decode", "output", "grad_input", "grad_weight", "accumulate", *NORM)
 PRODUCTS = ("output", "grad_input", "grad_weight")
@@ -27,11 +32,12 @@ PRODUCTS = ("output", "grad_input", "grad_weight")
 
 @dataclass(frozen=True)
 class Request:
-    """What a call asks of a kernel."""
+    """What a call asks of a kernel. `backend`: the one that must serve, "" for the fastest that does."""
 
     device: str
     formats: tuple[Format, ...]
     geometry: Geometry | None = None
+    backend: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,11 @@ class Kernel:
 
     Attributes:
         operator: one of `OPERATORS`.
-        backend: the name that `fqt.summary` shows.
+        backend: the name that `fqt.summary` shows. Its first word is what a user names: "cpu" stands for "cpu int8" too.
         device: torch device type, "" for any.
         function: "module:name", imported when it is first used; its signature is that of the reference's function.
         refuses: the reason why it cannot serve a request, None if it can.
+        native: whether it is compiled code, which is compared with the reference before it first serves (`broken`).
     """
 
     operator: str
@@ -51,23 +58,44 @@ class Kernel:
     device: str
     function: str
     refuses: Callable[[Request], str | None]
+    native: bool = False
 
 
 KERNELS: list[Kernel] = [
-    Kernel("quantize", "cpu", "cpu", "fqt.cpu:quantize", lambda request: cpu.refuses_quantize(request.formats)),
-    Kernel("output", "cpu", "cpu", "fqt.cpu:output", lambda request: cpu.refuses_output(request.formats, request.geometry)),
+    Kernel("quantize", "cpu", "cpu", "fqt.cpu:quantize", lambda request: cpu.refuses_quantize(request.formats), native=True),
+    Kernel(
+        "output",
+        "cpu",
+        "cpu",
+        "fqt.cpu:output",
+        lambda request: cpu.refuses_output(request.formats, request.geometry),
+        native=True,
+    ),
     Kernel(
         "grad_input",
         "cpu",
         "cpu",
         "fqt.cpu:grad_input",
         lambda request: cpu.refuses_grad_input(request.formats, request.geometry),
+        native=True,
     ),
-    Kernel("grad_weight", "cpu", "cpu", "fqt.cpu:grad_weight", lambda request: cpu.refuses_grad_weight(request.formats)),
     Kernel(
-        "accumulate", "cpu", "cpu", "fqt.cpu:accumulate", lambda request: cpu.refuses_output(request.formats, request.geometry)
+        "grad_weight",
+        "cpu",
+        "cpu",
+        "fqt.cpu:grad_weight",
+        lambda request: cpu.refuses_grad_weight(request.formats),
+        native=True,
     ),
-    *(Kernel(operator, "cpu", "cpu", f"fqt.cpu:{operator}", lambda _: cpu.refuses_norm()) for operator in NORM),
+    Kernel(
+        "accumulate",
+        "cpu",
+        "cpu",
+        "fqt.cpu:accumulate",
+        lambda request: cpu.refuses_output(request.formats, request.geometry),
+        native=True,
+    ),
+    *(Kernel(operator, "cpu", "cpu", f"fqt.cpu:{operator}", lambda _: cpu.refuses_norm(), native=True) for operator in NORM),
     *(
         Kernel(operator, "reference", "", f"fqt.{'norm' if operator in NORM else 'reference'}:{operator}", lambda request: None)
         for operator in OPERATORS
@@ -75,17 +103,65 @@ KERNELS: list[Kernel] = [
 ]
 
 
+def named_backend(name: str | None = None) -> str:
+    """The backend that `name`, else the environment's FQT_BACKEND, names; "" if neither does.
+
+    Raises:
+        ValueError: no kernel has a backend of that name.
+    """
+    chosen = name or os.environ.get(ENVIRONMENT, "")
+    known = {kernel.backend.split()[0]: None for kernel in KERNELS} if chosen else {}
+    if chosen and chosen not in known:
+        where = "" if name else f" in {ENVIRONMENT}"
+        raise ValueError(f"unknown backend {chosen!r}{where}{nearest(chosen, known)}; known: {', '.join(known)}")
+    return chosen
+
+
 def select(operator: str, request: Request) -> tuple[Kernel, list[str]]:
-    """The first kernel that serves a request, and why each one before it does not ("backend: reason")."""
+    """The first kernel that serves a request, and why each one before it does not ("backend: reason").
+
+    A backend named by the request, or by FQT_BACKEND, is the only one asked. `decode` multiplies nothing: it is not bound.
+
+    Raises:
+        ValueError: the named backend is unknown, or does not serve this.
+    """
+    wanted = named_backend(request.backend) if operator != "decode" else ""
     reasons = []
     for kernel in KERNELS:
         if kernel.operator != operator or kernel.device not in ("", request.device):
             continue
-        reason = kernel.refuses(request)
+        if wanted and wanted != kernel.backend.split()[0]:
+            continue
+        reason = kernel.refuses(request) or (broken(kernel) if kernel.native else None)
         if reason is None:
             return kernel, reasons
         reasons.append(f"{kernel.backend}: {reason}")
-    raise AssertionError(f"the reference must serve {operator}")
+    formats = " by ".join(format.name for format in request.formats)
+    why = "; ".join(reasons) or f"it has no kernel for this device{_elsewhere(operator, wanted)}"
+    raise ValueError(
+        f"backend {wanted!r} does not serve {operator} of {formats} on {request.device}: {why}. Name no backend, and what "
+        f"serves is chosen, or 'reference', which serves everything"
+    )
+
+
+def _elsewhere(operator: str, backend: str) -> str:
+    devices = [kernel.device for kernel in KERNELS if (kernel.operator, kernel.backend.split()[0]) == (operator, backend)]
+    return f", only for {', '.join(devices)}: move the model there before its conversion" if devices else ""
+
+
+@functools.cache
+def broken(kernel: Kernel) -> str | None:
+    """Why a native kernel cannot be used: its library does not load, or it is not the reference's equal. Asked once a
+    process; said once in the log."""
+    try:
+        selfcheck.compare(kernel.operator, load(kernel.function), lambda *asked: not kernel.refuses(Request(*asked)))
+    except (OSError, AttributeError, RuntimeError, AssertionError) as error:  # what loading and comparing raise, no more
+        what = "differs from the reference" if isinstance(error, AssertionError) else "cannot be used"
+        said = " ".join(str(error.__cause__ or error).split())  # torch hides the loader's words behind its own
+        reason = f"the native {kernel.operator} {what} ({said}): build it anew, {cpu.BUILD}"
+        logging.getLogger("fqt").warning("%s: %s; see python -m fqt doctor", kernel.backend, reason)
+        return reason
+    return None
 
 
 @functools.cache
@@ -134,7 +210,7 @@ def _(like: Tensor) -> Tensor:
 
 @_operator(
     "quantize(Tensor x, Tensor? fold, Tensor? key, Tensor? low, Tensor? high, str format, str calibrate, float[] limits,"
-    " bool stochastic, str prune, int keep_one_in, int stream, float[] pass_range)"
+    ' bool stochastic, str prune, int keep_one_in, int stream, float[] pass_range, str backend="")'
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _quantize(
@@ -151,11 +227,12 @@ def _quantize(
     keep_one_in: int,
     stream: int,
     pass_range: list[float],
+    backend: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     parsed = Format.parse(format)
     q, mask = _call(
         "quantize",
-        Request(x.device.type, (parsed,)),
+        Request(x.device.type, (parsed,), backend=backend),
         x,
         parsed,
         calibrate=calibrate,
@@ -174,7 +251,7 @@ def _quantize(
 
 
 @torch.library.register_fake("fqt::quantize")
-def _(x, fold, key, low, high, format, calibrate, limits, stochastic, prune, keep_one_in, stream, pass_range):
+def _(x, fold, key, low, high, format, calibrate, limits, stochastic, prune, keep_one_in, stream, pass_range, backend=""):
     parsed, shape = Format.parse(format), _shape3(x.shape)
     groups = parsed.groups(shape)
     dtype = {16: torch.int16, 32: torch.int32}.get(parsed.storage_bits, torch.uint8)
@@ -211,60 +288,60 @@ def _operands(
     )
 
 
-def _request(a: QTensor, b: QTensor, geometry: Geometry | None) -> Request:
-    return Request(a.codes.device.type, (a.format, b.format), geometry)
+def _request(a: QTensor, b: QTensor, geometry: Geometry | None, backend: str) -> Request:
+    return Request(a.codes.device.type, (a.format, b.format), geometry, backend)
 
 
-@_operator(f"output({_OPERANDS}, Tensor? bias, SymInt[] geometry) -> Tensor")
-def _output(a, a_format, a_shape, b, b_format, b_shape, bias, geometry) -> Tensor:
+@_operator(f'output({_OPERANDS}, Tensor? bias, SymInt[] geometry, str backend="") -> Tensor')
+def _output(a, a_format, a_shape, b, b_format, b_shape, bias, geometry, backend="") -> Tensor:
     x, w = _operands(a, a_format, a_shape, b, b_format, b_shape)
     window = Geometry.unflatten(geometry)
-    return _call("output", _request(x, w, window), x, w, bias, window).contiguous()
+    return _call("output", _request(x, w, window, backend), x, w, bias, window).contiguous()
 
 
 @torch.library.register_fake("fqt::output")
-def _(a, a_format, a_shape, b, b_format, b_shape, bias, geometry):
+def _(a, a_format, a_shape, b, b_format, b_shape, bias, geometry, backend=""):
     window = Geometry.unflatten(geometry)
     positions = a_shape[1] if window is None else window.output_size[0] * window.output_size[1]
     return a[1].new_empty(a_shape[0], positions, b_shape[0])
 
 
-@_operator(f"grad_input({_OPERANDS}, Tensor mask, SymInt[] x_shape, SymInt[] geometry) -> Tensor")
-def _grad_input(a, a_format, a_shape, b, b_format, b_shape, mask, x_shape, geometry) -> Tensor:
+@_operator(f'grad_input({_OPERANDS}, Tensor mask, SymInt[] x_shape, SymInt[] geometry, str backend="") -> Tensor')
+def _grad_input(a, a_format, a_shape, b, b_format, b_shape, mask, x_shape, geometry, backend="") -> Tensor:
     g, w = _operands(a, a_format, a_shape, b, b_format, b_shape)
     window = Geometry.unflatten(geometry)
     mask = mask if mask.numel() else None
-    return _call("grad_input", _request(g, w, window), g, w, mask, window, _shape3(x_shape)).contiguous()
+    return _call("grad_input", _request(g, w, window, backend), g, w, mask, window, _shape3(x_shape)).contiguous()
 
 
 @torch.library.register_fake("fqt::grad_input")
-def _(a, a_format, a_shape, b, b_format, b_shape, mask, x_shape, geometry):
+def _(a, a_format, a_shape, b, b_format, b_shape, mask, x_shape, geometry, backend=""):
     return a[1].new_empty(x_shape)
 
 
-@_operator(f"grad_weight({_OPERANDS}, SymInt[] geometry) -> Tensor")
-def _grad_weight(a, a_format, a_shape, b, b_format, b_shape, geometry) -> Tensor:
+@_operator(f'grad_weight({_OPERANDS}, SymInt[] geometry, str backend="") -> Tensor')
+def _grad_weight(a, a_format, a_shape, b, b_format, b_shape, geometry, backend="") -> Tensor:
     g, x = _operands(a, a_format, a_shape, b, b_format, b_shape)
     window = Geometry.unflatten(geometry)
-    return _call("grad_weight", _request(g, x, window), g, x, window).contiguous()
+    return _call("grad_weight", _request(g, x, window, backend), g, x, window).contiguous()
 
 
 @torch.library.register_fake("fqt::grad_weight")
-def _(a, a_format, a_shape, b, b_format, b_shape, geometry):
+def _(a, a_format, a_shape, b, b_format, b_shape, geometry, backend=""):
     window = Geometry.unflatten(geometry)
     taps, groups = (1, 1) if window is None else (window.kernel[0] * window.kernel[1], window.groups)
     return a[1].new_empty(a_shape[2], taps, b_shape[2] // groups)
 
 
-@_operator(f"accumulate({_OPERANDS}, SymInt[] geometry) -> Tensor")
-def _accumulate(a, a_format, a_shape, b, b_format, b_shape, geometry) -> Tensor:
+@_operator(f'accumulate({_OPERANDS}, SymInt[] geometry, str backend="") -> Tensor')
+def _accumulate(a, a_format, a_shape, b, b_format, b_shape, geometry, backend="") -> Tensor:
     x, w = _operands(a, a_format, a_shape, b, b_format, b_shape)
     window = Geometry.unflatten(geometry)
-    return _call("accumulate", _request(x, w, window), x, w, window)
+    return _call("accumulate", _request(x, w, window, backend), x, w, window)
 
 
 @torch.library.register_fake("fqt::accumulate")
-def _(a, a_format, a_shape, b, b_format, b_shape, geometry):
+def _(a, a_format, a_shape, b, b_format, b_shape, geometry, backend=""):
     window = Geometry.unflatten(geometry)
     positions = a_shape[1] if window is None else window.output_size[0] * window.output_size[1]
     return a[1].new_empty(a_shape[0], positions, b_shape[0], dtype=torch.int16)

@@ -28,7 +28,7 @@ import yaml
 
 from fqt.formats import Format
 from fqt.quantizers import Quantizer, build
-from fqt.quantizers.base import nearest
+from fqt.wording import nearest
 
 Operand = Quantizer | Literal["saved", "float"]
 LEFT_RIGHT = {"output": ("x", "w"), "grad_input": ("g", "w"), "grad_weight": ("g", "x")}

@@ -16,6 +16,8 @@ from fqt.nn import QuantizedLayer
 from fqt.ops import PRODUCTS
 
 _MACS = "_fqt_macs"
+NOTE = "_fqt_note"
+"""Attribute of a layer that `convert` left float: why."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Row:
         madds: multiply-adds of one sample's forward; None before the model's first forward after its conversion.
         packed_bytes: of the weight as the forward reads it, scales included; of the float weight in a float layer.
         backend: what serves the low-bit products; "torch" if there are none.
+        served: product -> the backend of the kernel that serves it, for those that run in low bits.
         note: why a layer is float, or why no faster backend serves it.
         bits: product -> bits at which it runs, 32 = float.
         kept: product -> fraction of groups that pruning keeps.
@@ -43,6 +46,7 @@ class Row:
     packed_bytes: int
     backend: str
     note: str
+    served: dict[str, str]
     bits: dict[str, int]
     kept: dict[str, float]
 
@@ -111,6 +115,7 @@ def summary(model: nn.Module) -> Summary:
                     packed_bytes=sum(weight.numel() * weight.element_size() for weight in weights if not is_lazy(weight)),
                     backend="torch",
                     note=_why_float(module),
+                    served={},
                     bits=dict.fromkeys(PRODUCTS, 32),
                     kept=dict.fromkeys(PRODUCTS, 1.0),
                 )
@@ -132,6 +137,8 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
         nbytes = codes * max(format.storage_bits, 8) // 8 + format.groups(shape) * (8 if format.offset else 4)
     names = list(dict.fromkeys(backend for backend, _ in served.values()))
     reasons = list(dict.fromkeys(reason for _, reason in served.values() if reason))
+    if layer.backend:
+        reasons.insert(0, f"backend {layer.backend!r} was named")
     return Row(
         name=name,
         kind=type(layer).__name__,
@@ -143,22 +150,25 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
         packed_bytes=nbytes,
         backend="+".join(names) or "torch",
         note="; ".join(reasons),
+        served={product: backend for product, (backend, _) in served.items()},
         bits={product: recipe.bits(product) for product in PRODUCTS},
         kept={product: recipe.kept(product) for product in PRODUCTS},
     )
 
 
 def backends(layer: QuantizedLayer) -> dict[str, tuple[str, str]]:
-    """Product -> (backend, why no faster one), for the products that run in low bits."""
+    """Product -> (backend, why no faster one), for the products that run in low bits; "none" where the named one cannot."""
     served = {}
-    device = layer.weight.device.type
-    for product in PRODUCTS:
-        if not layer.recipe.low_bit(product):
+    for product, request in layer.requests().items():
+        if product not in PRODUCTS:
             continue
-        request = ops.Request(device, layer.recipe.multiplied(product, layer.kind), layer.window())
-        kernel, reasons = ops.select(product, request)
-        if kernel.backend == "reference" and not reasons:
-            reasons = [f"no low-bit kernel for {device} yet"]
+        try:
+            kernel, reasons = ops.select(product, request)
+        except ValueError as error:  # the layer went to another device, or has got another recipe
+            served[product] = ("none", str(error))
+            continue
+        if kernel.backend == "reference" and not reasons and not ops.named_backend(request.backend):
+            reasons = [f"no low-bit kernel for {request.device} yet"]
         served[product] = (kernel.backend, "; ".join(reasons))
     return served
 
@@ -180,7 +190,7 @@ def _why_float(module: nn.Module) -> str:
     if any(is_lazy(weight) for weight in _weights(module)):
         return "lazy: it has no shape before its first forward; convert after that"
     if type(module) in (nn.Linear, nn.Conv2d):
-        return "kept float"
+        return module.__dict__.get(NOTE, "kept float")
     if isinstance(module, nn.Linear | nn.Conv2d):
         return "a subclass: left alone"
     return "not a kind that fqt converts"

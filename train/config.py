@@ -25,7 +25,8 @@ MODELS = {
     "resnet20": "ResNet-20 of the CIFAR family, 16-32-64 channels, option-A shortcuts",
     "resnet56": "ResNet-56 of the CIFAR family, 16-32-64 channels, option-A shortcuts",
     "alexnet": "AlexNet for small images: five convolutions and three linear layers, all with BatchNorm",
-    "mlp": "two hidden layers of 256 units with BatchNorm",
+    "mlp": "four hidden layers of 4096 units with BatchNorm",
+    "mlp_small": "two hidden layers of 256 units with BatchNorm",
     "torchvision:<name>": "any classifier of torchvision.models, untrained",
     "timm:<name>": "any model of timm, untrained",
 }

@@ -76,9 +76,18 @@ def alexnet(shape: Shape, classes: int) -> nn.Module:
 
 
 def mlp(shape: Shape, classes: int) -> nn.Module:
+    """Four hidden layers of 4096 units: nearly all of it is matrix products."""
+    return _mlp([4096] * 4, shape, classes)
+
+
+def mlp_small(shape: Shape, classes: int) -> nn.Module:
     """Two hidden layers of 256 units."""
+    return _mlp([256] * 2, shape, classes)
+
+
+def _mlp(widths: Sequence[int], shape: Shape, classes: int) -> nn.Module:
     features, layers = shape[0] * shape[1] * shape[2], list[nn.Module]([nn.Flatten()])
-    for out in (256, 256):
+    for out in widths:
         layers += [nn.Linear(features, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
         features = out
     return nn.Sequential(*layers, nn.Linear(features, classes))
@@ -144,7 +153,7 @@ def resnet56(shape: Shape, classes: int) -> nn.Module:
 
 
 BUILDERS: dict[str, Callable[[Shape, int], nn.Module]] = {
-    build.__name__: build for build in (vgg_small, vgg16, resnet18, resnet20, resnet56, alexnet, mlp)
+    build.__name__: build for build in (vgg_small, vgg16, resnet18, resnet20, resnet56, alexnet, mlp, mlp_small)
 }
 
 

@@ -10,7 +10,6 @@ and is from then on a word of the recipes' YAML: `g: {quantizer: my_gradient, bi
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch import Tensor
 import fqt.ops  # noqa: F401  registers torch.ops.fqt
 from fqt.formats import GRANULARITY_AXES, Format
 from fqt.qtensor import QTensor
+from fqt.wording import nearest
 
 OPERANDS = {"x": "activation", "w": "weight", "g": "gradient"}
 
@@ -175,12 +175,6 @@ def build(name: str, operand: str, /, **options: object) -> Quantizer | None:
     return quantizer
 
 
-def nearest(word: str, known: object) -> str:
-    """' (did you mean ...?)' for an error message, or ''."""
-    match = difflib.get_close_matches(str(word), list(known), n=1)  # type: ignore[call-overload]
-    return f" (did you mean {match[0]!r}?)" if match else ""
-
-
 def transformed(x: Tensor, quantizer: Quantizer) -> Tensor:
     """The quantizer's transform, differentiable."""
     if quantizer.transform == "":
@@ -199,6 +193,7 @@ def quantize(
     stream: int = 0,
     fold: Tensor | None = None,
     ranges: tuple[Tensor, Tensor] | None = None,
+    backend: str = "",
 ) -> tuple[QTensor, Tensor]:
     """Quantize (N, P, C), or for a weight (O, K, I), after its transform.
 
@@ -207,13 +202,14 @@ def quantize(
         stream: even number of the draw within one key.
         fold: broadcastable to x, multiplied into it first.
         ranges: smallest and largest value of each group, (G,) float32, where the caller knows them; NaN if it holds one.
+        backend: the one that must serve, "" for the fastest that does.
 
     Returns:
         The codes, and the estimator's packed mask, (N, P, ceil(C/8)) uint8 (empty without a `pass_range`).
 
     Raises:
-        ValueError: x has not three axes, the operand not the quantizer's granularity, a random quantizer no key, or ranges
-            together with a fold, or not one for each group.
+        ValueError: x has not three axes, the operand not the quantizer's granularity, a random quantizer no key, or the named
+            backend no kernel for this; or ranges come together with a fold, or not one for each group.
     """
     format = quantizer.format(operand)
     if x_NPC.dim() != 3:
@@ -248,6 +244,7 @@ def quantize(
         quantizer.keep_one_in,
         stream,
         quantizer.pass_range or (),
+        backend=backend,
     )
     shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     return QTensor.from_tensors(tensors, format, shape), mask

@@ -1,13 +1,26 @@
 """Each benchmark runs with --quick, on data that needs no download, and writes rows with where they come from."""
 
 import json
+import logging
 import sys
+import types
 
 import pytest
+import torch
 
-from benchmarks import accuracy, gradients, kernels, readme, saved
+from benchmarks import accuracy, gradients, kernels, layers, pareto, readme, saved, step
+from fqt import ops, reference
 from fqt.cpu import refuses_quantize
 from fqt.formats import Format
+from fqt.ops import Kernel
+
+
+@pytest.fixture(autouse=True)
+def _loud_again():
+    """The benchmarks silence the library's log."""
+    level = logging.getLogger("fqt").level
+    yield
+    logging.getLogger("fqt").setLevel(level)
 
 
 def rows(monkeypatch, tmp_path, main, *arguments: str) -> list[dict]:
@@ -70,3 +83,81 @@ def test_kernels(monkeypatch, tmp_path, capsys):
     found = rows(monkeypatch, tmp_path, kernels.main, "--threads", "1")
     assert {"output", "grad_input", "grad_weight"} <= {row.get("product") for row in found}
     assert "all kernels equal the reference" in capsys.readouterr().out
+
+
+def test_step(monkeypatch, tmp_path, capsys):
+    arguments = ("--model", "resnet20", "mlp_small", "--recipe", "fqt_1bit", "xnor", "--threads", "1", "--optimizer", "sgd")
+    found = rows(monkeypatch, tmp_path, step.main, *arguments)
+    assert [(row["model"], row["recipe"]) for row in found] == [
+        ("resnet20", "fqt_1bit"), ("resnet20", "xnor"), ("mlp_small", "fqt_1bit"), ("mlp_small", "xnor"),
+    ]  # fmt: skip
+    for row in found:
+        assert (row["batch"], row["threads"], row["optimizer"]) == (4, 1, "sgd")
+        for side in ("fp32", "fqt"):
+            low, high = row[f"{side}_spread_ms"]
+            assert 0 < low <= row[f"{side}_ms"] <= high
+            assert 0 < row[f"{side}_saved_bytes"] < row[f"{side}_peak_bytes"]
+        assert row["speedup"] == row["fp32_ms"] / row["fqt_ms"]
+        assert {"forward", "backward", "optimizer", "operators"} == set(row["breakdown_ms"])
+        assert any(name.startswith("fqt::") for name in row["breakdown_ms"]["operators"])
+        assert {"commit", "torch", "machine"} <= set(row["where"])
+    # convolutions in both memory formats; without any, one suffices
+    assert len(found[0]["variants_ms"]) == 4 and len(found[2]["variants_ms"]) == 2
+    assert found[0]["fqt_saved_bytes"] < found[0]["fp32_saved_bytes"]
+    out = capsys.readouterr().out
+    assert "torch.compile is not measured: --quick" in out and "equal the reference: loss and every gradient" in out
+
+
+def test_step_gives_no_figures_of_a_kernel_that_differs(monkeypatch, tmp_path, capsys):
+    module = types.ModuleType("a_wrong_kernel")
+    module.grad_weight = lambda *args: 2 * reference.grad_weight(*args)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    wrong = Kernel("grad_weight", "wrong", "cpu", f"{module.__name__}:grad_weight", lambda request: None)
+    monkeypatch.setattr(ops, "KERNELS", [wrong, *ops.KERNELS])
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["step", "--quick", "--model", "mlp_small", "--recipe", "fqt_1bit", "--json", str(path)])
+    with pytest.raises(
+        SystemExit, match="mlp_small, fqt_1bit: the kernels differ from the reference, so no figures: 4.weight:"
+    ):
+        step.main()
+    assert not path.exists() and "ms" not in capsys.readouterr().out
+
+
+def test_layers(monkeypatch, tmp_path, capsys):
+    found = rows(monkeypatch, tmp_path, layers.main, "--threads", "1")
+    shapes = [row["shape"] for row in found]
+    assert shapes[0] == "3x3, 1 -> 16, on 28x28" and shapes[-1] == "linear, 1024 -> 10" and len(set(shapes)) == len(shapes)
+    assert set(found[0]["products_ms"]) == {"output", "grad_weight"}, "the first layer's input needs no gradient"
+    assert all(row["ratio"] == pytest.approx(row["fp32_ms"] / row["fqt_ms"]) for row in found)
+    assert "| vgg_small" in capsys.readouterr().out
+
+
+def test_layers_names_strides_and_groups():
+    described = [
+        layers.describe(torch.nn.Conv2d(8, 8, (3, 1), stride=2, groups=8), (4, 8, 5, 6)),
+        layers.describe(torch.nn.Conv2d(8, 4, 1, groups=2), (4, 8, 5, 6)),
+    ]
+    assert described == ["3x1, 8 -> 8, /2, depthwise, on 5x6", "1x1, 8 -> 4, 2 groups, on 5x6"]
+
+
+def test_pareto(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "picture.svg"
+    found = rows(monkeypatch, tmp_path, pareto.main, "--threads", "1", "--picture", str(picture))
+    assert [row["recipe"] for row in found] == list(accuracy.METHODS)
+    assert found[0]["speedup"] == 1.0 and all(row["speedup"] > 0 and 50 < row["accuracy"] < 100 for row in found)
+    first = picture.read_bytes()
+    assert all(method in first.decode() for method in accuracy.METHODS)
+    pareto.draw(found, picture)
+    assert picture.read_bytes() == first
+    assert f"drawn: {picture}" in capsys.readouterr().out
+
+
+def test_pareto_trains_for_the_accuracies_if_it_is_told_to(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    trained = [{"method": "fp32", "mean": 90.0, "stdev": 0.0}, {"method": "xnor", "mean": 80.0, "stdev": 1.0}]
+    monkeypatch.setattr(accuracy, "measure", lambda methods, data, *, quick: trained if quick and data == "digits" else None)
+    picture = tmp_path / "picture.png"
+    found = rows(monkeypatch, tmp_path, pareto.main, "--train", "--data", "digits", "--picture", str(picture))
+    assert [(row["recipe"], row["accuracy"]) for row in found] == [("fp32", 90.0), ("xnor", 80.0)]
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -18,9 +18,9 @@ import fqt
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = [
-    "Format", "Product", "QTensor", "QuantConv2d", "QuantLinear", "Quantizer", "Recipe", "Rule", "Summary", "convert",
-    "count_saved_bytes", "load_recipe", "modelled_speedup", "observe_gradients", "quantize", "quantized_layers", "recipes",
-    "register", "revert", "summary",
+    "Format", "Memory", "Product", "Profile", "QTensor", "QuantConv2d", "QuantLinear", "Quantizer", "Recipe", "Rule", "Summary",
+    "convert", "count_saved_bytes", "load_recipe", "memory", "modelled_speedup", "observe_gradients", "profile",
+    "quantize", "quantized_layers", "recipes", "register", "revert", "summary",
 ]  # fmt: skip
 NOT_AT_IMPORT = ("triton", "torchvision", "timm", "train", "tensorboard", "sklearn", "torch._dynamo", "torch._inductor")
 

@@ -12,7 +12,7 @@ from train import config
 from train.main import main
 
 ROOT = Path(config.__file__).resolve().parent.parent
-GOOD = "model: {name: mlp}\ndata: {name: digits}\n"
+GOOD = "model: {name: mlp_small}\ndata: {name: digits}\n"
 
 # what is wrong: (text of the file, further arguments, what the message must hold)
 MALFORMED = {

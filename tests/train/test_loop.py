@@ -144,7 +144,7 @@ def test_warm_start_has_the_weights_of_the_file(make, recipe):
 
 
 def test_warm_start_from_another_model(make):
-    first = run(make(model={"name": "mlp"}, checkpoint={"enabled": True}))
+    first = run(make(model={"name": "mlp_small"}, checkpoint={"enabled": True}))
     with pytest.raises(ConfigError, match="model.weights = .*last.pt: it does not fit the model.*Missing key") as error:
         run(make(model={"weights": str(first.folder / "last.pt")}))
     assert "\n" not in str(error.value)

@@ -1,0 +1,137 @@
+"""A native kernel that does not load, or is not the reference's equal, never serves; and `import fqt` does not mind."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fqt
+from fqt import cpu, ops, reference, selfcheck
+from fqt.native import refuse_truncated
+from fqt.ops import KERNELS, Kernel, Request
+
+NATIVE = [row for row in KERNELS if row.native]
+ROOT = Path(__file__).parents[2]
+built = pytest.mark.skipif(not cpu._LIBRARY.exists(), reason="the C++ kernels are not built")
+compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+@pytest.fixture(autouse=True)
+def _ask_anew():
+    ops.broken.cache_clear()
+    ops.load.cache_clear()
+    yield
+    ops.broken.cache_clear()
+    ops.load.cache_clear()
+
+
+def accepts(row: Kernel):
+    return lambda *asked: row.refuses(Request(*asked)) is None
+
+
+@built
+@pytest.mark.parametrize("row", NATIVE, ids=lambda row: f"{row.operator}-{row.backend}")
+def test_every_native_row_passes_and_is_asked_something(row: Kernel) -> None:
+    assert ops.broken(row) is None
+    assert selfcheck.compare(row.operator, ops.load(row.function), accepts(row)) >= 2
+
+
+def test_every_row_but_the_references_is_checked() -> None:
+    assert [row.backend for row in KERNELS if not row.native] == ["reference"] * len(ops.OPERATORS)
+
+
+@pytest.mark.parametrize("operator", ["quantize", *ops.PRODUCTS])
+def test_a_wrong_kernel_is_found_out(operator: str) -> None:
+    def wrong(*args, **kwargs):
+        result = getattr(reference, operator)(*args, **kwargs)
+        (result if isinstance(result, torch.Tensor) else result[0].scale).view(-1)[-1] += 1e-3
+        return result
+
+    assert selfcheck.compare(operator, getattr(reference, operator), lambda *asked: True) >= 8
+    with pytest.raises(AssertionError, match="expected"):
+        selfcheck.compare(operator, wrong, lambda *asked: True)
+    assert selfcheck.compare(operator, wrong, lambda *asked: False) == 0
+
+
+@built
+def test_a_wrong_kernel_refuses_and_the_reference_serves(monkeypatch, caplog) -> None:
+    right = cpu.output
+    monkeypatch.setattr(cpu, "output", lambda *args: right(*args) + 1)
+    with caplog.at_level(logging.INFO, "fqt"):
+        layer = fqt.convert(torch.nn.Linear(16, 3), fqt.load_recipe("fqt_1bit").everywhere())
+    row = fqt.summary(layer).rows[0]
+    assert row.served == {"output": "reference", "grad_input": "cpu", "grad_weight": "cpu"}
+    assert "cpu: the native output differs from the reference (sign by sign: values:" in row.note
+    assert [record.name for record in caplog.records].count("fqt") == 2, "the broken kernel once, the conversion once"
+    with pytest.raises(ValueError, match="layer '', output: backend 'cpu' does not serve .* differs from the reference"):
+        fqt.convert(torch.nn.Linear(16, 3), fqt.load_recipe("fqt_1bit").everywhere(), backend="cpu")
+
+
+@built
+def test_the_check_disturbs_nothing_and_no_mode_disturbs_it() -> None:
+    state = torch.get_rng_state()
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+        assert [ops.broken(row) for row in NATIVE] == [None] * len(NATIVE)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- files that are no library: each in a process of its own ------------------------------------------------------------
+
+TRAIN = """
+import sys, pathlib, torch, fqt, fqt.cpu
+fqt.cpu._LIBRARY = pathlib.Path(sys.argv[1])
+model = fqt.convert(torch.nn.Linear(16, 3), fqt.load_recipe("fqt_1bit").everywhere())
+model(torch.randn(4, 16)).sum().backward()
+print(fqt.summary(model))
+"""
+
+
+def trained_with(library: Path) -> str:
+    """The summary of a model that trained a step with this file in the library's place."""
+    done = subprocess.run([sys.executable, "-c", TRAIN, str(library)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if "QuantLinear" in line)
+    assert "  reference  " in line, line
+    return line
+
+
+def test_a_library_that_is_missing(tmp_path: Path) -> None:
+    assert "the C++ kernels are not built: python setup.py build_ext --inplace" in trained_with(tmp_path / "none.so")
+
+
+@built
+@pytest.mark.parametrize("part", [0.5, 0.99])
+def test_a_library_that_is_cut_short(tmp_path: Path, part: float) -> None:
+    whole, library = cpu._LIBRARY.read_bytes(), tmp_path / "short.so"
+    library.write_bytes(whole[: int(len(whole) * part)])
+    assert "cut short" in trained_with(library)
+    with pytest.raises(OSError, match=f"short.so is cut short: {int(len(whole) * part):,} bytes of {len(whole):,}"):
+        refuse_truncated(library)
+    refuse_truncated(cpu._LIBRARY)
+
+
+def test_a_library_that_is_text(tmp_path: Path) -> None:
+    library = tmp_path / "text.so"
+    library.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "the native output cannot be used" in trained_with(library)
+
+
+@compiler
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("void of_another_torch(); void f() { of_another_torch(); }", "undefined symbol"),
+        ("int f() { return 1; }", "no attribute"),
+    ],
+    ids=["undefined_symbol", "no_operators"],
+)
+def test_a_library_of_another_abi(tmp_path: Path, source: str, reason: str) -> None:
+    (tmp_path / "a.cpp").write_text(source)
+    subprocess.run(["g++", "-shared", "-fPIC", "-Wl,-z,now", "-o", "a.so", "a.cpp"], check=True, cwd=tmp_path)
+    assert reason in trained_with(tmp_path / "a.so")
