@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from fqt import ops
-from fqt.functional import accumulates
+from fqt.deferred import accumulates
 from fqt.nn import (
     FusedBatchNorm1d,
     FusedBatchNorm2d,

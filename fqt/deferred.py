@@ -20,10 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fqt.norm_ops  # noqa: F401  registers torch.ops.fqt.norm_*
 from fqt.autograd import once
 from fqt.formats import Format
 from fqt.norm import Source, Windows
 from fqt.qtensor import QTensor
+from fqt.quantizers import Quantizer
+from fqt.recipe import Recipe
 
 # what a tensor is asked without needing its values
 _DESCRIPTIONS = {
@@ -193,6 +196,27 @@ def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor | None:
     return Deferred.make(x.source, x.graph, x.norm, windows, x.shape_of)
 
 
+def signs_of(x: Tensor, recipe: Recipe) -> tuple[Tensor | None, tuple[QTensor, Tensor] | None]:
+    """Of a deferred x: (N, P, C) placeholder with its graph, and its signs with their mask; None if the recipe reads more."""
+    quantizer = recipe.quantizer("output", "x")
+    if not isinstance(x, Deferred) or quantizer is None or not _plain_sign(quantizer):
+        return None, None
+    if not recipe.saved("grad_weight", "x") or quantizer.pass_range is None or x.norm is None or x.changed is not None:
+        return None, None
+    z_NPC, q, mask = x.signs(*quantizer.pass_range)
+    return z_NPC, (q, mask)
+
+
+def _plain_sign(quantizer: Quantizer) -> bool:
+    return quantizer.grid == "sign" and quantizer.calibrate == "none" and quantizer.limits == (-1.0, 1.0)
+
+
+def accumulates(recipe: Recipe) -> bool:
+    """Whether the output is a product of signs, of which only the weights' have a scale."""
+    x, w = recipe.quantizer("output", "x"), recipe.quantizer("output", "w")
+    return x is not None and w is not None and _plain_sign(x) and w.grid == "sign"
+
+
 def _pair(size: int | tuple[int, ...]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -210,7 +234,19 @@ def _canonical(x: Tensor) -> Tensor:
 
 def images(x_NCHW: Tensor) -> Callable[[Tensor, Windows], Tensor]:
     """The way from (N, P, C) to images in the memory format of these."""
-    return images_last if x_NCHW.is_contiguous(memory_format=torch.channels_last) else images_first
+    return images_last if channels_last(x_NCHW) else images_first
+
+
+def channels_last(x_NCHW: Tensor) -> bool:
+    """Whether the strides are those of channels_last, by torch's own rule: it also decides where an axis of size 1 leaves
+    `is_contiguous` true for both formats, and for slices, where it is true for neither."""
+    least = 0
+    for axis in (1, 3, 2, 0):
+        stride, size = x_NCHW.stride(axis), x_NCHW.shape[axis]
+        if size == 0 or stride < least or (axis == 0 and least == x_NCHW.stride(1)):
+            return False
+        least = stride * max(size, 1)
+    return x_NCHW.stride(1) > 0
 
 
 def rows(y_NPC: Tensor, windows: Windows) -> Tensor:

@@ -20,7 +20,18 @@ import torch
 from torch import Tensor
 
 from fqt.autograd import once
-from fqt.deferred import Deferred, images_first, images_last, placeholder, possible, ranges, remember_kept, rows
+from fqt.deferred import (
+    Deferred,
+    accumulates,
+    images_first,
+    images_last,
+    placeholder,
+    possible,
+    ranges,
+    remember_kept,
+    rows,
+    signs_of,
+)
 from fqt.formats import Shape3
 from fqt.geometry import Geometry
 from fqt.norm import Source, Windows
@@ -65,7 +76,7 @@ def linear(
     positions = 1
     for size in x.shape[1:-1]:
         positions *= size
-    x_NPC, signs = _signs(x, recipe) if x.dim() == 2 else (None, None)
+    x_NPC, signs = signs_of(x, recipe) if x.dim() == 2 else (None, None)
     if x_NPC is None:
         x_NPC = x.reshape(n, positions, x.shape[-1])
     defer = defer and x.dim() == 2 and possible(x)
@@ -110,7 +121,7 @@ def conv2d(
             f"conv2d: input of shape {tuple(x.shape)} does not fit weight {tuple(weight.shape)} with groups={groups}: "
             f"expected (N, {weight.shape[1] * groups}, H, W)"
         )
-    x_NPC, signs = _signs(x, recipe)
+    x_NPC, signs = signs_of(x, recipe)
     last = x.shape_of is images_last if isinstance(x, Deferred) else None
     x_NCHW = x if x.dim() == 4 else x.unsqueeze(0)
     n, _, height, width = x_NCHW.shape
@@ -124,7 +135,7 @@ def conv2d(
         )
     if x_NPC is None:
         x_NPC = x_NCHW.flatten(2).transpose(1, 2)
-    last = _channels_last(x_NCHW) if last is None else last
+    last = channels_last(x_NCHW) if last is None else last
     w_OKI = weight.flatten(2).transpose(1, 2)
     defer = defer and x.dim() == 4 and possible(x)
     y_NPO, source = _layer(x_NPC, w_OKI, bias, recipe, geometry, training, signs, defer, backend)
@@ -135,33 +146,6 @@ def conv2d(
     else:
         y_NCHW = y_NPO.transpose(1, 2).flatten().view(n, weight.shape[0], out_height, out_width)
     return y_NCHW if x.dim() == 4 else y_NCHW.squeeze(0)
-
-
-def _signs(x: Tensor, recipe: Recipe) -> tuple[Tensor | None, tuple[QTensor, Tensor] | None]:
-    """Of a deferred x: (N, P, C) placeholder with its graph, and its signs with their mask; None if the recipe reads more."""
-    quantizer = recipe.quantizer("output", "x")
-    if not isinstance(x, Deferred) or quantizer is None or not _plain_sign(quantizer):
-        return None, None
-    if not recipe.saved("grad_weight", "x") or quantizer.pass_range is None or x.norm is None or x.changed is not None:
-        return None, None
-    z_NPC, q, mask = x.signs(*quantizer.pass_range)
-    return z_NPC, (q, mask)
-
-
-def _plain_sign(quantizer: Quantizer) -> bool:
-    return quantizer.grid == "sign" and quantizer.calibrate == "none" and quantizer.limits == (-1.0, 1.0)
-
-
-def _channels_last(x_NCHW: Tensor) -> bool:
-    """Whether the strides are those of channels_last, by torch's own rule: it also decides where an axis of size 1 leaves
-    `is_contiguous` true for both formats, and for slices, where it is true for neither."""
-    least = 0
-    for axis in (1, 3, 2, 0):
-        stride, size = x_NCHW.stride(axis), x_NCHW.shape[axis]
-        if size == 0 or stride < least or (axis == 0 and least == x_NCHW.stride(1)):
-            return False
-        least = stride * max(size, 1)
-    return x_NCHW.stride(1) > 0
 
 
 @dataclass(frozen=True)
@@ -255,12 +239,6 @@ def _layer(
     q = call.qtensors(flat)
     scale = (q["output.x"].scale * q["output.w"].scale).expand(w_OKI.shape[0]).contiguous()
     return y_NPO, Source(sums, scale, None if bias is None else bias.detach().float())
-
-
-def accumulates(recipe: Recipe) -> bool:
-    """Whether the output is a product of signs, of which only the weights' have a scale."""
-    x, w = recipe.quantizer("output", "x"), recipe.quantizer("output", "w")
-    return x is not None and w is not None and _plain_sign(x) and w.grid == "sign"
 
 
 def keeps_graph(*inputs: Tensor | None) -> bool:

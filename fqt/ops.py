@@ -20,7 +20,6 @@ from torch import Tensor
 from fqt import cpu, selfcheck
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
-from fqt.norm import Source, Windows
 from fqt.qtensor import QTensor
 from fqt.wording import nearest
 
@@ -171,7 +170,7 @@ def load(function: str) -> Callable:
     return getattr(importlib.import_module(module), name)
 
 
-def _call(operator: str, request: Request, *args: object, **kwargs: object):
+def call(operator: str, request: Request, *args: object, **kwargs: object):
     kernel, _ = select(operator, request)
     function = load(kernel.function)
     if torch.is_autocast_enabled(request.device):  # it would round the products within an operator to its dtype
@@ -187,7 +186,7 @@ def _shape3(sizes: Sequence[int]) -> Shape3:
 _library = torch.library.Library("fqt", "DEF")
 
 
-def _operator(schema: str, *, tags: Sequence[torch.Tag] = ()) -> Callable:
+def operator(schema: str, *, tags: Sequence[torch.Tag] = ()) -> Callable:
     """Define `schema`, implemented by the decorated function on every device."""
 
     def register(function: Callable) -> Callable:
@@ -198,7 +197,7 @@ def _operator(schema: str, *, tags: Sequence[torch.Tag] = ()) -> Callable:
     return register
 
 
-@_operator("draw_key(Tensor like) -> Tensor", tags=[torch.Tag.nondeterministic_seeded])
+@operator("draw_key(Tensor like) -> Tensor", tags=[torch.Tag.nondeterministic_seeded])
 def _draw_key(like: Tensor) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=like.device)
 
@@ -208,7 +207,7 @@ def _(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.int64)
 
 
-@_operator(
+@operator(
     "quantize(Tensor x, Tensor? fold, Tensor? key, Tensor? low, Tensor? high, str format, str calibrate, float[] limits,"
     ' bool stochastic, str prune, int keep_one_in, int stream, float[] pass_range, str backend="")'
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -230,7 +229,7 @@ def _quantize(
     backend: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     parsed = Format.parse(format)
-    q, mask = _call(
+    q, mask = call(
         "quantize",
         Request(x.device.type, (parsed,), backend=backend),
         x,
@@ -265,10 +264,10 @@ def _(x, fold, key, low, high, format, calibrate, limits, stochastic, prune, kee
     )
 
 
-@_operator("decode(Tensor[] q, str format, SymInt[] shape) -> Tensor")
+@operator("decode(Tensor[] q, str format, SymInt[] shape) -> Tensor")
 def _decode(q: list[Tensor], format: str, shape: list[int]) -> Tensor:
     parsed = Format.parse(format)
-    return _call("decode", Request(q[0].device.type, (parsed,)), QTensor.from_tensors(q, parsed, _shape3(shape)))
+    return call("decode", Request(q[0].device.type, (parsed,)), QTensor.from_tensors(q, parsed, _shape3(shape)))
 
 
 @torch.library.register_fake("fqt::decode")
@@ -292,11 +291,11 @@ def _request(a: QTensor, b: QTensor, geometry: Geometry | None, backend: str) ->
     return Request(a.codes.device.type, (a.format, b.format), geometry, backend)
 
 
-@_operator(f'output({_OPERANDS}, Tensor? bias, SymInt[] geometry, str backend="") -> Tensor')
+@operator(f'output({_OPERANDS}, Tensor? bias, SymInt[] geometry, str backend="") -> Tensor')
 def _output(a, a_format, a_shape, b, b_format, b_shape, bias, geometry, backend="") -> Tensor:
     x, w = _operands(a, a_format, a_shape, b, b_format, b_shape)
     window = Geometry.unflatten(geometry)
-    return _call("output", _request(x, w, window, backend), x, w, bias, window).contiguous()
+    return call("output", _request(x, w, window, backend), x, w, bias, window).contiguous()
 
 
 @torch.library.register_fake("fqt::output")
@@ -306,12 +305,12 @@ def _(a, a_format, a_shape, b, b_format, b_shape, bias, geometry, backend=""):
     return a[1].new_empty(a_shape[0], positions, b_shape[0])
 
 
-@_operator(f'grad_input({_OPERANDS}, Tensor mask, SymInt[] x_shape, SymInt[] geometry, str backend="") -> Tensor')
+@operator(f'grad_input({_OPERANDS}, Tensor mask, SymInt[] x_shape, SymInt[] geometry, str backend="") -> Tensor')
 def _grad_input(a, a_format, a_shape, b, b_format, b_shape, mask, x_shape, geometry, backend="") -> Tensor:
     g, w = _operands(a, a_format, a_shape, b, b_format, b_shape)
     window = Geometry.unflatten(geometry)
     mask = mask if mask.numel() else None
-    return _call("grad_input", _request(g, w, window, backend), g, w, mask, window, _shape3(x_shape)).contiguous()
+    return call("grad_input", _request(g, w, window, backend), g, w, mask, window, _shape3(x_shape)).contiguous()
 
 
 @torch.library.register_fake("fqt::grad_input")
@@ -319,11 +318,11 @@ def _(a, a_format, a_shape, b, b_format, b_shape, mask, x_shape, geometry, backe
     return a[1].new_empty(x_shape)
 
 
-@_operator(f'grad_weight({_OPERANDS}, SymInt[] geometry, str backend="") -> Tensor')
+@operator(f'grad_weight({_OPERANDS}, SymInt[] geometry, str backend="") -> Tensor')
 def _grad_weight(a, a_format, a_shape, b, b_format, b_shape, geometry, backend="") -> Tensor:
     g, x = _operands(a, a_format, a_shape, b, b_format, b_shape)
     window = Geometry.unflatten(geometry)
-    return _call("grad_weight", _request(g, x, window, backend), g, x, window).contiguous()
+    return call("grad_weight", _request(g, x, window, backend), g, x, window).contiguous()
 
 
 @torch.library.register_fake("fqt::grad_weight")
@@ -333,11 +332,11 @@ def _(a, a_format, a_shape, b, b_format, b_shape, geometry, backend=""):
     return a[1].new_empty(a_shape[2], taps, b_shape[2] // groups)
 
 
-@_operator(f'accumulate({_OPERANDS}, SymInt[] geometry, str backend="") -> Tensor')
+@operator(f'accumulate({_OPERANDS}, SymInt[] geometry, str backend="") -> Tensor')
 def _accumulate(a, a_format, a_shape, b, b_format, b_shape, geometry, backend="") -> Tensor:
     x, w = _operands(a, a_format, a_shape, b, b_format, b_shape)
     window = Geometry.unflatten(geometry)
-    return _call("accumulate", _request(x, w, window, backend), x, w, window)
+    return call("accumulate", _request(x, w, window, backend), x, w, window)
 
 
 @torch.library.register_fake("fqt::accumulate")
@@ -345,78 +344,3 @@ def _(a, a_format, a_shape, b, b_format, b_shape, geometry, backend=""):
     window = Geometry.unflatten(geometry)
     positions = a_shape[1] if window is None else window.output_size[0] * window.output_size[1]
     return a[1].new_empty(a_shape[0], positions, b_shape[0], dtype=torch.int16)
-
-
-# --- batch normalization ---------------------------------------------------------------------------------------------
-
-_SOURCE = "Tensor y, Tensor? scale, Tensor? offset"
-
-
-def _norm(operator: str, y: Tensor, *args: object):
-    return _call(operator, Request(y.device.type, ()), *args)
-
-
-def _windows(windows: Sequence[int]) -> Windows:
-    height, width, *kernel = windows
-    return Windows(height, width, (kernel[0], kernel[1]))
-
-
-def _pooled(windows: Sequence[int]) -> int:
-    height, width = _windows(windows).pooled_size
-    return height * width
-
-
-@_operator(f"norm_sums({_SOURCE}) -> Tensor")
-def _norm_sums(y, scale, offset) -> Tensor:
-    return _norm("norm_sums", y, Source(y, scale, offset))
-
-
-@torch.library.register_fake("fqt::norm_sums")
-def _(y, scale, offset):
-    return y.new_empty(2, y.shape[2], dtype=torch.float64)
-
-
-@_operator(f"norm_value({_SOURCE}, Tensor affine, SymInt[] windows) -> Tensor")
-def _norm_value(y, scale, offset, affine, windows) -> Tensor:
-    return _norm("norm_value", y, Source(y, scale, offset), affine, _windows(windows))
-
-
-@torch.library.register_fake("fqt::norm_value")
-def _(y, scale, offset, affine, windows):
-    return affine.new_empty(y.shape[0], _pooled(windows), y.shape[2])
-
-
-@_operator(
-    f"norm_sign({_SOURCE}, Tensor affine, SymInt[] windows, float low, float high) -> (Tensor codes, Tensor mask, Tensor s)"
-)
-def _norm_sign(y, scale, offset, affine, windows, low, high) -> tuple[Tensor, Tensor, Tensor]:
-    return _norm("norm_sign", y, Source(y, scale, offset), affine, _windows(windows), low, high)
-
-
-@torch.library.register_fake("fqt::norm_sign")
-def _(y, scale, offset, affine, windows, low, high):
-    codes = y.new_empty(y.shape[0], _pooled(windows), -(-y.shape[2] // 8), dtype=torch.uint8)
-    return codes, torch.empty_like(codes), affine.new_empty(1)
-
-
-@_operator(f"norm_grad_sums(Tensor g, Tensor? kept, {_SOURCE}, Tensor affine, SymInt[] windows) -> Tensor")
-def _norm_grad_sums(g, kept, y, scale, offset, affine, windows) -> Tensor:
-    return _norm("norm_grad_sums", y, g, kept, Source(y, scale, offset), affine, _windows(windows))
-
-
-@torch.library.register_fake("fqt::norm_grad_sums")
-def _(g, kept, y, scale, offset, affine, windows):
-    return y.new_empty(2, y.shape[2], dtype=torch.float64)
-
-
-@_operator(
-    f"norm_grad(Tensor g, Tensor? kept, {_SOURCE}, Tensor affine, SymInt[] windows, Tensor means) -> (Tensor, Tensor, Tensor)"
-)
-def _norm_grad(g, kept, y, scale, offset, affine, windows, means) -> tuple[Tensor, Tensor, Tensor]:
-    return _norm("norm_grad", y, g, kept, Source(y, scale, offset), affine, _windows(windows), means)
-
-
-@torch.library.register_fake("fqt::norm_grad")
-def _(g, kept, y, scale, offset, affine, windows, means):
-    low = affine.new_empty(y.shape[0], y.shape[2])
-    return affine.new_empty(y.shape), low, torch.empty_like(low)

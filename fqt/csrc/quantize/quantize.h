@@ -186,6 +186,9 @@ inline Ints coded(Floats v, Floats offset, Floats inverse, const Limits& limits,
   }
 }
 
+constexpr int kVectors = 8;  // encoded at a time, two a counter
+constexpr int64_t kStep = kVectors * kLanes;
+
 // Random numbers for 2 * kLanes elements a counter, in order.
 struct Draws {
   Keys keys;
@@ -208,9 +211,6 @@ struct Draws {
 };
 
 // Elements of a group from element 4 * `block` on, `count` a multiple of kStep.
-constexpr int kVectors = 8;
-constexpr int64_t kStep = kVectors * kLanes;
-
 template <bool kStochastic>
 inline void encode_chunk(const float* v, int64_t count, const Limits& limits, float offset, float inverse, const Draws& draws,
                          uint32_t block, uint8_t* codes) {
@@ -406,6 +406,7 @@ inline bool across(const Plan& p, int64_t image, int64_t first_row, int64_t end_
           const int64_t row = top + least(w * kRows + r, height - 1);
           rows[r] = fetch(p, image, row, first, span, span == n ? picked[r] : buffer);
           if (span != n) {
+#pragma GCC unroll 4
             for (int i = 0; i < n; ++i) picked[r][i] = rows[r][lanes.column[i] - first];
             rows[r] = picked[r];
           } else if (p.direct && n < padded && rows[r] + padded > static_cast<const float*>(p.x.data) + p.extent) {
