@@ -23,6 +23,7 @@ from fqt.autograd import once
 from fqt.deferred import (
     Deferred,
     accumulates,
+    channels_last,
     images_first,
     images_last,
     placeholder,
