@@ -62,6 +62,16 @@ KERNELS: list[Kernel] = [
         lambda request: cpu.refuses_grad_input(request.formats, request.geometry),
     ),
     Kernel("grad_weight", "cpu", "cpu", "fqt.cpu:grad_weight", lambda request: cpu.refuses_grad_weight(request.formats)),
+    *(
+        Kernel(
+            operator,
+            "cpu int8",
+            "cpu",
+            f"fqt.cpu:{operator}_integers",
+            lambda request, operator=operator: cpu.refuses_integers(operator, request.formats, request.geometry),
+        )
+        for operator in PRODUCTS
+    ),
     *(Kernel(operator, "reference", "", f"fqt.reference:{operator}", lambda request: None) for operator in OPERATORS),
 ]
 

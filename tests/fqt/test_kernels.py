@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from fqt.reference import pack
 from fqt.testing import assert_same_codes, assert_same_values
 
 QUANTIZE = [row for row in KERNELS if row.operator == "quantize" and row.backend != "reference"]
-MULTIPLY = [row for row in KERNELS if row.operator in PRODUCTS and row.backend == "cpu"]
+MULTIPLY = [row for row in KERNELS if row.operator in PRODUCTS and row.device == "cpu"]
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65)
 FILLS = ("normal", "nan", "inf", "tiny", "constant", "zeros", "huge")
@@ -132,6 +133,30 @@ PRODUCT_FORMATS = {
     "grad_input": (("uint{b}+:N", "uint{b}+:N", "uint{b}+", "uint{b}:N", "uint{b}:NP"), ("sign",)),
     "grad_weight": (("uint{b}+:C", "uint{b}+:C", "uint{b}+:NC", "uint{b}+:N", "uint{b}+", "uint{b}:C"), ("sign",)),
 }
+# axes of the scales of the left operand, of the right
+PRODUCT_AXES = {
+    "output": (("", "N", "NP"), ("", "O")),
+    "grad_input": (("", "N", "N", "NP"), ("",)),
+    "grad_weight": (("", "C", "C", "N", "NC"), ("",)),
+}
+INTEGERS = (
+    Format("sign", 1),
+    Format("ternary", 2),
+    *(Format("int", 8) for _ in range(6)),
+    *(Format("int", bits) for bits in range(2, 9)),
+    *(Format("uint", bits, "", offset) for bits in range(1, 9) for offset in (False, True)),
+    *(Format("fixed", bits) for bits in range(1, 9)),
+)
+
+
+def formats(row: Kernel, draw: random.Random) -> tuple[Format, Format]:
+    """Formats of two operands that a row may serve."""
+    if row.backend == "cpu":
+        names = [draw.choice(choices) for choices in PRODUCT_FORMATS[row.operator]]
+        left, right = (Format.parse(name.format(b=draw.choice((4, 4, 4, *range(1, 9))))) for name in names)
+    else:
+        left, right = (replace(draw.choice(INTEGERS), axes=draw.choice(axes)) for axes in PRODUCT_AXES[row.operator])
+    return left, right
 
 
 @pytest.fixture
@@ -154,7 +179,11 @@ def coded(format: Format, shape: Shape3, draw: random.Random, generator: torch.G
     """A quantized tensor of random codes and scales, now and then NaN; pruned: only some of its groups, at times none, kept."""
     groups = format.groups(shape)
     elements = shape[0] * shape[1] * shape[2] // max(groups, 1)
-    stored = torch.randint(2**format.bits, (groups, elements), generator=generator, dtype=torch.uint8)
+    low, high = format.code_range
+    codes = torch.randint(low, high + 1, (groups, elements), generator=generator)
+    if draw.random() < 0.3:
+        codes = torch.where(codes < (low + high) / 2, low, high)
+    stored = ((codes + 1) // 2 if format.grid == "sign" else codes % 2**format.storage_bits).to(torch.uint8)
     scale = torch.rand(groups, generator=generator) + 0.1
     offset = torch.randn(groups, generator=generator) if format.offset else None
     if groups and draw.random() < 0.1:
@@ -209,8 +238,7 @@ def test_products_equal_the_reference(row: Kernel, rng: np.random.Generator):
     served = 0
     while served < 520:
         x_shape, w_shape, g_shape, geometry = layer(draw)
-        names = [draw.choice(choices) for choices in PRODUCT_FORMATS[row.operator]]
-        left, right = (Format.parse(name.format(b=draw.choice((4, 4, 4, *range(1, 9))))) for name in names)
+        left, right = formats(row, draw)
         if row.refuses(Request("cpu", (left, right), geometry)) is not None:
             continue
         pruned = draw.random() < 0.4
@@ -229,7 +257,7 @@ def test_products_equal_the_reference(row: Kernel, rng: np.random.Generator):
         try:
             assert_same_values(actual, getattr(reference, row.operator)(*args))
         except AssertionError as error:
-            error.add_note(f"{names} {left.name} of {g_shape}, w {w_shape}, {geometry}, {torch.get_num_threads()} threads")
+            error.add_note(f"{left.name} x {right.name}, g {g_shape}, w {w_shape}, {geometry}, {torch.get_num_threads()} threads")
             raise
         served += 1
 
