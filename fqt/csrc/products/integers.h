@@ -266,54 +266,78 @@ int64_t sum_codes(const Code* codes, int64_t count, bool column) {
   return total;
 }
 
-// Columns of a panel, as `finish` sees them. The sums are those of the codes.
+// Columns of a panel and rows of a tile, as `finish` sees them. The sums are those of the codes; offset and bias may be absent.
 template <class Sum>
 struct Columns {
   const Sum* base;  // what is added to the sum of products for the column's part of the shifts
-  const float *sum, *scale, *offset;  // the offset may be absent
+  const float *sum, *scale, *offset, *bias;
 };
-
+template <class Sum>
 struct Row {
-  int64_t base;
+  Sum base;
   float sum, scale;
   const float* offset;
+  float* to;
 };
 
-// The float part of a product in the reference's order. row_first: whether the row is the reference's first operand.
-template <bool row_first, class Sum, class From>
-void finish(const From* sums, int64_t width, const Row& row, const Columns<Sum>& column, float terms, float* __restrict t) {
+// The float part of a product in the reference's order, written or added to the result. row_first: whether the row is the
+// reference's first operand.
+template <bool row_first, bool add, int V, class Sum>
+void finish(const Sum (*sums)[kColumns], int64_t height, const Row<Sum>* rows, const Columns<Sum>& column, float terms) {
   using Unsigned = std::make_unsigned_t<Sum>;  // wraps, where the sum of the parts fits
-  const Unsigned base = static_cast<Unsigned>(row.base);
-  const auto exact = [&](int64_t k) {
-    const Unsigned whole = static_cast<Unsigned>(static_cast<Sum>(sums[k])) + base + static_cast<Unsigned>(column.base[k]);
-    return static_cast<float>(static_cast<Sum>(whole));
+  const auto finish_rows = [&](auto row_offset, auto column_offset) {
+    for (int64_t m = 0; m < height; ++m) {
+      const Row<Sum> row = rows[m];
+      const float offset = row_offset ? *row.offset : 0, scaled = row.sum * row.scale, both = terms * offset;
+      float* __restrict to = row.to;
+      for (int k = 0; k < V * kInts; ++k) {
+        const Unsigned whole = static_cast<Unsigned>(sums[m][k]) + static_cast<Unsigned>(row.base) +
+                               static_cast<Unsigned>(column.base[k]);
+        float t = static_cast<float>(static_cast<Sum>(whole));
+        t = row_first ? t * row.scale * column.scale[k] : t * column.scale[k] * row.scale;
+        if (!row_first && row_offset) t += column.sum[k] * column.scale[k] * offset;
+        if (column_offset) t += scaled * column.offset[k];
+        if (row_first && row_offset) t += column.sum[k] * column.scale[k] * offset;
+        if (row_offset && column_offset) t += row_first ? both * column.offset[k] : terms * column.offset[k] * offset;
+        to[k] = add ? to[k] + t : t;
+      }
+      if (column.bias == nullptr) continue;
+      for (int k = 0; k < V * kInts; ++k) to[k] += column.bias[k];
+    }
   };
-  const auto add_row = [&] {
-    if (column.offset == nullptr) return;
-    const float scaled = row.sum * row.scale;
-    for (int64_t k = 0; k < width; ++k) t[k] += scaled * column.offset[k];
-  };
-  const auto add_column = [&] {
-    if (row.offset == nullptr) return;
-    const float offset = *row.offset;
-    for (int64_t k = 0; k < width; ++k) t[k] += column.sum[k] * column.scale[k] * offset;
-  };
-  if constexpr (row_first) {
-    for (int64_t k = 0; k < width; ++k) t[k] = exact(k) * row.scale * column.scale[k];
-    add_row();
-    add_column();
+  const bool row_offset = rows[0].offset != nullptr, column_offset = column.offset != nullptr;
+  if (row_offset) {
+    column_offset ? finish_rows(std::true_type{}, std::true_type{}) : finish_rows(std::true_type{}, std::false_type{});
   } else {
-    for (int64_t k = 0; k < width; ++k) t[k] = exact(k) * column.scale[k] * row.scale;
-    add_column();
-    add_row();
+    column_offset ? finish_rows(std::false_type{}, std::true_type{}) : finish_rows(std::false_type{}, std::false_type{});
   }
-  if (row.offset == nullptr || column.offset == nullptr) return;
-  if constexpr (row_first) {
-    const float scaled = terms * *row.offset;
-    for (int64_t k = 0; k < width; ++k) t[k] += scaled * column.offset[k];
+}
+
+template <class Sum>
+using Finish = void (*)(const Sum (*)[kColumns], int64_t, const Row<Sum>*, const Columns<Sum>&, float);
+
+template <bool row_first, bool add, class Sum>
+Finish<Sum> finish_of(int64_t width) {
+  constexpr Finish<Sum> of_width[] = {finish<row_first, add, 1, Sum>, finish<row_first, add, 2, Sum>,
+                                      finish<row_first, add, kVectors == 2 ? 2 : 3, Sum>, finish<row_first, add, kVectors, Sum>};
+  return of_width[width / kInts - 1];
+}
+
+// The sums of a tile over all runs; those of more terms than 32 bits hold run by run.
+template <class Sum>
+void multiply_runs(Multiply loop, const uint8_t* const* rows, const Run* runs, int64_t count, const uint32_t* columns,
+                   int64_t steps, int64_t width, Sum (*sums)[kColumns]) {
+  if constexpr (sizeof(Sum) == 4) {
+    loop(rows, runs, count, columns, steps, sums);
   } else {
-    const float offset = *row.offset;
-    for (int64_t k = 0; k < width; ++k) t[k] += terms * column.offset[k] * offset;
+    std::memset(sums, 0, kTile * sizeof(sums[0]));
+    for (int64_t i = 0; i < count; ++i) {
+      alignas(64) int32_t narrow[kTile][kColumns] = {};
+      loop(rows, runs + i, 1, columns, steps, narrow);
+      for (int m = 0; m < kTile; ++m) {
+        for (int64_t k = 0; k < width; ++k) sums[m][k] += narrow[m][k];
+      }
+    }
   }
 }
 
@@ -503,11 +527,12 @@ void gather(const IntegerGather& c) {
         const int64_t group = panel / panels, first = panel % panels * kColumns, channel = group * c.columns + first;
         const int64_t used = least(kColumns, c.columns - first), width = round_up(used, kInts);
         const int64_t at = group * group_width + first;
+        const bool direct = used == width && c.mask == nullptr;
         const uint32_t* of_panel = columns.data + at * taps * words;
         for (size_t kind = 0; kind < kinds.size(); ++kind) {
           const Kind& k = kinds[kind];
           const Columns<Sum> column{base.data + kind * slots + at, sums.data + kind * slots + at, scale.data + at,
-                                    c.b_offset.data ? offset.data + at : nullptr};
+                                    c.b_offset.data ? offset.data + at : nullptr, c.bias ? bias.data + at : nullptr};
           for (int64_t i = kind_begin[kind]; i < kind_begin[kind + 1]; i += kTile) {
             const int64_t height = least(kTile, kind_begin[kind + 1] - i);
             const uint8_t* row[kTile];
@@ -515,41 +540,29 @@ void gather(const IntegerGather& c) {
               const Code* of_pixel = rows.data + found[i + least(m, height - 1)].from * row_codes + group * padded;
               row[m] = reinterpret_cast<const uint8_t*>(of_pixel);
             }
-            const auto loop = multiply_of<Code>(height, width);
-            alignas(64) int32_t product[kTile][kColumns];
-            alignas(64) Sum total[sizeof(Sum) == 8 ? kTile : 1][kColumns] = {};
-            if constexpr (sizeof(Sum) == 4) {
-              loop(row, runs.data() + k.begin, k.end - k.begin, of_panel, steps, product);
-            } else {
-              for (size_t r = k.begin; r < k.end; ++r) {
-                loop(row, runs.data() + r, 1, of_panel, steps, product);
-                for (int64_t m = 0; m < height; ++m) {
-                  for (int64_t j = 0; j < width; ++j) total[m][j] += product[m][j];
-                }
-              }
-            }
+            const Multiply loop = multiply_of<Code>(height, width);
+            alignas(64) Sum sums_of[kTile][kColumns];
+            multiply_runs<Sum>(loop, row, runs.data() + k.begin, k.end - k.begin, of_panel, steps, width, sums_of);
+            alignas(64) float t[kTile][kWidth];
+            Row<Sum> of_row[kTile];
             for (int64_t m = 0; m < height; ++m) {
               const Pixel& pixel = found[i + m];
               int64_t sum = 0;
               for (int64_t t = k.met_begin; row_sums && t < k.met_end; ++t) {
                 sum += pixel_sums[(pixel.from + met[t]) * l.groups + group];
               }
-              const Row of_row{column_by * sum, static_cast<float>(sum - row_by * k.terms), pixel.scale,
-                               c.a_offset.data ? &pixel.offset : nullptr};
-              alignas(64) float t[kWidth];
-              const float terms = static_cast<float>(k.terms);
-              if constexpr (sizeof(Sum) == 4) {
-                finish<true>(product[m], width, of_row, column, terms, t);
-              } else {
-                finish<true>(total[m], width, of_row, column, terms, t);
-              }
-              for (int64_t j = 0; c.bias && j < width; ++j) t[j] += bias[at + j];
+              of_row[m] = {static_cast<Sum>(column_by * sum), static_cast<float>(sum - row_by * k.terms), pixel.scale,
+                           c.a_offset.data ? &pixel.offset : nullptr, direct ? c.result + pixel.to * channels + channel : t[m]};
+            }
+            finish_of<true, false, Sum>(width)(sums_of, height, of_row, column, static_cast<float>(k.terms));
+            for (int64_t m = 0; !direct && m < height; ++m) {
+              const int64_t to = found[i + m].to;
               if (c.mask) {
                 uint8_t bits[kWidth / 8];
-                copy_bits(c.mask + pixel.to * mask_bytes, channel, used, bits, kWidth / 8);
-                keep_where_set(bits, t);
+                copy_bits(c.mask + to * mask_bytes, channel, used, bits, kWidth / 8);
+                keep_where_set(bits, t[m]);
               }
-              std::memcpy(c.result + pixel.to * channels + channel, t, used * sizeof(float));
+              std::memcpy(c.result + to * channels + channel, t[m], used * sizeof(float));
             }
           }
         }
@@ -598,7 +611,7 @@ void weigh(const IntegerGradWeight& c) {
 
   Buffer<Code> x((inputs + 1) * pitch);  // the last row: 1 inside the image
   Code* const ones = x.data + inputs * pitch;
-  Buffer<uint32_t> g(slots * g_words);
+  Buffer<uint32_t> g(slots * g_words), column_of_ones(g_words * kInts);
   const int64_t cells = l.in * slots * taps;  // of the result, columns last: (tap, slot of the panel, row, column)
   Buffer<Sum> totals(c.blocks ? 0 : cells);
   Buffer<float> grads(c.blocks ? cells : 0);
@@ -645,6 +658,11 @@ void weigh(const IntegerGradWeight& c) {
       }
     }
     for (int64_t i = 0; i < x_codes; ++i) ones[i] = x_list[i] != no_x;
+    for (int64_t word = 0; word < g_words; ++word) {
+      Code four[kPer<Code>];
+      for (int j = 0; j < kPer<Code>; ++j) four[j] = g_list[word * kPer<Code> + j] != no_g;
+      for (int i = 0; i < kInts; ++i) std::memcpy(column_of_ones.data + word * kInts + i, four, 4);
+    }
   };
 
   // the runs that a tap meets, in positions [begin, end) of all samples or of one
@@ -768,17 +786,24 @@ void weigh(const IntegerGradWeight& c) {
       row[m] = reinterpret_cast<const uint8_t*>(x.data + (panel.group * l.in + first + least(m, height - 1)) * pitch);
     }
   };
-  const auto add_sums = [&](const Panel& panel, int64_t at, const std::vector<Run>& runs, bool rows) {
+  const auto add_sums = [&](const Panel& panel, int64_t at, const std::vector<Run>& runs, bool of_rows) {
     const uint8_t* row[kTile];
+    alignas(64) Sum sums[kTile][kColumns];
+    const auto multiply_ones = [&](int64_t height, int64_t width, const uint32_t* columns) {
+      multiply_runs<Sum>(multiply_of<Code>(height, width), row, runs.data(), runs.size(), columns, steps, width, sums);
+    };
     for (int m = 0; m < kTile; ++m) row[m] = reinterpret_cast<const uint8_t*>(ones);
-    alignas(64) int32_t sums[kTile][kColumns];
-    for (const Run& run : runs) {
-      multiply_of<Code>(1, panel.width)(row, &run, 1, g.data + panel.slot * g_words, steps, sums);
-      for (int64_t i = 0; i < panel.width; ++i) column_sums[at * slots + panel.slot + i] += sums[0][i];
-      if (panel.slot == 0) terms[at] += sum_codes(ones + run.row / kSize, run.words * kPer<Code>, false);
-      for (int64_t i = panel.group * l.in; rows && i < (panel.group + 1) * l.in; ++i) {
-        row_sums[at * inputs + i] += sum_codes(x.data + i * pitch + run.row / kSize, run.words * kPer<Code>, false);
-      }
+    multiply_ones(1, panel.width, g.data + panel.slot * g_words);
+    for (int64_t i = 0; i < panel.width; ++i) column_sums[at * slots + panel.slot + i] += sums[0][i];
+    if (panel.slot == 0) {
+      multiply_ones(1, kInts, column_of_ones.data);
+      terms[at] += sums[0][0];
+    }
+    for (int64_t i = 0; of_rows && i < l.in; i += kTile) {
+      const int64_t height = least(kTile, l.in - i);
+      rows_at(panel, i, height, row);
+      multiply_ones(height, kInts, column_of_ones.data);
+      for (int64_t m = 0; m < height; ++m) row_sums[at * inputs + panel.group * l.in + i + m] += sums[m][0];
     }
   };
   const auto first_of_group = [&](size_t i) { return i == 0 || panels[i].group != panels[i - 1].group; };
@@ -805,11 +830,12 @@ void weigh(const IntegerGradWeight& c) {
   };
   const auto columns_at = [&](const Panel& panel, int64_t segment, int64_t tap) {
     const int64_t at = (segment * taps + tap) * slots + panel.slot, slot = segment * slots + panel.slot;
-    return Columns<Sum>{base.data + at, column_floats.data + at, scale.data + slot, g_offset ? offset.data + slot : nullptr};
+    return Columns<Sum>{base.data + at, column_floats.data + at, scale.data + slot, g_offset ? offset.data + slot : nullptr,
+                        nullptr};
   };
-  const auto row_at = [&](const Panel& panel, int64_t segment, int64_t tap, int64_t i) {
+  const auto row_at = [&](const Panel& panel, int64_t segment, int64_t tap, int64_t i, float* to) {
     const int64_t at = segment * taps + tap, sum = row_sums[at * inputs + panel.group * l.in + i];
-    return Row{column_by * sum, static_cast<float>(sum - row_by * terms[at]), c.x_scale, c.x_offset};
+    return Row<Sum>{static_cast<Sum>(column_by * sum), static_cast<float>(sum - row_by * terms[at]), c.x_scale, c.x_offset, to};
   };
 
   for (int64_t first = 0; first < c.sample_count; first += chunk) {
@@ -842,33 +868,16 @@ void weigh(const IntegerGradWeight& c) {
             const uint8_t* row[kTile];
             rows_at(panel, i, height, row);
             float* grad = grads.data + (tap * slots + panel.slot) * l.in + i * panel.width;
-            const auto loop = multiply_of<Code>(height, panel.width);
+            const Multiply loop = multiply_of<Code>(height, panel.width);
+            const Finish<Sum> add = finish_of<false, true, Sum>(panel.width);
             for (int64_t s = 0; s < samples; ++s) {
               const std::vector<Run>& of_sample = runs[s * taps + tap];
-              alignas(64) int32_t product[kTile][kColumns];
-              alignas(64) Sum total[sizeof(Sum) == 8 ? kTile : 1][kColumns] = {};
-              const uint32_t* of_panel = g.data + panel.slot * g_words;
-              if constexpr (sizeof(Sum) == 4) {
-                loop(row, of_sample.data(), of_sample.size(), of_panel, steps, product);
-              } else {
-                for (const Run& run : of_sample) {
-                  loop(row, &run, 1, of_panel, steps, product);
-                  for (int64_t m = 0; m < height; ++m) {
-                    for (int64_t j = 0; j < panel.width; ++j) total[m][j] += product[m][j];
-                  }
-                }
-              }
-              const Columns<Sum> column = columns_at(panel, s, tap);
-              const float of_tap = static_cast<float>(terms[s * taps + tap]);
-              for (int64_t m = 0; m < height; ++m) {
-                alignas(64) float t[kColumns];
-                if constexpr (sizeof(Sum) == 4) {
-                  finish<false>(product[m], panel.width, row_at(panel, s, tap, i + m), column, of_tap, t);
-                } else {
-                  finish<false>(total[m], panel.width, row_at(panel, s, tap, i + m), column, of_tap, t);
-                }
-                for (int64_t j = 0; j < panel.width; ++j) grad[m * panel.width + j] += t[j];
-              }
+              alignas(64) Sum sums[kTile][kColumns];
+              multiply_runs<Sum>(loop, row, of_sample.data(), of_sample.size(), g.data + panel.slot * g_words, steps,
+                                 panel.width, sums);
+              Row<Sum> of_row[kTile];
+              for (int64_t m = 0; m < height; ++m) of_row[m] = row_at(panel, s, tap, i + m, grad + m * panel.width);
+              add(sums, height, of_row, columns_at(panel, s, tap), static_cast<float>(terms[s * taps + tap]));
             }
           }
         }
@@ -922,10 +931,12 @@ void weigh(const IntegerGradWeight& c) {
           const int64_t cell = at + (first + i) * panel.width;
           if (c.blocks) {
             std::memcpy(t[i], grads.data + cell, panel.width * sizeof(float));
-          } else {
-            finish<false>(totals.data + cell, panel.width, row_at(panel, 0, tap, first + i), columns_at(panel, 0, tap),
-                          static_cast<float>(terms[tap]), t[i]);
+            continue;
           }
+          alignas(64) Sum sums[1][kColumns];
+          std::memcpy(sums, totals.data + cell, panel.width * sizeof(Sum));
+          const Row<Sum> of_row = row_at(panel, 0, tap, first + i, t[i]);
+          finish_of<false, false, Sum>(panel.width)(sums, 1, &of_row, columns_at(panel, 0, tap), static_cast<float>(terms[tap]));
         }
         for (int64_t j = 0; j < panel.used; ++j) {
           float* to = c.grad + (c.channels[panel.first + j] * taps + tap) * l.in + first;
