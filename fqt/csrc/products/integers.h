@@ -618,7 +618,8 @@ void weigh(const IntegerGradWeight& c) {
   if (c.blocks) std::memset(grads.data, 0, cells * sizeof(float));
   const int64_t segments = c.blocks ? chunk : 1;
   Buffer<Sum> column_sums(segments * taps * slots), row_sums(segments * taps * inputs), base(segments * taps * slots);
-  Buffer<float> column_floats(segments * taps * slots), scale(segments * slots), offset(segments * slots);
+  Buffer<float> row_floats(segments * taps * inputs), column_floats(segments * taps * slots);
+  Buffer<float> scale(segments * slots), offset(segments * slots);
   Buffer<int64_t> terms(segments * taps);
   std::memset(column_sums.data, 0, segments * taps * slots * sizeof(Sum));
   std::memset(row_sums.data, 0, segments * taps * inputs * sizeof(Sum));
@@ -720,34 +721,49 @@ void weigh(const IntegerGradWeight& c) {
     const int64_t none = chunk * positions, outputs = l.groups * l.out;
     const auto sample_of = [&](int64_t s) -> int64_t { return c.samples ? c.samples[first_sample + s] : first_sample + s; };
     if (c.g.channel) {
-      parallel(static_cast<int64_t>(panels.size()), 1, [&](int64_t begin, int64_t end) {
-        Buffer<Code> codes(kColumns * (none + 1));
+      // some columns' codes in a row each: a line or a sample begins a word, or words are made of one code a sample
+      const bool side_by_side = c.blocks || positions == 1;
+      const int64_t packed = ceil_div(positions * c.g.storage, 8), whole = ceil_div(l.n * positions * c.g.storage, 8);
+      const int64_t step = side_by_side ? 1 : chunk / kPer<Code>, length = g_codes + 64;  // what is read beyond is not used
+      parallel(slots / kInts, 1, [&](int64_t begin, int64_t end) {
+        Buffer<Code> codes(kInts * length);
         for (int64_t item = begin; item < end; ++item) {
-          const Panel& panel = panels[item];
-          uint32_t* to = g.data + panel.slot * g_words;
-          for (int64_t i = 0; i < panel.width; ++i) {
-            Code* row = codes.data + i * (none + 1);
-            if (i >= panel.used) {
-              std::memset(row, 0, (none + 1) * kSize);
-              continue;
-            }
-            row[none] = 0;
-            const int64_t channel = c.channels[panel.first + i];
+          int64_t number = 0;
+          while (item * kInts >= panels[number].slot + panels[number].width) ++number;
+          const Panel& panel = panels[number];
+          const int64_t first = item * kInts - panel.slot;
+          uint32_t* to = g.data + panel.slot * g_words + first;
+          std::memset(codes.data, 0, kInts * length * kSize);
+          for (int64_t i = 0; i < least(kInts, panel.used - first); ++i) {
+            const int64_t channel = c.channels[panel.first + first + i];
             for (int64_t s = 0; s < samples; ++s) {
-              const int64_t packed = ceil_div(positions * c.g.storage, 8), n = sample_of(s);
-              const int64_t whole = ceil_div(l.n * positions * c.g.storage, 8);
-              const uint8_t* from = c.g.data + (c.g.by_channel ? channel * whole : (channel * l.n + n) * packed);
-              decode_g(from, c.g.by_channel ? n * positions : 0, positions, row + s * positions);
+              const int64_t n = sample_of(s), from = c.g.by_channel ? n * positions : 0;
+              const uint8_t* row = c.g.data + (c.g.by_channel ? channel * whole : (channel * l.n + n) * packed);
+              Code* at = codes.data + i * length + s * sample_terms;
+              if (line == l.x.size || !c.blocks) {
+                decode_g(row, from, positions, at);
+              } else {
+                for (int64_t y = 0; y < l.y.size; ++y) decode_g(row, from + y * l.x.size, l.x.size, at + y * line);
+              }
             }
           }
-          for (int64_t word = 0; word < g_words; word += 8) {
-            for (int64_t i = 0; i < panel.width; ++i) {
-              const Code* row = codes.data + i * (none + 1);
-              for (int64_t w = word; w < least(g_words, word + 8); ++w) {
-                const int32_t* at = g_list.data + w * kPer<Code>;
-                Code four[kPer<Code>];
-                for (int j = 0; j < kPer<Code>; ++j) four[j] = row[at[j]];
-                std::memcpy(to + w * panel.width + i, four, 4);
+          constexpr int64_t together = 16;
+          const int64_t strips = side_by_side ? g_words : positions;
+          for (int64_t group = 0; group < step; ++group) {
+            for (int64_t strip = 0; strip < strips; strip += together) {
+              for (int64_t i = 0; i < kInts; ++i) {
+                const Code* row = codes.data + i * length;
+                uint32_t words[together];
+                if (side_by_side) {
+                  std::memcpy(words, row + strip * kPer<Code>, sizeof(words));
+                } else {
+                  const Code* rows[kPer<Code>];
+                  for (int j = 0; j < kPer<Code>; ++j) rows[j] = row + (group * kPer<Code> + j) * positions + strip;
+                  interleave(rows, together, words);
+                }
+                for (int64_t w = 0; w < least(together, strips - strip); ++w) {
+                  to[((strip + w) * step + group) * panel.width + i] = words[w];
+                }
               }
             }
           }
@@ -811,7 +827,7 @@ void weigh(const IntegerGradWeight& c) {
 
   const int64_t tiles = ceil_div(l.in, kTile), all_panels = static_cast<int64_t>(panels.size());
   const int64_t parts = least(tiles, ceil_div(16, all_panels * taps));
-  const auto finish_columns = [&](int64_t segment, int64_t n) {
+  const auto finish_sums = [&](int64_t segment, int64_t n) {
     for (const Panel& panel : panels) {
       for (int64_t i = 0; i < panel.width; ++i) {
         const int64_t channel = i < panel.used ? c.channels[panel.first + i] : -1;
@@ -826,6 +842,9 @@ void weigh(const IntegerGradWeight& c) {
         base[at * slots + i] = static_cast<Sum>(-row_by * whole);
         column_floats[at * slots + i] = static_cast<float>(whole);
       }
+      for (int64_t i = 0; i < inputs; ++i) {
+        row_floats[at * inputs + i] = static_cast<float>(row_sums[at * inputs + i] - row_by * terms[at]);
+      }
     }
   };
   const auto columns_at = [&](const Panel& panel, int64_t segment, int64_t tap) {
@@ -834,8 +853,8 @@ void weigh(const IntegerGradWeight& c) {
                         nullptr};
   };
   const auto row_at = [&](const Panel& panel, int64_t segment, int64_t tap, int64_t i, float* to) {
-    const int64_t at = segment * taps + tap, sum = row_sums[at * inputs + panel.group * l.in + i];
-    return Row<Sum>{static_cast<Sum>(column_by * sum), static_cast<float>(sum - row_by * terms[at]), c.x_scale, c.x_offset, to};
+    const int64_t at = (segment * taps + tap) * inputs + panel.group * l.in + i;
+    return Row<Sum>{static_cast<Sum>(column_by * row_sums[at]), row_floats[at], c.x_scale, c.x_offset, to};
   };
 
   for (int64_t first = 0; first < c.sample_count; first += chunk) {
@@ -856,7 +875,7 @@ void weigh(const IntegerGradWeight& c) {
               add_sums(panels[i], s * taps + tap, runs[s * taps + tap], need_rows && first_of_group(i));
             }
           }
-          finish_columns(s, c.samples ? c.samples[first + s] : first + s);
+          finish_sums(s, c.samples ? c.samples[first + s] : first + s);
         }
       });
       parallel(all_panels * taps * parts, 1, [&](int64_t begin, int64_t end) {
@@ -916,7 +935,7 @@ void weigh(const IntegerGradWeight& c) {
   // the result, rows and columns exchanged
   if (!c.blocks) {
     if (c.sample_count == 0) std::memset(totals.data, 0, cells * sizeof(Sum));
-    finish_columns(0, 0);
+    finish_sums(0, 0);
   }
   parallel(all_panels * taps, 1, [&](int64_t begin, int64_t end) {
     constexpr int64_t together = 16;
