@@ -203,7 +203,8 @@ def layer(draw: random.Random) -> tuple[Shape3, Shape3, Shape3, Geometry | None]
     """Shapes of x, w and g of a random linear layer or convolution, and its geometry."""
     n = draw.choice((0, 1, 1, 2, 3, 5, 17))
     if draw.random() < 0.3:
-        p, i, o = draw.choice((0, 1, 1, 2, 5, 33)), draw.choice((0, *SIZES)), draw.choice((0, *SIZES))
+        sizes = (0, *SIZES, 127, 128, 129)
+        p, i, o = draw.choice((0, 1, 1, 2, 5, 33)), draw.choice(sizes), draw.choice(sizes)
         n, p = draw.choice([(n, p)] * 30 + [(2100, 1), (1, 1500), (40, 33)])
         return (n, p, i), (o, 1, i), (n, p, o), None
     groups = draw.choice((1, 1, 1, 2, 3, 17))
@@ -284,6 +285,60 @@ def test_narrow_sums_do_not_overflow(bits: int):
         assert ops.cpu.output(x, w, None, None).tolist() == [[[-float(terms)]]]
 
 
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [("uint8", "uint8"), ("fixed8", "uint8"), ("uint8", "fixed8"), ("fixed8", "fixed8"), ("int8", "int8"), ("uint8", "sign"),
+     ("sign", "uint8"), ("uint4", "fixed4"), ("fixed4", "uint4"), ("uint8", "fixed2"), ("uint2", "uint8"), ("int4", "int8")],
+)  # fmt: skip
+def test_sums_of_integers_do_not_overflow(left: str, right: str):
+    """Extreme codes, all of one sign: about the terms that 16 bits, 32 bits of bytes and 32 bits of codes hold, and beyond."""
+
+    def filled(name: str, code: int, shape: Shape3, axes: str = "") -> QTensor:
+        format = replace(Format.parse(name), axes=axes)
+        stored = (code + 1) // 2 if format.grid == "sign" else code % 2**format.storage_bits
+        groups = format.groups(shape)
+        rows = torch.full((groups, shape[0] * shape[1] * shape[2] // groups), stored, dtype=torch.uint8)
+        return QTensor(pack(rows, format, shape), torch.ones(groups), None, None, format, shape)
+
+    for terms in (255, 256, 257, 545, 2200, 32767, 32768, 32769, 33026, 65_800, 140_000):
+        for a, b in itertools.product(Format.parse(left).code_range, Format.parse(right).code_range):
+            expected = float(np.float32(terms * a * b))
+            output = ops.cpu.output_integers(filled(left, a, (1, 1, terms)), filled(right, b, (1, 1, terms)), None, None)
+            assert output.item() == expected, (terms, a, b)
+            g, w = filled(left, a, (1, 1, terms)), filled(right, b, (terms, 1, 1))
+            assert ops.cpu.grad_input_integers(g, w, None, None, (1, 1, 1)).item() == expected, (terms, a, b)
+            for axes, shape in (("", (terms, 1, 1)), ("N", (1, terms, 1)), ("C", (1, terms, 1))):
+                g, x = filled(left, a, shape, axes), filled(right, b, shape)
+                assert ops.cpu.grad_weight_integers(g, x, None).item() == expected, (terms, a, b, axes)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.usefixtures("instruction_set")
+def test_products_of_integers_equal_the_reference_across_chunks(rng: np.random.Generator):
+    """Images larger than what is worked off at a time, and more of them; tokens likewise."""
+    draw = random.Random(int(rng.integers(2**62)))
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    for n, size, inputs, outputs, stride in ((9, 40, 5, 18, 1), (1, 150, 3, 5, 1), (3, 70, 4, 66, 2), (70, 9, 70, 3, 1)):
+        geometry = Geometry(size, size, (3, 3), (stride, stride), (1, 1, 1, 1), (1, 1), 1)
+        out = geometry.output_size[0] ** 2
+        x_shape, w_shape, g_shape = (n, size**2, inputs), (outputs, 9, inputs), (n, out, outputs)
+        for left, right in (("int8", "int8"), ("uint8+", "uint8+"), ("uint2", "sign")):
+            one, other = (Format.parse(name) for name in (left, right))
+            x, w = coded(replace(one, axes="N"), x_shape, draw, generator), coded(other, w_shape, draw, generator)
+            assert_same_values(ops.cpu.output_integers(x, w, None, geometry), reference.output(x, w, None, geometry))
+            g = coded(replace(one, axes="N"), g_shape, draw, generator)
+            assert_same_values(
+                ops.cpu.grad_input_integers(g, w, None, geometry, x_shape), reference.grad_input(g, w, None, geometry, x_shape)
+            )
+            x = coded(other, x_shape, draw, generator)
+            for axes in ("C", "NC"):
+                g = coded(replace(one, axes=axes), g_shape, draw, generator)
+                actual = ops.cpu.grad_weight_integers(g, x, geometry)
+                assert_same_values(actual, reference.grad_weight(g, x, geometry))
+
+
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS[-1:], indirect=True)
 @pytest.mark.usefixtures("instruction_set")
 def test_sums_over_a_batch_pass_32_bits():
@@ -298,14 +353,17 @@ def test_sums_over_a_batch_pass_32_bits():
 @pytest.mark.parametrize(
     ("operator", "formats", "convolution", "reason"),
     [
-        ("output", ("int4", "sign"), False, "signs by signs, not int4 by sign"),
-        ("output", ("sign:NP", "sign"), True, "scales 'NP' of x and '' of w vary"),
-        ("grad_input", ("int8:N", "sign"), False, "unsigned codes of 1 to 8 bits by signs, not int8:N by sign"),
-        ("grad_input", ("uint9:N", "sign"), False, "unsigned codes of 1 to 8 bits"),
-        ("grad_input", ("uint4:C", "sign"), False, "scales 'C' of g and '' of the other operand vary"),
-        ("grad_input", ("uint4:N", "sign:O"), False, "scales 'N' of g and 'O' of the other operand vary"),
-        ("grad_weight", ("uint4:C", "uint4"), False, "by signs, not uint4:C by uint4"),
-        ("grad_weight", ("uint4:NP", "sign"), False, "scales 'NP' of g"),
+        ("output", ("sign:NP", "sign"), True, "cpu: scales 'NP' of x and '' of w vary"),
+        ("output", ("int9", "sign"), False, "cpu: the kernel multiplies signs by signs, not int9 by sign"),
+        ("output", ("int9", "sign"), False, "cpu int8: the kernel multiplies integers of at most 8 bits, not int9 by sign"),
+        ("output", ("int8", "e4m3"), False, "integers of at most 8 bits, not int8 by e4m3"),
+        ("output", ("int8:NP", "int8:O"), True, "cpu int8: scales 'NP' of x and 'O' of w vary"),
+        ("grad_input", ("uint9:N", "sign"), False, "cpu: the kernel multiplies unsigned codes of 1 to 8 bits"),
+        ("grad_input", ("uint4:C", "sign"), False, "cpu: scales 'C' of g and '' of the other operand vary"),
+        ("grad_input", ("uint4:N", "sign:O"), False, "cpu: scales 'N' of g and 'O' of the other operand vary"),
+        ("grad_input", ("int8:N", "int8:O"), False, "cpu int8: scales 'N' of g and 'O' of w vary"),
+        ("grad_weight", ("uint4:NP", "sign"), False, "cpu: scales 'NP' of g"),
+        ("grad_weight", ("int8:NP", "int8"), False, "cpu int8: scales 'NP' of g and '' of x vary"),
     ],
 )
 def test_products_refuse_with_a_reason(operator: str, formats: tuple[str, str], convolution: bool, reason: str):
