@@ -235,12 +235,13 @@ def grad_weight_integers(g: QTensor, x: QTensor, geometry: Geometry | None) -> T
     """As `fqt.reference.grad_weight`, of any integers of at most 8 bits."""
     n, positions, out = g.shape
     geometry = geometry or _column(positions)
-    grad = x.scale.new_zeros(out, geometry.kernel[0] * geometry.kernel[1], x.shape[2] // geometry.groups)
+    grad = x.scale.new_empty(out, geometry.kernel[0] * geometry.kernel[1], x.shape[2] // geometry.groups)
     samples, channels = None, torch.arange(out, dtype=torch.int32)
     if g.index is not None and g.format.axes == "N":
         samples = g.index[g.index >= 0]
     elif g.index is not None and g.format.axes == "C" and geometry.groups == 1:
         channels = g.index[g.index >= 0]
+        grad.zero_()
     scale, offset = (None if v is None else spread(v, g)[:, 0] for v in (g.scale, g.offset))
     operators().integer_grad_weight(
         *_coded(g), g.format.axes, scale, offset, samples, channels, *_coded(x), x.scale, x.offset,

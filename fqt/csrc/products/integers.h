@@ -613,17 +613,15 @@ void weigh(const IntegerGradWeight& c) {
   Code* const ones = x.data + inputs * pitch;
   Buffer<uint32_t> g(slots * g_words), column_of_ones(g_words * kInts);
   const int64_t cells = l.in * slots * taps;  // of the result, columns last: (tap, slot of the panel, row, column)
-  Buffer<Sum> totals(c.blocks ? 0 : cells);
-  Buffer<float> grads(c.blocks ? cells : 0);
-  if (c.blocks) std::memset(grads.data, 0, cells * sizeof(float));
+  const int64_t bands = c.blocks ? 1 : most(1, ceil_div(positions, most(1, kChunk / chunk)));
+  const int64_t rounds = most(1, ceil_div(c.sample_count, chunk)) * bands;
+  Buffer<Sum> totals(c.blocks || rounds == 1 ? 0 : cells);
+  Buffer<float> grads(c.blocks && rounds > 1 ? cells : 0);
   const int64_t segments = c.blocks ? chunk : 1;
   Buffer<Sum> column_sums(segments * taps * slots), row_sums(segments * taps * inputs), base(segments * taps * slots);
   Buffer<float> row_floats(segments * taps * inputs), column_floats(segments * taps * slots);
   Buffer<float> scale(segments * slots), offset(segments * slots);
   Buffer<int64_t> terms(segments * taps);
-  std::memset(column_sums.data, 0, segments * taps * slots * sizeof(Sum));
-  std::memset(row_sums.data, 0, segments * taps * inputs * sizeof(Sum));
-  std::memset(terms.data, 0, segments * taps * sizeof(int64_t));
   const Decoder<Code> decode_x(c.x, row_by), decode_g(c.g, -column_by);
   const int64_t steps = narrow_steps(c.x, c.g);
 
@@ -827,143 +825,99 @@ void weigh(const IntegerGradWeight& c) {
 
   const int64_t tiles = ceil_div(l.in, kTile), all_panels = static_cast<int64_t>(panels.size());
   const int64_t parts = least(tiles, ceil_div(16, all_panels * taps));
-  const auto finish_sums = [&](int64_t segment, int64_t n) {
-    for (const Panel& panel : panels) {
-      for (int64_t i = 0; i < panel.width; ++i) {
-        const int64_t channel = i < panel.used ? c.channels[panel.first + i] : -1;
-        scale[segment * slots + panel.slot + i] = channel < 0 ? 0 : c.g_scale(n, channel);
-        offset[segment * slots + panel.slot + i] = channel < 0 || !g_offset ? 0 : c.g_offset(n, channel);
-      }
+  const auto finish_sums = [&](int64_t at) {
+    for (int64_t i = 0; i < slots; ++i) {
+      const int64_t whole = column_sums[at * slots + i] + column_by * terms[at];
+      base[at * slots + i] = static_cast<Sum>(-row_by * whole);
+      column_floats[at * slots + i] = static_cast<float>(whole);
     }
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t at = segment * taps + tap;
-      for (int64_t i = 0; i < slots; ++i) {
-        const int64_t whole = column_sums[at * slots + i] + column_by * terms[at];
-        base[at * slots + i] = static_cast<Sum>(-row_by * whole);
-        column_floats[at * slots + i] = static_cast<float>(whole);
-      }
-      for (int64_t i = 0; i < inputs; ++i) {
-        row_floats[at * inputs + i] = static_cast<float>(row_sums[at * inputs + i] - row_by * terms[at]);
-      }
+    for (int64_t i = 0; i < inputs; ++i) {
+      row_floats[at * inputs + i] = static_cast<float>(row_sums[at * inputs + i] - row_by * terms[at]);
     }
-  };
-  const auto columns_at = [&](const Panel& panel, int64_t segment, int64_t tap) {
-    const int64_t at = (segment * taps + tap) * slots + panel.slot, slot = segment * slots + panel.slot;
-    return Columns<Sum>{base.data + at, column_floats.data + at, scale.data + slot, g_offset ? offset.data + slot : nullptr,
-                        nullptr};
-  };
-  const auto row_at = [&](const Panel& panel, int64_t segment, int64_t tap, int64_t i, float* to) {
-    const int64_t at = (segment * taps + tap) * inputs + panel.group * l.in + i;
-    return Row<Sum>{static_cast<Sum>(column_by * row_sums[at]), row_floats[at], c.x_scale, c.x_offset, to};
   };
 
-  for (int64_t first = 0; first < c.sample_count; first += chunk) {
-    const int64_t samples = least(chunk, c.sample_count - first);
-    make_lists(samples);
-    pack_x(first);
-    pack_g(first, samples);
-    if (c.blocks) {
+  const int64_t band = c.blocks ? most(1, positions) : most(1, kChunk / chunk);
+  for (int64_t round = 0; round < rounds; ++round) {
+    const int64_t first = round / bands * chunk, samples = least(chunk, c.sample_count - first);
+    const int64_t begin_position = round % bands * band, end_position = least(positions, begin_position + band);
+    const bool fresh = round == 0, last = round == rounds - 1;
+    if (begin_position == 0) {
+      make_lists(samples);
+      pack_x(first);
+      pack_g(first, samples);
+    }
+    const int64_t used = c.blocks ? samples : 1;
+    if (fresh || c.blocks) {
       std::memset(column_sums.data, 0, segments * taps * slots * sizeof(Sum));
       std::memset(row_sums.data, 0, segments * taps * inputs * sizeof(Sum));
       std::memset(terms.data, 0, segments * taps * sizeof(int64_t));
-      std::vector<std::vector<Run>> runs(samples * taps);
-      parallel(samples, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t s = begin; s < end; ++s) {
-          for (int64_t tap = 0; tap < taps; ++tap) {
-            runs_of(tap, s, 0, 0, runs[s * taps + tap]);
-            for (size_t i = 0; i < panels.size(); ++i) {
-              add_sums(panels[i], s * taps + tap, runs[s * taps + tap], need_rows && first_of_group(i));
-            }
-          }
-          finish_sums(s, c.samples ? c.samples[first + s] : first + s);
-        }
-      });
-      parallel(all_panels * taps * parts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t part = item % parts, tap = item / parts % taps;
-          const Panel& panel = panels[item / parts / taps];
-          for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
-            const int64_t i = tile * kTile, height = least(kTile, l.in - i);
-            const uint8_t* row[kTile];
-            rows_at(panel, i, height, row);
-            float* grad = grads.data + (tap * slots + panel.slot) * l.in + i * panel.width;
-            const Multiply loop = multiply_of<Code>(height, panel.width);
-            const Finish<Sum> add = finish_of<false, true, Sum>(panel.width);
-            for (int64_t s = 0; s < samples; ++s) {
-              const std::vector<Run>& of_sample = runs[s * taps + tap];
-              alignas(64) Sum sums[kTile][kColumns];
-              multiply_runs<Sum>(loop, row, of_sample.data(), of_sample.size(), g.data + panel.slot * g_words, steps,
-                                 panel.width, sums);
-              Row<Sum> of_row[kTile];
-              for (int64_t m = 0; m < height; ++m) of_row[m] = row_at(panel, s, tap, i + m, grad + m * panel.width);
-              add(sums, height, of_row, columns_at(panel, s, tap), static_cast<float>(terms[s * taps + tap]));
-            }
-          }
-        }
-      });
-      continue;
     }
-    const int64_t band = most(1, kChunk / chunk);
-    for (int64_t begin_position = 0; begin_position < most(1, positions); begin_position += band) {
-      std::vector<std::vector<Run>> runs(taps);
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        runs_of(tap, 0, begin_position, least(positions, begin_position + band), runs[tap]);
+    std::vector<std::vector<Run>> runs(used * taps);
+    parallel(used * taps, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; ++at) {
+        runs_of(at % taps, at / taps, begin_position, end_position, runs[at]);
+        for (size_t i = 0; i < panels.size(); ++i) add_sums(panels[i], at, runs[at], need_rows && first_of_group(i));
+        if (last || c.blocks) finish_sums(at);
       }
-      const bool fresh = first == 0 && begin_position == 0;
-      parallel(all_panels * taps * parts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t part = item % parts, tap = item / parts % taps, number = item / parts / taps;
-          const Panel& panel = panels[number];
-          if (part == 0) add_sums(panel, tap, runs[tap], need_rows && first_of_group(number));
-          for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
-            const int64_t i = tile * kTile, height = least(kTile, l.in - i);
-            const uint8_t* row[kTile];
-            rows_at(panel, i, height, row);
-            alignas(64) int32_t product[kTile][kColumns];
-            multiply_of<Code>(height, panel.width)(row, runs[tap].data(), runs[tap].size(), g.data + panel.slot * g_words, steps,
-                                                   product);
-            for (int64_t m = 0; m < height; ++m) {
-              Sum* total = totals.data + (tap * slots + panel.slot) * l.in + (i + m) * panel.width;
-              for (int64_t j = 0; j < panel.width; ++j) total[j] = (fresh ? 0 : total[j]) + product[m][j];
-            }
-          }
+    });
+    for (int64_t s = 0; s < used; ++s) {
+      const int64_t n = c.samples ? c.samples[first + s] : first + s;
+      for (const Panel& panel : panels) {
+        for (int64_t i = 0; i < panel.width; ++i) {
+          const int64_t channel = i < panel.used ? c.channels[panel.first + i] : -1;
+          scale[s * slots + panel.slot + i] = channel < 0 ? 0 : c.g_scale(n, channel);
+          offset[s * slots + panel.slot + i] = channel < 0 || !g_offset ? 0 : c.g_offset(n, channel);
         }
-      });
+      }
     }
-  }
 
-  // the result, rows and columns exchanged
-  if (!c.blocks) {
-    if (c.sample_count == 0) std::memset(totals.data, 0, cells * sizeof(Sum));
-    finish_sums(0, 0);
-  }
-  parallel(all_panels * taps, 1, [&](int64_t begin, int64_t end) {
-    constexpr int64_t together = 16;
-    alignas(64) float t[together][kColumns];
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t tap = item % taps;
-      const Panel& panel = panels[item / taps];
-      const int64_t at = (tap * slots + panel.slot) * l.in;
-      for (int64_t first = 0; first < l.in; first += together) {
-        const int64_t count = least(together, l.in - first);
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t cell = at + (first + i) * panel.width;
-          if (c.blocks) {
-            std::memcpy(t[i], grads.data + cell, panel.width * sizeof(float));
-            continue;
+    parallel(all_panels * taps * parts, 1, [&](int64_t begin, int64_t end) {
+      Buffer<float> own(ceil_div(tiles, parts) * kTile * kColumns);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t part = item % parts, tap = item / parts % taps;
+        const Panel& panel = panels[item / parts / taps];
+        const int64_t row_begin = tiles * part / parts * kTile, row_end = least(l.in, tiles * (part + 1) / parts * kTile);
+        const int64_t cell = (tap * slots + panel.slot) * l.in + row_begin * panel.width;
+        float* const grad = c.blocks && rounds > 1 ? grads.data + cell : own.data;
+        if (c.blocks && fresh) std::memset(grad, 0, (row_end - row_begin) * panel.width * sizeof(float));
+        for (int64_t i = row_begin; i < row_end; i += kTile) {
+          const int64_t height = least(kTile, row_end - i);
+          const uint8_t* row[kTile];
+          rows_at(panel, i, height, row);
+          const Multiply loop = multiply_of<Code>(height, panel.width);
+          for (int64_t s = 0; s < used; ++s) {
+            const std::vector<Run>& of_tap = runs[s * taps + tap];
+            alignas(64) Sum sums[kTile][kColumns];
+            multiply_runs<Sum>(loop, row, of_tap.data(), of_tap.size(), g.data + panel.slot * g_words, steps, panel.width, sums);
+            for (int64_t m = 0; !(c.blocks || rounds == 1) && m < height; ++m) {
+              Sum* total = totals.data + cell + (i - row_begin + m) * panel.width;
+              for (int64_t j = 0; !fresh && j < panel.width; ++j) sums[m][j] += total[j];
+              if (!last) std::memcpy(total, sums[m], panel.width * sizeof(Sum));
+            }
+            if (!c.blocks && !last) continue;
+            Row<Sum> of_row[kTile];
+            for (int64_t m = 0; m < height; ++m) {
+              const int64_t at = (s * taps + tap) * inputs + panel.group * l.in + i + m;
+              of_row[m] = {static_cast<Sum>(column_by * row_sums[at]), row_floats[at], c.x_scale, c.x_offset,
+                           grad + (i - row_begin + m) * panel.width};
+            }
+            const int64_t at = (s * taps + tap) * slots + panel.slot, slot = s * slots + panel.slot;
+            const Columns<Sum> column{base.data + at, column_floats.data + at, scale.data + slot,
+                                      g_offset ? offset.data + slot : nullptr, nullptr};
+            const auto finish = c.blocks ? finish_of<false, true, Sum> : finish_of<false, false, Sum>;
+            finish(panel.width)(sums, height, of_row, column, static_cast<float>(terms[s * taps + tap]));
           }
-          alignas(64) Sum sums[1][kColumns];
-          std::memcpy(sums, totals.data + cell, panel.width * sizeof(Sum));
-          const Row<Sum> of_row = row_at(panel, 0, tap, first + i, t[i]);
-          finish_of<false, false, Sum>(panel.width)(sums, 1, &of_row, columns_at(panel, 0, tap), static_cast<float>(terms[tap]));
         }
-        for (int64_t j = 0; j < panel.used; ++j) {
-          float* to = c.grad + (c.channels[panel.first + j] * taps + tap) * l.in + first;
-          for (int64_t i = 0; i < count; ++i) to[i] = t[i][j];
+        constexpr int64_t together = 16;  // rows and columns are exchanged
+        for (int64_t i = row_begin; last && i < row_end; i += together) {
+          for (int64_t j = 0; j < panel.used; ++j) {
+            float* to = c.grad + (c.channels[panel.first + j] * taps + tap) * l.in;
+            for (int64_t k = i; k < least(row_end, i + together); ++k) to[k] = grad[(k - row_begin) * panel.width + j];
+          }
         }
       }
-    }
-  });
+    });
+  }
 }
 
 }  // namespace
