@@ -258,7 +258,7 @@ def test_products_equal_the_reference(row: Kernel, rng: np.random.Generator):
         try:
             assert_same_values(actual, getattr(reference, row.operator)(*args))
         except AssertionError as error:
-            error.add_note(f"{left.name} x {right.name}, g {g_shape}, w {w_shape}, {geometry}, {torch.get_num_threads()} threads")
+            error.add_note(f"{left.name} x {right.name}, {g_shape}, {w_shape}, {geometry}, {torch.get_num_threads()} threads")
             raise
         served += 1
 

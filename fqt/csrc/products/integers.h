@@ -154,14 +154,15 @@ void multiply(const uint8_t* const* rows, const Run* runs, int64_t count, const 
 
 using Multiply = void (*)(const uint8_t* const*, const Run*, int64_t, const uint32_t*, int64_t, int32_t (*)[kColumns]);
 
-// The loop for `rows` rows and `width` columns. It reads kTile rows, or one where there is only one.
+// The loop for `rows` rows and `width` columns. It reads all kTile rows, half of them or one.
 template <class Code>
 Multiply multiply_of(int64_t rows, int64_t width) {
-  constexpr Multiply whole[] = {multiply<Code, kTile, 1>, multiply<Code, kTile, 2>, multiply<Code, kTile, kVectors == 2 ? 2 : 3>,
-                                multiply<Code, kTile, kVectors>};
-  constexpr Multiply one[] = {multiply<Code, 1, 1>, multiply<Code, 1, 2>, multiply<Code, 1, kVectors == 2 ? 2 : 3>,
-                              multiply<Code, 1, kVectors>};
-  return (rows == 1 ? one : whole)[width / kInts - 1];
+  constexpr int kHalf = kTile / 2, kThree = kVectors == 2 ? 2 : 3;
+  constexpr Multiply of[3][4] = {
+      {multiply<Code, 1, 1>, multiply<Code, 1, 2>, multiply<Code, 1, kThree>, multiply<Code, 1, kVectors>},
+      {multiply<Code, kHalf, 1>, multiply<Code, kHalf, 2>, multiply<Code, kHalf, kThree>, multiply<Code, kHalf, kVectors>},
+      {multiply<Code, kTile, 1>, multiply<Code, kTile, 2>, multiply<Code, kTile, kThree>, multiply<Code, kTile, kVectors>}};
+  return of[rows == 1 ? 0 : rows <= kHalf ? 1 : 2][width / kInts - 1];
 }
 
 // Packed codes as bytes or 16-bit integers, `shift` added.
@@ -483,12 +484,14 @@ void gather(const IntegerGather& c) {
     }
   }
 
-  // a block: some samples, or a band of rows of one; where there are few blocks, some of the panels
+  // a block: some samples, or a band of rows of one; where there are few blocks, some of the panels. Large blocks have many
+  // pixels of each kind, hence few tiles that are not full
+  const int64_t all_panels = l.groups * panels;
   const int64_t block_pixels = most(16, (256 << 10) / (row_codes * static_cast<int64_t>(sizeof(Code)) + 1));
-  const int64_t together = most(1, least(block_pixels / image, ceil_div(c.kept_count, 8)));
+  const int64_t together = most(1, least(block_pixels / image, ceil_div(c.kept_count, ceil_div(8, all_panels))));
   const int64_t band = together > 1 ? l.y.size : most(1, least(l.y.size, block_pixels / l.x.size));
   const int64_t bands = ceil_div(l.y.size, band), blocks = ceil_div(c.kept_count, together) * bands;
-  const int64_t all_panels = l.groups * panels, parts = blocks >= 16 ? 1 : least(all_panels, ceil_div(16, blocks));
+  const int64_t parts = blocks >= 16 ? 1 : least(all_panels, ceil_div(16, blocks));
   const int64_t steps = narrow_steps(c.a, c.b);
   const int64_t mask_bytes = ceil_div(channels, 8);
   struct Pixel {
