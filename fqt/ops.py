@@ -65,7 +65,7 @@ KERNELS: list[Kernel] = [
     *(
         Kernel(
             operator,
-            "cpu int8",
+            "cpu_int8",
             "cpu",
             f"fqt.cpu:{operator}_integers",
             lambda request, operator=operator: cpu.refuses_integers(operator, request.formats, request.geometry),

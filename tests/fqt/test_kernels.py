@@ -355,15 +355,15 @@ def test_sums_over_a_batch_pass_32_bits():
     [
         ("output", ("sign:NP", "sign"), True, "cpu: scales 'NP' of x and '' of w vary"),
         ("output", ("int9", "sign"), False, "cpu: the kernel multiplies signs by signs, not int9 by sign"),
-        ("output", ("int9", "sign"), False, "cpu int8: the kernel multiplies integers of at most 8 bits, not int9 by sign"),
+        ("output", ("int9", "sign"), False, "cpu_int8: the kernel multiplies integers of at most 8 bits, not int9 by sign"),
         ("output", ("int8", "e4m3"), False, "integers of at most 8 bits, not int8 by e4m3"),
-        ("output", ("int8:NP", "int8:O"), True, "cpu int8: scales 'NP' of x and 'O' of w vary"),
+        ("output", ("int8:NP", "int8:O"), True, "cpu_int8: scales 'NP' of x and 'O' of w vary"),
         ("grad_input", ("uint9:N", "sign"), False, "cpu: the kernel multiplies unsigned codes of 1 to 8 bits"),
         ("grad_input", ("uint4:C", "sign"), False, "cpu: scales 'C' of g and '' of the other operand vary"),
         ("grad_input", ("uint4:N", "sign:O"), False, "cpu: scales 'N' of g and 'O' of the other operand vary"),
-        ("grad_input", ("int8:N", "int8:O"), False, "cpu int8: scales 'N' of g and 'O' of w vary"),
+        ("grad_input", ("int8:N", "int8:O"), False, "cpu_int8: scales 'N' of g and 'O' of w vary"),
         ("grad_weight", ("uint4:NP", "sign"), False, "cpu: scales 'NP' of g"),
-        ("grad_weight", ("int8:NP", "int8"), False, "cpu int8: scales 'NP' of g and '' of x vary"),
+        ("grad_weight", ("int8:NP", "int8"), False, "cpu_int8: scales 'NP' of g and '' of x vary"),
     ],
 )
 def test_products_refuse_with_a_reason(operator: str, formats: tuple[str, str], convolution: bool, reason: str):

@@ -2,12 +2,12 @@
 //
 // Codes that are summed lie side by side in words of 32 bits: four bytes, or two 16-bit integers where the machine has no
 // multiply-add of bytes. A tile is some rows of one operand, whose words are broadcast, by a panel of columns of the other,
-// whose words fill vectors. What a tile sums is a list of runs, stretches of words at which both operands go on: the taps that a
-// pixel meets (`output`, `grad_input`), or the positions that a tap meets (`grad_weight`). So no window is copied, and nothing
-// outside the image is multiplied.
+// whose words fill vectors. What a tile sums is a list of runs, stretches of words at which both operands go on: the taps
+// that a pixel meets (`output`, `grad_input`), or the positions that a tap meets (`grad_weight`). So no window is copied, and
+// nothing outside the image is multiplied.
 //
-// Bytes are unsigned in rows and signed in columns: a row's code is byte - row_shift, a column's byte + column_shift, and
-//   sum of codes = sum of bytes + column_shift * (row's bytes) - row_shift * (column's bytes) - row_shift * column_shift * terms.
+// Bytes are unsigned in rows and signed in columns: a row's code is a - r, with a fixed shift r, a column's b + c, and
+//   sum of codes = (sum of a * b) + c * (sum of a) - r * (sum of b) - r * c * terms.
 // 16-bit integers are the codes themselves.
 //
 // Bounds: a term is at most 255 * 255, so 32 bits hold kMostTerms of them, with any shift, and sums of more are of 64 bits.
@@ -320,7 +320,8 @@ using Finish = void (*)(const Sum (*)[kColumns], int64_t, const Row<Sum>*, const
 template <bool row_first, bool add, class Sum>
 Finish<Sum> finish_of(int64_t width) {
   constexpr Finish<Sum> of_width[] = {finish<row_first, add, 1, Sum>, finish<row_first, add, 2, Sum>,
-                                      finish<row_first, add, kVectors == 2 ? 2 : 3, Sum>, finish<row_first, add, kVectors, Sum>};
+                                      finish<row_first, add, kVectors == 2 ? 2 : 3, Sum>,
+                                      finish<row_first, add, kVectors, Sum>};
   return of_width[width / kInts - 1];
 }
 
@@ -405,7 +406,8 @@ void gather(const IntegerGather& c) {
   const int64_t taps = l.taps(), words = ceil_div(c.depth, kPer<Code>), padded = words * kPer<Code>;
   const int64_t pixels = l.other_positions(), image = l.positions(), channels = l.groups * c.columns;
   if (c.kept_count * image * channels == 0) return;
-  const int64_t group_width = round_up(c.columns, kInts), panels = ceil_div(c.columns, kColumns), slots = l.groups * group_width;
+  const int64_t panels = ceil_div(c.columns, kColumns);
+  const int64_t group_width = round_up(c.columns, kInts), slots = l.groups * group_width;
   const int row_by = row_shift<Code>(c.a), column_by = column_shift<Code>(c.b);
   const bool row_sums = column_by != 0 || c.b_offset.data != nullptr;
 
@@ -891,7 +893,8 @@ void weigh(const IntegerGradWeight& c) {
           for (int64_t s = 0; s < used; ++s) {
             const std::vector<Run>& of_tap = runs[s * taps + tap];
             alignas(64) Sum sums[kTile][kColumns];
-            multiply_runs<Sum>(loop, row, of_tap.data(), of_tap.size(), g.data + panel.slot * g_words, steps, panel.width, sums);
+            multiply_runs<Sum>(loop, row, of_tap.data(), of_tap.size(), g.data + panel.slot * g_words, steps, panel.width,
+                               sums);
             for (int64_t m = 0; !(c.blocks || rounds == 1) && m < height; ++m) {
               Sum* total = totals.data + cell + (i - row_begin + m) * panel.width;
               for (int64_t j = 0; !fresh && j < panel.width; ++j) sums[m][j] += total[j];
