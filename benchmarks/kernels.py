@@ -42,6 +42,11 @@ PRODUCTS = (
     ("grad_weight", "uint4+:C", "sign", 1.0),
     ("grad_weight", "uint4+:C", "sign", 0.25),
     ("grad_weight", "uint4+:NC", "sign", 1.0),
+    ("output", "int8:N", "int8:O", 1.0),
+    ("grad_input", "int8:N", "int8", 1.0),
+    ("grad_weight", "int8:C", "int8", 1.0),
+    ("output", "uint2", "sign", 1.0),
+    ("grad_weight", "uint6+:N", "uint2", 1.0),
 )
 QUANTIZERS = (
     ("x", "xnor_activation", {}),
@@ -195,7 +200,7 @@ def main() -> None:
         macs = n * inputs * outputs * (9 * size**2 if size else 1)
         name = f"{n} x {inputs} -> {outputs}" + (f", 3x3 on {size}x{size}" if size else "")
         for operator, left, right, keep in PRODUCTS:
-            if size == 0 and left.endswith("NC"):
+            if size == 0 and operator == "grad_weight" and left.endswith((":N", ":NC")):
                 continue  # a sample is one row: its block has nothing to sum
             kernel, _ = low_bit(operator, left, right, keep, shapes)
             ms, *floats_ms = fastest([kernel, *floats(operator, n, inputs, outputs, size)], seconds)

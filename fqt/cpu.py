@@ -81,6 +81,21 @@ def _refuses_gradient(g: Format, other: Format, axes: tuple[str, ...]) -> str | 
     return None
 
 
+def refuses_integers(operator: str, formats: tuple[Format, ...], geometry: Geometry | None) -> str | None:
+    """Why a product of integers cannot serve a request, or None."""
+    if not _LIBRARY.exists():
+        return _NOT_BUILT
+    a, b = formats
+    for format in formats:
+        if format.bits > 8 or format.grid in FLOAT8_MAX:
+            return f"the kernel multiplies integers of at most 8 bits, not {a.name} by {b.name}"
+    a_axes = ("", "N", "C", "NC") if operator == "grad_weight" else _leaving(geometry)
+    if a.axes not in a_axes or b.axes not in (("", "O") if operator == "output" else ("",)):
+        left, right = {"output": "xw", "grad_input": "gw", "grad_weight": "gx"}[operator]
+        return f"scales {a.axes!r} of {left} and {b.axes!r} of {right} vary along the summed axes"
+    return None
+
+
 @functools.cache
 def operators():
     """The extension's own operators. OSError where the file is no library that this torch can load."""
@@ -244,6 +259,58 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     if math.prod(shape) * dtype.itemsize < _LARGE:
         return torch.empty(shape, dtype=dtype)
     return operators().empty(shape, dtype)
+
+
+def output_integers(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
+    """As `fqt.reference.output`, of any integers of at most 8 bits."""
+    n, positions, channels = x.shape
+    height, width = geometry.output_size if geometry else (positions, 1)
+    y = _empty(n, height * width, w.shape[0])
+    sizes = [n, channels, w.shape[0], *(geometry or _column(positions)).flat()]
+    bias = None if bias is None else bias.float().contiguous()
+    operators().integer_gather(*_coded(x), *_by_row(x), *_coded(w), *_by_row(w), bias, None, None, sizes, True, y)
+    return y
+
+
+def grad_input_integers(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry | None, x_shape: Shape3) -> Tensor:
+    """As `fqt.reference.grad_input`, of any integers of at most 8 bits."""
+    n, positions, channels = x_shape
+    kept, grad = None, _empty(*x_shape)
+    if g.index is not None and g.format.axes == "N":
+        kept = g.index[g.index >= 0]
+        grad.zero_()
+    sizes = [n, channels, w.shape[0], *(geometry or _column(positions)).flat()]
+    mask = None if mask is None else mask.contiguous()
+    operators().integer_gather(*_coded(g), *_by_row(g), *_coded(w), *_by_row(w), None, mask, kept, sizes, False, grad)
+    return grad
+
+
+def grad_weight_integers(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
+    """As `fqt.reference.grad_weight`, of any integers of at most 8 bits."""
+    n, positions, out = g.shape
+    geometry = geometry or _column(positions)
+    grad = _empty(out, geometry.kernel[0] * geometry.kernel[1], x.shape[2] // geometry.groups)
+    samples, channels = None, torch.arange(out, dtype=torch.int32)
+    if g.index is not None and g.format.axes == "N":
+        samples = g.index[g.index >= 0]
+    elif g.index is not None and g.format.axes == "C" and geometry.groups == 1:
+        channels = g.index[g.index >= 0]
+        grad.zero_()
+    scale, offset = (None if v is None else spread(v, g)[:, 0] for v in (g.scale, g.offset))
+    operators().integer_grad_weight(
+        *_coded(g), g.format.axes, scale, offset, samples, channels, *_coded(x), x.scale, x.offset,
+        [n, x.shape[2], out, *geometry.flat()], grad,
+    )  # fmt: skip
+    return grad
+
+
+def _coded(q: QTensor) -> tuple[Tensor, str, int]:
+    return q.codes.contiguous(), q.format.grid, q.format.bits
+
+
+def _by_row(q: QTensor) -> tuple[Tensor | None, ...]:
+    """Scale and offset by the first two axes, either of which may be 1."""
+    return tuple(None if v is None else spread(v, q)[:, :, 0] for v in (q.scale, q.offset))
 
 
 def _column(positions: int) -> Geometry:

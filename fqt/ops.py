@@ -96,6 +96,17 @@ KERNELS: list[Kernel] = [
     ),
     *(Kernel(operator, "cpu", "cpu", f"fqt.cpu:{operator}", lambda _: cpu.refuses_norm(), native=True) for operator in NORM),
     *(
+        Kernel(
+            operator,
+            "cpu int8",
+            "cpu",
+            f"fqt.cpu:{operator}_integers",
+            lambda request, operator=operator: cpu.refuses_integers(operator, request.formats, request.geometry),
+            native=True,
+        )
+        for operator in PRODUCTS
+    ),
+    *(
         Kernel(operator, "reference", "", f"fqt.{'norm' if operator in NORM else 'reference'}:{operator}", lambda request: None)
         for operator in OPERATORS
     ),

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from fqt.reference import pack
 from fqt.testing import assert_same_codes, assert_same_values
 
 QUANTIZE = [row for row in KERNELS if row.operator == "quantize" and row.backend != "reference"]
-MULTIPLY = [row for row in KERNELS if row.operator in PRODUCTS and row.backend == "cpu"]
+MULTIPLY = [row for row in KERNELS if row.operator in PRODUCTS and row.device == "cpu"]
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65)
 QUANTIZE_SIZES = (0, *SIZES, 32, 127, 128, 129)
@@ -203,13 +204,41 @@ PRODUCT_FORMATS = {
     "grad_input": (("uint{b}+:N", "uint{b}+:N", "uint{b}+", "uint{b}:N", "uint{b}:NP"), ("sign",)),
     "grad_weight": (("uint{b}+:C", "uint{b}+:C", "uint{b}+:NC", "uint{b}+:N", "uint{b}+", "uint{b}:C"), ("sign",)),
 }
+# axes of the scales of the left operand, of the right
+PRODUCT_AXES = {
+    "output": (("", "N", "NP"), ("", "O")),
+    "grad_input": (("", "N", "N", "NP"), ("",)),
+    "grad_weight": (("", "C", "C", "N", "NC"), ("",)),
+}
+INTEGERS = (
+    Format("sign", 1),
+    Format("ternary", 2),
+    *(Format("int", 8) for _ in range(6)),
+    *(Format("int", bits) for bits in range(2, 9)),
+    *(Format("uint", bits, "", offset) for bits in range(1, 9) for offset in (False, True)),
+    *(Format("fixed", bits) for bits in range(1, 9)),
+)
+
+
+def formats(row: Kernel, draw: random.Random) -> tuple[Format, Format]:
+    """Formats of two operands that a row may serve."""
+    if row.backend == "cpu":
+        names = [draw.choice(choices) for choices in PRODUCT_FORMATS[row.operator]]
+        left, right = (Format.parse(name.format(b=draw.choice((4, 4, 4, *range(1, 9))))) for name in names)
+    else:
+        left, right = (replace(draw.choice(INTEGERS), axes=draw.choice(axes)) for axes in PRODUCT_AXES[row.operator])
+    return left, right
 
 
 def coded(format: Format, shape: Shape3, draw: random.Random, generator: torch.Generator, pruned: bool = False) -> QTensor:
     """A quantized tensor of random codes and scales, now and then NaN; pruned: only some of its groups, at times none, kept."""
     groups = format.groups(shape)
     elements = shape[0] * shape[1] * shape[2] // max(groups, 1)
-    stored = torch.randint(2**format.bits, (groups, elements), generator=generator, dtype=torch.uint8)
+    low, high = format.code_range
+    codes = torch.randint(low, high + 1, (groups, elements), generator=generator)
+    if draw.random() < 0.3:
+        codes = torch.where(codes < (low + high) / 2, low, high)
+    stored = ((codes + 1) // 2 if format.grid == "sign" else codes % 2**format.storage_bits).to(torch.uint8)
     scale = torch.rand(groups, generator=generator) + 0.1
     offset = torch.randn(groups, generator=generator) if format.offset else None
     if groups and draw.random() < 0.1:
@@ -229,7 +258,8 @@ def layer(draw: random.Random) -> tuple[Shape3, Shape3, Shape3, Geometry | None]
     """Shapes of x, w and g of a random linear layer or convolution, and its geometry."""
     n = draw.choice((0, 1, 1, 2, 3, 5, 17))
     if draw.random() < 0.3:
-        p, i, o = draw.choice((0, 1, 1, 2, 5, 33)), draw.choice((0, *SIZES)), draw.choice((0, *SIZES))
+        sizes = (0, *SIZES, 127, 128, 129)
+        p, i, o = draw.choice((0, 1, 1, 2, 5, 33)), draw.choice(sizes), draw.choice(sizes)
         n, p = draw.choice([(n, p)] * 30 + [(2100, 1), (1, 1500), (40, 33)])
         return (n, p, i), (o, 1, i), (n, p, o), None
     groups = draw.choice((1, 1, 1, 2, 3, 17))
@@ -264,8 +294,7 @@ def test_products_equal_the_reference(row: Kernel, rng: np.random.Generator):
     served = 0
     while served < 520:
         x_shape, w_shape, g_shape, geometry = layer(draw)
-        names = [draw.choice(choices) for choices in PRODUCT_FORMATS[row.operator]]
-        left, right = (Format.parse(name.format(b=draw.choice((4, 4, 4, *range(1, 9))))) for name in names)
+        left, right = formats(row, draw)
         if row.refuses(Request("cpu", (left, right), geometry)) is not None:
             continue
         pruned = draw.random() < 0.4
@@ -284,7 +313,7 @@ def test_products_equal_the_reference(row: Kernel, rng: np.random.Generator):
         try:
             assert_same_values(actual, getattr(reference, row.operator)(*args))
         except AssertionError as error:
-            error.add_note(f"{names} {left.name} of {g_shape}, w {w_shape}, {geometry}, {torch.get_num_threads()} threads")
+            error.add_note(f"{left.name} x {right.name}, {g_shape}, {w_shape}, {geometry}, {torch.get_num_threads()} threads")
             raise
         served += 1
 
@@ -311,6 +340,60 @@ def test_narrow_sums_do_not_overflow(bits: int):
         assert ops.cpu.output(x, w, None, None).tolist() == [[[-float(terms)]]]
 
 
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [("uint8", "uint8"), ("fixed8", "uint8"), ("uint8", "fixed8"), ("fixed8", "fixed8"), ("int8", "int8"), ("uint8", "sign"),
+     ("sign", "uint8"), ("uint4", "fixed4"), ("fixed4", "uint4"), ("uint8", "fixed2"), ("uint2", "uint8"), ("int4", "int8")],
+)  # fmt: skip
+def test_sums_of_integers_do_not_overflow(left: str, right: str):
+    """Extreme codes, all of one sign: about the terms that 16 bits, 32 bits of bytes and 32 bits of codes hold, and beyond."""
+
+    def filled(name: str, code: int, shape: Shape3, axes: str = "") -> QTensor:
+        format = replace(Format.parse(name), axes=axes)
+        stored = (code + 1) // 2 if format.grid == "sign" else code % 2**format.storage_bits
+        groups = format.groups(shape)
+        rows = torch.full((groups, shape[0] * shape[1] * shape[2] // groups), stored, dtype=torch.uint8)
+        return QTensor(pack(rows, format, shape), torch.ones(groups), None, None, format, shape)
+
+    for terms in (255, 256, 257, 545, 2200, 32767, 32768, 32769, 33026, 65_800, 140_000):
+        for a, b in itertools.product(Format.parse(left).code_range, Format.parse(right).code_range):
+            expected = float(np.float32(terms * a * b))
+            output = ops.cpu.output_integers(filled(left, a, (1, 1, terms)), filled(right, b, (1, 1, terms)), None, None)
+            assert output.item() == expected, (terms, a, b)
+            g, w = filled(left, a, (1, 1, terms)), filled(right, b, (terms, 1, 1))
+            assert ops.cpu.grad_input_integers(g, w, None, None, (1, 1, 1)).item() == expected, (terms, a, b)
+            for axes, shape in (("", (terms, 1, 1)), ("N", (1, terms, 1)), ("C", (1, terms, 1))):
+                g, x = filled(left, a, shape, axes), filled(right, b, shape)
+                assert ops.cpu.grad_weight_integers(g, x, None).item() == expected, (terms, a, b, axes)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.usefixtures("instruction_set")
+def test_products_of_integers_equal_the_reference_across_chunks(rng: np.random.Generator):
+    """Images larger than what is worked off at a time, and more of them; tokens likewise."""
+    draw = random.Random(int(rng.integers(2**62)))
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    for n, size, inputs, outputs, stride in ((9, 40, 5, 18, 1), (1, 150, 3, 5, 1), (3, 70, 4, 66, 2), (70, 9, 70, 3, 1)):
+        geometry = Geometry(size, size, (3, 3), (stride, stride), (1, 1, 1, 1), (1, 1), 1)
+        out = geometry.output_size[0] ** 2
+        x_shape, w_shape, g_shape = (n, size**2, inputs), (outputs, 9, inputs), (n, out, outputs)
+        for left, right in (("int8", "int8"), ("uint8+", "uint8+"), ("uint2", "sign")):
+            one, other = (Format.parse(name) for name in (left, right))
+            x, w = coded(replace(one, axes="N"), x_shape, draw, generator), coded(other, w_shape, draw, generator)
+            assert_same_values(ops.cpu.output_integers(x, w, None, geometry), reference.output(x, w, None, geometry))
+            g = coded(replace(one, axes="N"), g_shape, draw, generator)
+            assert_same_values(
+                ops.cpu.grad_input_integers(g, w, None, geometry, x_shape), reference.grad_input(g, w, None, geometry, x_shape)
+            )
+            x = coded(other, x_shape, draw, generator)
+            for axes in ("C", "NC"):
+                g = coded(replace(one, axes=axes), g_shape, draw, generator)
+                actual = ops.cpu.grad_weight_integers(g, x, geometry)
+                assert_same_values(actual, reference.grad_weight(g, x, geometry))
+
+
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS[-1:], indirect=True)
 @pytest.mark.usefixtures("instruction_set")
 def test_sums_over_a_batch_pass_32_bits():
@@ -325,14 +408,17 @@ def test_sums_over_a_batch_pass_32_bits():
 @pytest.mark.parametrize(
     ("operator", "formats", "convolution", "reason"),
     [
-        ("output", ("int4", "sign"), False, "signs by signs, not int4 by sign"),
-        ("output", ("sign:NP", "sign"), True, "scales 'NP' of x and '' of w vary"),
-        ("grad_input", ("int8:N", "sign"), False, "unsigned codes of 1 to 8 bits by signs, not int8:N by sign"),
-        ("grad_input", ("uint9:N", "sign"), False, "unsigned codes of 1 to 8 bits"),
-        ("grad_input", ("uint4:C", "sign"), False, "scales 'C' of g and '' of the other operand vary"),
-        ("grad_input", ("uint4:N", "sign:O"), False, "scales 'N' of g and 'O' of the other operand vary"),
-        ("grad_weight", ("uint4:C", "uint4"), False, "by signs, not uint4:C by uint4"),
-        ("grad_weight", ("uint4:NP", "sign"), False, "scales 'NP' of g"),
+        ("output", ("sign:NP", "sign"), True, "cpu: scales 'NP' of x and '' of w vary"),
+        ("output", ("int9", "sign"), False, "cpu: the kernel multiplies signs by signs, not int9 by sign"),
+        ("output", ("int9", "sign"), False, "cpu int8: the kernel multiplies integers of at most 8 bits, not int9 by sign"),
+        ("output", ("int8", "e4m3"), False, "integers of at most 8 bits, not int8 by e4m3"),
+        ("output", ("int8:NP", "int8:O"), True, "cpu int8: scales 'NP' of x and 'O' of w vary"),
+        ("grad_input", ("uint9:N", "sign"), False, "cpu: the kernel multiplies unsigned codes of 1 to 8 bits"),
+        ("grad_input", ("uint4:C", "sign"), False, "cpu: scales 'C' of g and '' of the other operand vary"),
+        ("grad_input", ("uint4:N", "sign:O"), False, "cpu: scales 'N' of g and 'O' of the other operand vary"),
+        ("grad_input", ("int8:N", "int8:O"), False, "cpu int8: scales 'N' of g and 'O' of w vary"),
+        ("grad_weight", ("uint4:NP", "sign"), False, "cpu: scales 'NP' of g"),
+        ("grad_weight", ("int8:NP", "int8"), False, "cpu int8: scales 'NP' of g and '' of x vary"),
     ],
 )
 def test_products_refuse_with_a_reason(operator: str, formats: tuple[str, str], convolution: bool, reason: str):

@@ -9,5 +9,6 @@ namespace fqt::avx2 {
 #include "bits.h"
 #include "output.h"
 #include "gradients.h"
+#include "integers.h"
 }
 #endif

@@ -3,12 +3,13 @@
 #if defined(FQT_X86)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12: its own _mm512_undefined_epi32
 #include <immintrin.h>
-#pragma GCC target("avx2,popcnt,bmi,avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,prefer-vector-width=512")
+#pragma GCC target("avx2,popcnt,bmi,avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,avx512vnni,prefer-vector-width=512")
 #define FQT_AVX512
 namespace fqt::avx512 {
 #include "vector.h"
 #include "bits.h"
 #include "output.h"
 #include "gradients.h"
+#include "integers.h"
 }
 #endif

@@ -5,6 +5,7 @@
 #include "../quantize/isa.h"  // FQT_X86, parallel
 
 #include <cstdlib>
+#include <type_traits>
 
 namespace fqt {
 
@@ -75,6 +76,42 @@ struct GradWeight {
   float* grad;  // zero where no kept channel writes
 };
 
+// Codes of any integer format of at most 8 bits: unsigned, two's complement, or bits that stand for -1 and +1.
+enum class Meaning { natural, complement, sign };
+struct Integers {
+  const uint8_t* data;
+  int64_t storage;  // bits a code takes
+  Meaning meaning;
+  bool channel, by_channel;  // as in Codes
+};
+
+// `output` (X by W) and `grad_input` (G by W): the layer is seen from the result's pixels, which gather what they meet of `a`.
+struct IntegerGather {
+  Layer layer;
+  Integers a, b;
+  int64_t depth, columns;   // channels of a group: those of `a`, which are summed, and those of the result
+  bool across;              // whether the result's channels are b's last axis
+  Scale a_scale, a_offset;  // by (sample, position); offsets may be absent
+  Scale b_scale, b_offset;  // by (the result's channel, 0)
+  const float* bias;
+  const uint8_t* mask;
+  const int32_t* kept;  // samples to compute, null for all; the others' result is not written
+  int64_t kept_count;
+  float* result;
+};
+
+struct IntegerGradWeight {
+  Layer layer;
+  Integers g, x;
+  Scale g_scale, g_offset;  // by (sample, output channel)
+  float x_scale;
+  const float* x_offset;  // may be null
+  bool blocks;            // a scale for each sample: integers within a sample, floats between
+  const int32_t *samples, *channels;  // what is kept of each, all samples if null
+  int64_t sample_count, channel_count;
+  float* grad;  // zero where no kept channel writes
+};
+
 // Uninitialized memory, aligned for every vector.
 template <class T>
 struct Buffer {
@@ -86,10 +123,12 @@ struct Buffer {
   T& operator[](int64_t i) { return data[i]; }
 };
 
-#define FQT_DECLARE_PRODUCTS                \
-  void sign_output(const SignOutput& call); \
-  void grad_input(const GradInput& call);   \
-  void grad_weight(const GradWeight& call);
+#define FQT_DECLARE_PRODUCTS                      \
+  void sign_output(const SignOutput& call);       \
+  void grad_input(const GradInput& call);         \
+  void grad_weight(const GradWeight& call);       \
+  void integer_gather(const IntegerGather& call); \
+  void integer_grad_weight(const IntegerGradWeight& call);
 
 namespace portable { FQT_DECLARE_PRODUCTS }
 #if defined(FQT_X86)

@@ -5,4 +5,5 @@ namespace fqt::portable {
 #include "bits.h"
 #include "output.h"
 #include "gradients.h"
+#include "integers.h"
 }

@@ -18,7 +18,7 @@ using torch::stable::Tensor;
 #if defined(FQT_X86)
 const bool kAvx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                     __builtin_cpu_supports("avx512vpopcntdq");
+                     __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vnni");
 const bool kAvx2 = __builtin_cpu_supports("avx2");
 const int kBest = kAvx512 ? 2 : kAvx2 ? 1 : 0;
 #else
@@ -184,6 +184,70 @@ void sign_grad_weight(Tensor g, int64_t bits, std::string axes, Tensor g_scale, 
   FQT_DISPATCH(grad_weight, call);
 }
 
+// Integers of at most 8 bits as they lie in memory; `axes` are those of their scales.
+Integers integers(const Tensor& codes, const std::string& grid, int64_t bits, const std::string& axes) {
+  const int64_t storage = bits <= 2 ? bits : bits <= 4 ? 4 : 8;
+  const Meaning meaning = grid == "sign" ? Meaning::sign : grid == "uint" ? Meaning::natural : Meaning::complement;
+  return {codes.const_data_ptr<uint8_t>(), storage, meaning, axes == "C" || axes == "NC", axes == "C"};
+}
+
+// integer_gather(Tensor a, str a_grid, int a_bits, Tensor a_scale, Tensor? a_offset, Tensor b, str b_grid, int b_bits,
+//                Tensor b_scale, Tensor? b_offset, Tensor? bias, Tensor? mask, Tensor? kept, int[] sizes, bool forward,
+//                Tensor(a!) result) -> ()
+void integer_gather(Tensor a, std::string a_grid, int64_t a_bits, Tensor a_scale, std::optional<Tensor> a_offset, Tensor b,
+                    std::string b_grid, int64_t b_bits, Tensor b_scale, std::optional<Tensor> b_offset,
+                    std::optional<Tensor> bias, std::optional<Tensor> mask, std::optional<Tensor> kept,
+                    std::vector<int64_t> sizes, bool forward, Tensor result) {
+  const Plan made = plan(sizes, forward);
+  const Layer& l = made.layer;
+  const IntegerGather call{l,
+                           integers(a, a_grid, a_bits, ""),
+                           integers(b, b_grid, b_bits, ""),
+                           forward ? l.in : l.out,
+                           forward ? l.out : l.in,
+                           !forward,
+                           scale(a_scale),
+                           scale(a_offset),
+                           scale(b_scale),
+                           scale(b_offset),
+                           data<float>(bias),
+                           data<uint8_t>(mask),
+                           data<int32_t>(kept),
+                           kept ? kept->numel() : l.n,
+                           result.mutable_data_ptr<float>()};
+  FQT_DISPATCH(integer_gather, call);
+}
+
+// integer_grad_weight(Tensor g, str g_grid, int g_bits, str axes, Tensor g_scale, Tensor? g_offset, Tensor? samples,
+//                     Tensor channels, Tensor x, str x_grid, int x_bits, Tensor x_scale, Tensor? x_offset, int[] sizes,
+//                     Tensor(a!) grad) -> ()
+void integer_grad_weight(Tensor g, std::string g_grid, int64_t g_bits, std::string axes, Tensor g_scale,
+                         std::optional<Tensor> g_offset, std::optional<Tensor> samples, Tensor channels, Tensor x,
+                         std::string x_grid, int64_t x_bits, Tensor x_scale, std::optional<Tensor> x_offset,
+                         std::vector<int64_t> sizes, Tensor grad) {
+  const bool blocks = axes == "N" || axes == "NC";
+  if (pointwise(sizes)) {  // positions are as good as samples, or as a line
+    const int64_t positions = sizes[3] * sizes[4];
+    if (!blocks) sizes[0] *= positions;
+    sizes[3] = 1, sizes[4] = blocks ? positions : 1;
+  }
+  const Plan made = plan(sizes, true);
+  const IntegerGradWeight call{made.layer,
+                               integers(g, g_grid, g_bits, axes),
+                               integers(x, x_grid, x_bits, ""),
+                               scale(g_scale),
+                               scale(g_offset),
+                               *x_scale.const_data_ptr<float>(),
+                               data<float>(x_offset),
+                               blocks,
+                               data<int32_t>(samples),
+                               channels.const_data_ptr<int32_t>(),
+                               samples ? samples->numel() : made.layer.n,
+                               channels.numel(),
+                               grad.mutable_data_ptr<float>()};
+  FQT_DISPATCH(integer_grad_weight, call);
+}
+
 // limit_products(int level) -> int: use at most this instruction set (0 portable, 1 AVX2, 2 AVX-512); returns what is used
 int64_t limit_products(int64_t level) {
   isa_limit = static_cast<int>(level);
@@ -202,6 +266,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fqt_cpu, m) {
   m.def(
       "sign_grad_weight(Tensor g, int bits, str axes, Tensor g_scale, Tensor? g_offset, Tensor samples, Tensor channels,"
       " Tensor x, Tensor x_scale, int[] sizes, Tensor(a!) grad) -> ()");
+  m.def(
+      "integer_gather(Tensor a, str a_grid, int a_bits, Tensor a_scale, Tensor? a_offset, Tensor b, str b_grid, int b_bits,"
+      " Tensor b_scale, Tensor? b_offset, Tensor? bias, Tensor? mask, Tensor? kept, int[] sizes, bool forward,"
+      " Tensor(a!) result) -> ()");
+  m.def(
+      "integer_grad_weight(Tensor g, str g_grid, int g_bits, str axes, Tensor g_scale, Tensor? g_offset, Tensor? samples,"
+      " Tensor channels, Tensor x, str x_grid, int x_bits, Tensor x_scale, Tensor? x_offset, int[] sizes,"
+      " Tensor(a!) grad) -> ()");
   m.def("limit_products(int level) -> int");
 }
 
@@ -210,6 +282,8 @@ STABLE_TORCH_LIBRARY_IMPL(fqt_cpu, CompositeExplicitAutograd, m) {
   m.impl("sign_accumulate", TORCH_BOX(&sign_accumulate));
   m.impl("sign_grad_input", TORCH_BOX(&sign_grad_input));
   m.impl("sign_grad_weight", TORCH_BOX(&sign_grad_weight));
+  m.impl("integer_gather", TORCH_BOX(&integer_gather));
+  m.impl("integer_grad_weight", TORCH_BOX(&integer_grad_weight));
   m.impl("limit_products", TORCH_BOX(&limit_products));
 }
 
