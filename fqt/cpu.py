@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from fqt.reference import spread
 
 _LIBRARY = Path(__file__).parent / "_cpu.so"
 _BIT = Format("sign", 1)
-_LARGE = 1 << 20  # bytes from which page faults are felt
+_large: float = 1 << 20  # bytes from which page faults are felt
 
 BUILD = "python setup.py build_ext --inplace"
 _NOT_BUILT = f"the C++ kernels are not built: {BUILD}"
@@ -254,9 +256,20 @@ def norm_grad(
     return dy, low, high
 
 
+@contextmanager
+def fresh_memory() -> Iterator[None]:
+    """Within the block every tensor is new memory from torch."""
+    global _large
+    before, _large = _large, math.inf
+    try:
+        yield
+    finally:
+        _large = before
+
+
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """As torch.empty; large tensors are made of memory that was used before, whose pages the system need not bring in again."""
-    if math.prod(shape) * dtype.itemsize < _LARGE:
+    if math.prod(shape) * dtype.itemsize < _large:
         return torch.empty(shape, dtype=dtype)
     return operators().empty(shape, dtype)
 

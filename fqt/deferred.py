@@ -139,10 +139,11 @@ def _computed(tree: Any, lasting: bool) -> Any:
 
 
 def possible(x: Tensor) -> bool:
-    """Whether activations may be deferred: eager float32 on a CPU, outside autocast and torch.func."""
+    """Whether activations may be deferred: eager, plain float32 on a CPU, outside autocast and torch.func."""
     return (
         not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
+        and x.device.type in ("cpu", "meta")
+        and type(x) in (Tensor, nn.Parameter, Deferred)
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
@@ -289,9 +290,8 @@ def ranges(g: Tensor, axes: str) -> tuple[Tensor, Tensor] | None:
 def remember_kept(g: Tensor, index: Tensor) -> None:
     """Note on a gradient which samples pruning has left; the others are zero. For the next function in the backward alone: a
     tensor that was changed since, or another, carries no such note."""
-    kept = torch.zeros(g.shape[0], dtype=torch.bool)
-    kept[index[index >= 0].long()] = True
-    g.fqt_kept = kept, g._version  # type: ignore[attr-defined]
+    kept = index.new_zeros(g.shape[0] + 1, dtype=torch.bool).index_fill_(0, index.long() % (g.shape[0] + 1), True)
+    g.fqt_kept = kept[:-1], g._version  # type: ignore[attr-defined]
 
 
 def kept_samples(g: Tensor) -> Tensor | None:

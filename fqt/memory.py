@@ -1,6 +1,6 @@
 """memory: what a training step holds at its peak, in float and converted: predicted without running it, and measured.
 
-The prediction runs a step on fake tensors, which have shapes but no data, and follows every storage from its creation to its
+The prediction runs a step on meta tensors, which have shapes but no data, and follows every storage from its creation to its
 release. What it cannot see is memory that a kernel takes for itself within one operator; the measurement can.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fqt.convert import revert
+from fqt.cpu import fresh_memory
 from fqt.nn import QuantizedLayer, quantized_layers
 from fqt.profile import copied
 from fqt.recipe import Recipe
@@ -172,6 +172,8 @@ class _Live(TorchDispatchMode):
         self._bytes -= self._alive.pop(key).bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(leaf.is_meta for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):  # of a loss: its targets
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         out = func(*args, **(kwargs or {}))
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         rows = ["saved activations" if self.phase == "forward" else "workspace"] * len(results)
@@ -193,9 +195,8 @@ class _Live(TorchDispatchMode):
 
 def _predict(model: nn.Module, input: object, make_optimizer: MakeOptimizer, loss: Loss) -> dict[str, int]:
     """Row -> bytes alive at the peak of the second step."""
-    fake = FakeTensorMode()
-    model, input = _faked(model, fake), tree_map_only(Tensor, fake.from_tensor, input)
-    with fake, _Live() as live:
+    model, input = _sketch(model), tree_map_only(Tensor, _meta, input)
+    with _Live() as live:
         for _, layer in quantized_layers(model):
             _watch(layer, live)
         for tensor in (*(t for t in tree_leaves(input) if isinstance(t, Tensor)), *model.buffers()):
@@ -225,13 +226,18 @@ def _predict(model: nn.Module, input: object, make_optimizer: MakeOptimizer, los
     return rows
 
 
-def _faked(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
-    """A copy whose parameters and buffers are fake; shared ones stay shared."""
+def _meta(tensor: Tensor) -> Tensor:
+    """Shape, strides and dtype without memory."""
+    return torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
+
+
+def _sketch(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have no memory; shared ones stay shared."""
     memo: dict[int, object] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(fake.from_tensor(parameter.detach()), parameter.requires_grad)
+        memo[id(parameter)] = nn.Parameter(_meta(parameter.detach()), parameter.requires_grad)
     for buffer in model.buffers():
-        memo[id(buffer)] = fake.from_tensor(buffer)
+        memo[id(buffer)] = _meta(buffer)
     return copy.deepcopy(model, memo)
 
 
@@ -265,7 +271,8 @@ def peak_bytes(model: nn.Module, input: object, make_optimizer: MakeOptimizer, l
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return sum(kept.values()) + torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    profile = torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with fresh_memory(), profile as profiler:  # memory that is used again is not in torch's record
         step()
     now = most = 0
     recorded: Any = profiler.profiler
