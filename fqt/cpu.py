@@ -29,9 +29,15 @@ BUILD = "python setup.py build_ext --inplace"
 _NOT_BUILT = f"the C++ kernels are not built: {BUILD}"
 
 
+@functools.cache
+def _exists(library: Path) -> bool:
+    """Asked with every call: looked up once."""
+    return library.exists()
+
+
 def refuses_quantize(formats: tuple[Format, ...]) -> str | None:
     """Why `quantize` cannot serve a request, or None."""
-    if not _LIBRARY.exists():
+    if not _exists(_LIBRARY):
         return _NOT_BUILT
     (format,) = formats
     if format.bits > 8 or format.grid in FLOAT8_MAX:
@@ -41,7 +47,7 @@ def refuses_quantize(formats: tuple[Format, ...]) -> str | None:
 
 def refuses_output(formats: tuple[Format, ...], geometry: Geometry | None) -> str | None:
     """Why `output` cannot serve a request, or None."""
-    if not _LIBRARY.exists():
+    if not _exists(_LIBRARY):
         return _NOT_BUILT
     x, w = formats
     if x.grid != "sign" or w.grid != "sign":
@@ -65,7 +71,7 @@ def refuses_grad_weight(formats: tuple[Format, ...]) -> str | None:
 
 def refuses_norm() -> str | None:
     """Why the operators of `fqt.norm` cannot be served, or None."""
-    return None if _LIBRARY.exists() else _NOT_BUILT
+    return None if _exists(_LIBRARY) else _NOT_BUILT
 
 
 def _leaving(geometry: Geometry | None) -> tuple[str, ...]:
@@ -74,7 +80,7 @@ def _leaving(geometry: Geometry | None) -> tuple[str, ...]:
 
 
 def _refuses_gradient(g: Format, other: Format, axes: tuple[str, ...]) -> str | None:
-    if not _LIBRARY.exists():
+    if not _exists(_LIBRARY):
         return _NOT_BUILT
     if g.grid != "uint" or g.bits > 8 or other.grid != "sign":
         return f"the kernel multiplies unsigned codes of 1 to 8 bits by signs, not {g.name} by {other.name}"
@@ -85,7 +91,7 @@ def _refuses_gradient(g: Format, other: Format, axes: tuple[str, ...]) -> str | 
 
 def refuses_integers(operator: str, formats: tuple[Format, ...], geometry: Geometry | None) -> str | None:
     """Why a product of integers cannot serve a request, or None."""
-    if not _LIBRARY.exists():
+    if not _exists(_LIBRARY):
         return _NOT_BUILT
     a, b = formats
     for format in formats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,8 +32,9 @@ class Geometry:
 
     def flat(self) -> list[int]:
         """As the integers that cross an operator's schema; `unflatten` is the inverse."""
-        _, _, *pairs, groups = astuple(self)
-        return [self.height, self.width, *(i for pair in pairs for i in pair), groups]
+        return [
+            self.height, self.width, *self.kernel, *self.stride, *self.padding, *self.dilation, self.groups,
+        ]  # fmt: skip
 
     @staticmethod
     def unflatten(flat: Sequence[int]) -> Geometry | None:

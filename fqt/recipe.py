@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -80,6 +80,7 @@ class Recipe:
     grad_weight: Product
     rules: tuple[Rule, ...] = ()
     replace: tuple[tuple[str, str], ...] = ()
+    _resolved: dict[tuple[str, str], tuple[Quantizer | None, Format | None]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for product, (left, right) in LEFT_RIGHT.items():
@@ -105,6 +106,11 @@ class Recipe:
                         f"recipe {self.name!r}: the rule for {rule.match!r} follows a recipe that replaces {old} by {new}, "
                         f"which only the outer recipe can, for the whole model: give it replace: {{{old}: {new}}}"
                     )
+        # asked several times a call: resolved once
+        resolved = {
+            (product, letter): self._resolve(product, letter) for product, pair in LEFT_RIGHT.items() for letter in pair
+        }
+        object.__setattr__(self, "_resolved", resolved)
         self.check("linear")
 
     def _written(self, product: str, letter: str) -> Operand:
@@ -113,21 +119,26 @@ class Recipe:
 
     def quantizer(self, product: str, letter: str) -> Quantizer | None:
         """The quantizer behind an operand, "saved" resolved; None if the operand is float."""
+        return self._resolved[product, letter][0]
+
+    def _resolve(self, product: str, letter: str) -> tuple[Quantizer | None, Format | None]:
         operand = self._written(product, letter)
         if operand == "saved":
             operand = self._written("output", letter)
-        return operand if isinstance(operand, Quantizer) else None
+        if not isinstance(operand, Quantizer):
+            return None, None
+        try:
+            return operand, operand.format(letter)
+        except ValueError as error:
+            raise ValueError(f"recipe {self.name!r}: {product}.{letter}: {error}") from error
 
     def saved(self, product: str, letter: str) -> bool:
         """Whether a backward operand is the codes that the forward made."""
         return self._written(product, letter) == "saved"
 
     def format(self, product: str, letter: str) -> Format | None:
-        quantizer = self.quantizer(product, letter)
-        try:
-            return None if quantizer is None else quantizer.format(letter)
-        except ValueError as error:
-            raise ValueError(f"recipe {self.name!r}: {product}.{letter}: {error}") from error
+        """The format of an operand's codes; None if the operand is float."""
+        return self._resolved[product, letter][1]
 
     def low_bit(self, product: str) -> bool:
         """Whether the product multiplies codes: both operands quantized, at most 16 bits each."""
@@ -214,7 +225,6 @@ class Recipe:
             for letter in letters:
                 quantizer = self.quantizer(product, letter)
                 if quantizer is not None:
-                    self.format(product, letter)
                     for option, meant in (("transform", "w"), ("pass_range", "xw"), ("prune", "g")):
                         if getattr(quantizer, option) and letter not in meant:
                             raise ValueError(
