@@ -62,7 +62,8 @@ def test_a_wrong_kernel_is_found_out(operator: str) -> None:
 @built
 def test_a_wrong_kernel_refuses_and_the_reference_serves(monkeypatch, caplog) -> None:
     for name in ("output", "output_integers"):
-        monkeypatch.setattr(cpu, name, lambda *args, right=getattr(cpu, name): right(*args) + 1)
+        right = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *args, right=right: right(*args) + 1)
     with caplog.at_level(logging.INFO, "fqt"):
         layer = fqt.convert(torch.nn.Linear(16, 3), fqt.load_recipe("fqt_1bit").everywhere())
     row = fqt.summary(layer).rows[0]

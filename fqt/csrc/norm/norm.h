@@ -49,9 +49,18 @@ inline uint32_t bits_of(Ints set) {
 #endif
 }
 
+// bits_of(a >= b)
+inline uint32_t at_least(Floats a, Floats b) {
+#if defined(FQT_AVX512)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
+#else
+  return bits_of(a >= b);
+#endif
+}
+
 // sum += the lanes, in double precision.
 struct Sum {
-  Doubles low{}, high{};
+  Doubles low, high;
   void add(Doubles first, Doubles second) { low += first, high += second; }
   static Doubles first(Floats v) {
     HalfFloats half;
@@ -62,6 +71,10 @@ struct Sum {
     HalfFloats half;
     std::memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof(half), sizeof(half));
     return __builtin_convertvector(half, Doubles);
+  }
+  explicit Sum(const double* from) {
+    std::memcpy(&low, from, sizeof(low));
+    std::memcpy(&high, from + kFloats / 2, sizeof(high));
   }
   void store(double* to) const {
     std::memcpy(to, &low, sizeof(low));
@@ -149,6 +162,8 @@ inline Largest largest(const Column<kFull>& column, const Window& window, Floats
   return best;
 }
 
+constexpr int64_t kTogether = 8;  // rows whose columns are worked off one after the other
+
 // Runs body(first row, last row, first channel, last channel, sums of this block) over blocks of rows and stretches of
 // channels, then adds the blocks' two sums a channel in order.
 template <class Body>
@@ -161,7 +176,13 @@ inline void sum_blocks(int64_t rows, int64_t channels, double* sums, const Body&
     for (int64_t item = begin; item < end; ++item) {
       const int64_t block = item / stretches, c = item % stretches * kStretch;
       double* to = partial.data + block * 2 * padded;
-      body(block * kBlockRows, std::min(rows, (block + 1) * kBlockRows), c, std::min(channels, c + kStretch), to, to + padded);
+      std::fill(to + c, to + c + kStretch, 0.0);
+      std::fill(to + padded + c, to + padded + c + kStretch, 0.0);
+      // a few rows at a time, so that memory is read nearly as it lies
+      const int64_t last = std::min(rows, (block + 1) * kBlockRows);
+      for (int64_t row = block * kBlockRows; row < last; row += kTogether) {
+        body(row, std::min(last, row + kTogether), c, std::min(channels, c + kStretch), to, to + padded);
+      }
     }
   });
   std::fill(sums, sums + 2 * channels, 0.0);
@@ -177,7 +198,7 @@ inline void sum_blocks(int64_t rows, int64_t channels, double* sums, const Body&
 // the cache while their columns are worked off one after the other. No two threads have rows of the same `unit`.
 template <class Body>
 inline void each_stretch(const Normed& y, const Windows& w, int64_t unit, const Body& body) {
-  constexpr int64_t kStretch = 64;
+  constexpr int64_t kStretch = kTogether;
   const int64_t pooled = y.rows / (w.height * w.width) * w.pooled_y() * w.pooled_x();
   const int64_t rows = std::max<int64_t>(1, kStretch / unit) * unit, items = (pooled + rows - 1) / rows;
   parallel(items, std::max<int64_t>(1, 16384 / std::max<int64_t>(y.channels * rows, 1)), [&](int64_t begin, int64_t end) {
@@ -218,7 +239,7 @@ struct Extremes {
 void norm_sums(const Normed& y, double* sums) {
   sum_blocks(y.rows, y.channels, sums, [&](int64_t begin, int64_t end, int64_t first, int64_t last, double* s, double* q) {
     each_column(y, first, last, [&](const auto& column, int64_t c, auto codes, auto) {
-      Sum values, squares;
+      Sum values(s + c), squares(q + c);
       for (int64_t row = begin; row < end; ++row) {
         const Floats v = column.template at<codes>(row);
         const Doubles v0 = Sum::first(v), v1 = Sum::second(v);
@@ -251,10 +272,11 @@ bool norm_sign(const Normed& y, const Normalization& f, const Windows& windows, 
     const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
     const uint32_t used = static_cast<uint32_t>((uint64_t{1} << column.count) - 1);
     const int64_t size = (column.count + 7) / 8;
+    const Floats lowest = Floats{} + low, highest = Floats{} + high;
     Ints nan{};
     for (int64_t row = begin; row < end; ++row) {
       const Floats z = largest<are_codes>(column, window[row - begin], a, b).z;
-      const uint32_t sign = bits_of(z >= 0.0f) & used, inside = bits_of((z >= low) & (z <= high)) & used;
+      const uint32_t sign = at_least(z, Floats{}) & used, inside = at_least(z, lowest) & at_least(highest, z) & used;
       nan |= z != z;
       if constexpr (kFloats >= 8) {
         std::memcpy(codes + row * bytes + c / 8, &sign, full ? kFloats / 8 : size);
@@ -275,8 +297,8 @@ bool norm_sign(const Normed& y, const Normalization& f, const Windows& windows, 
 void norm_grad_sums(const Normed& y, const Normalization& f, const Windows& windows, const Gradient& g, double* sums) {
   const int64_t pooled = y.rows / (windows.height * windows.width) * windows.pooled_y() * windows.pooled_x();
   sum_blocks(pooled, y.channels, sums, [&](int64_t begin, int64_t end, int64_t first, int64_t last, double* s, double* p) {
-    Window window[kBlockRows];
-    int64_t rows_of[kBlockRows], count = 0;
+    Window window[kTogether];
+    int64_t rows_of[kTogether], count = 0;
     for (int64_t row = begin; row < end; ++row) {
       const Window w(windows, row);
       if (g.kept != nullptr && !g.kept[w.sample]) continue;  // zeros change no sum
@@ -286,7 +308,7 @@ void norm_grad_sums(const Normed& y, const Normalization& f, const Windows& wind
     each_column(y, first, last, [&](const auto& column, int64_t c, auto codes, auto full) {
       const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
       const Floats mean = load<Floats, full>(f.mean + c, column.count), inv = load<Floats, full>(f.inv + c, column.count);
-      Sum plain, products;
+      Sum plain(s + c), products(p + c);
       for (int64_t i = 0; i < count; ++i) {
         const Floats gradient = load<Floats, full>(g.data + rows_of[i] * y.channels + c, column.count);
         const Floats x = (largest<codes>(column, window[i], a, b).y - mean) * inv;
