@@ -52,7 +52,7 @@ class Pool {
     used_ -= found->second;
     cached_ += found->second;
     size_of_.erase(found);
-    trim(most_);
+    trim(2 * most_);
   }
 
   // Gives everything that is not in use back to the system.

@@ -147,17 +147,21 @@ struct Largest {
   Ints number;
 };
 
-template <bool kCodes, bool kFull>
+template <bool kCodes, bool kPooled, bool kFull>
 inline Largest largest(const Column<kFull>& column, const Window& window, Floats a, Floats b) {
   const Floats y = column.template at<kCodes>(window.first);
   Largest best{y * a + b, y, Ints{}};
-  for (int64_t number = 1; number < window.rows * window.columns; ++number) {
-    const int64_t row = window.first + number / window.columns * window.width + number % window.columns;
-    const Floats other = column.template at<kCodes>(row), z = other * a + b;
-    const Ints better = (z > best.z) | (z != z);
-    best.z = better ? z : best.z;
-    best.y = better ? other : best.y;
-    best.number = better ? Ints{} + static_cast<int32_t>(number) : best.number;
+  if constexpr (!kPooled) return best;
+  int32_t number = 0;
+  for (int64_t line = 0; line < window.rows; ++line) {
+    for (int64_t i = 0; i < window.columns; ++i, ++number) {
+      if (number == 0) continue;
+      const Floats other = column.template at<kCodes>(window.first + line * window.width + i), z = other * a + b;
+      const Ints better = (z > best.z) | (z != z);
+      best.z = better ? z : best.z;
+      best.y = better ? other : best.y;
+      best.number = better ? Ints{} + number : best.number;
+    }
   }
   return best;
 }
@@ -208,7 +212,11 @@ inline void each_stretch(const Normed& y, const Windows& w, int64_t unit, const 
       last = std::min(to, first + kStretch);
       for (int64_t row = first; row < last; ++row) window[row - first] = Window(w, row);
       each_column(y, 0, y.channels, [&](const auto& column, int64_t c, auto codes, auto full) {
-        body(column, c, codes, full, window, first, last);
+        if (w.kernel_y * w.kernel_x == 1) {
+          body(column, c, codes, full, std::false_type{}, window, first, last);
+        } else {
+          body(column, c, codes, full, std::true_type{}, window, first, last);
+        }
       });
     }
   });
@@ -253,11 +261,11 @@ void norm_sums(const Normed& y, double* sums) {
 }
 
 void norm_value(const Normed& y, const Normalization& f, const Windows& windows, float* z) {
-  each_stretch(y, windows, 1, [&](const auto& column, int64_t c, auto codes, auto full, const Window* window, int64_t begin,
+  each_stretch(y, windows, 1, [&](const auto& column, int64_t c, auto codes, auto full, auto pooled, const Window* window, int64_t begin,
                                int64_t end) {
     const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
     for (int64_t row = begin; row < end; ++row) {
-      store<full>(z + row * y.channels + c, largest<codes>(column, window[row - begin], a, b).z, column.count);
+      store<full>(z + row * y.channels + c, largest<codes, pooled>(column, window[row - begin], a, b).z, column.count);
     }
   });
 }
@@ -267,7 +275,7 @@ bool norm_sign(const Normed& y, const Normalization& f, const Windows& windows, 
                uint8_t* mask) {
   const int64_t bytes = (y.channels + 7) / 8;
   std::atomic<bool> found{false};
-  each_stretch(y, windows, 1, [&](const auto& column, int64_t c, auto are_codes, auto full, const Window* window, int64_t begin,
+  each_stretch(y, windows, 1, [&](const auto& column, int64_t c, auto are_codes, auto full, auto pooled, const Window* window, int64_t begin,
                                int64_t end) {
     const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
     const uint32_t used = static_cast<uint32_t>((uint64_t{1} << column.count) - 1);
@@ -275,7 +283,7 @@ bool norm_sign(const Normed& y, const Normalization& f, const Windows& windows, 
     const Floats lowest = Floats{} + low, highest = Floats{} + high;
     Ints nan{};
     for (int64_t row = begin; row < end; ++row) {
-      const Floats z = largest<are_codes>(column, window[row - begin], a, b).z;
+      const Floats z = largest<are_codes, pooled>(column, window[row - begin], a, b).z;
       const uint32_t sign = at_least(z, Floats{}) & used, inside = at_least(z, lowest) & at_least(highest, z) & used;
       nan |= z != z;
       if constexpr (kFloats >= 8) {
@@ -296,6 +304,7 @@ bool norm_sign(const Normed& y, const Normalization& f, const Windows& windows, 
 
 void norm_grad_sums(const Normed& y, const Normalization& f, const Windows& windows, const Gradient& g, double* sums) {
   const int64_t pooled = y.rows / (windows.height * windows.width) * windows.pooled_y() * windows.pooled_x();
+  const bool whole = windows.kernel_y * windows.kernel_x == 1;
   sum_blocks(pooled, y.channels, sums, [&](int64_t begin, int64_t end, int64_t first, int64_t last, double* s, double* p) {
     Window window[kTogether];
     int64_t rows_of[kTogether], count = 0;
@@ -311,7 +320,8 @@ void norm_grad_sums(const Normed& y, const Normalization& f, const Windows& wind
       Sum plain(s + c), products(p + c);
       for (int64_t i = 0; i < count; ++i) {
         const Floats gradient = load<Floats, full>(g.data + rows_of[i] * y.channels + c, column.count);
-        const Floats x = (largest<codes>(column, window[i], a, b).y - mean) * inv;
+        const Floats y_of = whole ? column.template at<codes>(rows_of[i]) : largest<codes, true>(column, window[i], a, b).y;
+        const Floats x = (y_of - mean) * inv;
         const Doubles g0 = Sum::first(gradient), g1 = Sum::second(gradient);
         plain.add(g0, g1);
         products.add(g0 * Sum::first(x), g1 * Sum::second(x));
@@ -328,7 +338,7 @@ void norm_grad(const Normed& y, const Normalization& f, const Windows& windows, 
   const float infinity = std::numeric_limits<float>::infinity();
   std::fill(ranges.low, ranges.low + samples * y.channels, infinity);
   std::fill(ranges.high, ranges.high + samples * y.channels, -infinity);
-  each_stretch(y, windows, image, [&](const auto& column, int64_t c, auto codes, auto full, const Window* window,
+  each_stretch(y, windows, image, [&](const auto& column, int64_t c, auto codes, auto full, auto pooled, const Window* window,
                                       int64_t begin, int64_t end) {
     const Floats a = load<Floats, full>(f.a + c, column.count), b = load<Floats, full>(f.b + c, column.count);
     const Floats mean = load<Floats, full>(f.mean + c, column.count), inv = load<Floats, full>(f.inv + c, column.count);
@@ -343,15 +353,23 @@ void norm_grad(const Normed& y, const Normalization& f, const Windows& windows, 
         Ints chosen{};
         if (g.kept == nullptr || g.kept[sample]) {
           gradient = load<Floats, full>(g.data + row * y.channels + c, column.count);
-          chosen = largest<codes>(column, w, a, b).number;
+          chosen = largest<codes, pooled>(column, w, a, b).number;
         }
-        for (int64_t number = 0; number < w.rows * w.columns; ++number) {
-          const int64_t to = w.first + number / w.columns * w.width + number % w.columns;
+        const auto finish = [&](int64_t to, Floats dz) {
           const Floats x = (column.template at<codes>(to) - mean) * inv;
-          const Floats dz = chosen == static_cast<int32_t>(number) ? gradient : Floats{};
           const Floats value = ((dz - mean_g) - x * mean_gx) * a;
           store<full>(dy + to * y.channels + c, value, column.count);
           extremes.add(value);
+        };
+        if constexpr (!pooled) {
+          finish(row, gradient);
+          continue;
+        }
+        int32_t number = 0;
+        for (int64_t line = 0; line < w.rows; ++line) {
+          for (int64_t i = 0; i < w.columns; ++i, ++number) {
+            finish(w.first + line * w.width + i, chosen == number ? gradient : Floats{});
+          }
         }
       }
       const int64_t at = sample * y.channels + c;
