@@ -42,6 +42,17 @@ def saved(rows: list[dict]) -> str:
     )  # fmt: skip
 
 
+def step(rows: list[dict]) -> str:
+    return table(
+        ["a training step", "recipe", "batch", "threads", "float32, ms", "by", "fqt, ms", "speed-up", "saved bytes"],
+        [
+            [row["model"], f"`{row['recipe']}`", row["batch"], row["threads"], f"{row['fp32_ms']:.0f}", row["fp32_variant"],
+             f"{row['fqt_ms']:.0f}", f"{row['speedup']:.2f}", f"{row['fqt_saved_bytes'] / row['fp32_saved_bytes']:.2f}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
 def gradients(rows: list[dict]) -> str:
     return table(
         ["product", "quantizer of g", "error of g", "bias", "error of the product", "time / copy"],
@@ -73,7 +84,9 @@ def pareto(rows: list[dict]) -> str:
     return f"![test accuracy against the measured speed-up of a step, {len(rows)} recipes](benchmarks/results/pareto.svg)"
 
 
-TABLES: dict[str, Callable[[list[dict]], str]] = {make.__name__: make for make in (accuracy, pareto, saved, gradients, layers)}
+TABLES: dict[str, Callable[[list[dict]], str]] = {
+    make.__name__: make for make in (accuracy, pareto, step, saved, gradients, layers)
+}
 
 
 def rewritten(text: str) -> str:

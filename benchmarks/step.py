@@ -1,6 +1,6 @@
 """How fast is a whole training step, and what does it hold, against the same model unconverted?
 
-    python -m benchmarks.step --model vgg16 resnet18 --recipe fqt_1bit int8 --batch 128 [--threads T] [--optimizer sgd]
+    python -m benchmarks.step --model vgg16@128 resnet18@64 --recipe fqt_1bit int8 [--batch B] [--threads T] [--optimizer sgd]
                               [--json F] [--quick]
 
 A step is forward, cross-entropy, backward and optimizer, on random images of CIFAR's size. The float32 side is the best of
@@ -208,7 +208,9 @@ def _mib(row: dict, what: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["vgg16"], help="models of the training program")
+    parser.add_argument(
+        "--model", nargs="+", default=["vgg16"], help="models of the training program; vgg16@64: at a batch of its own"
+    )
     parser.add_argument("--recipe", nargs="+", default=["fqt_1bit"])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -222,9 +224,10 @@ def main() -> None:
     compiled = not args.quick and any(map(shutil.which, ("c++", "g++", "clang++")))
     if not compiled:
         print("torch.compile is not measured: " + ("--quick" if args.quick else "no C++ compiler (apt-get install g++)"))
-    batch, rounds = (4, 3) if args.quick else (args.batch, 7)
     rows = []
-    for name in args.model:
+    for model in args.model:
+        name, _, own = model.partition("@")
+        batch, rounds = (4, 3) if args.quick else (int(own or args.batch), 7)
         rows += compare(name, args.recipe, batch=batch, optimizer=args.optimizer, rounds=rounds, compiled=compiled)
     print("the kernels equal the reference: loss and every gradient, bit for bit\n")
     print(show(rows))
