@@ -63,6 +63,8 @@ inline Floats floor_of(Floats y) {
   return (Floats)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #elif defined(FQT_AVX2)
   return (Floats)_mm256_floor_ps((__m256)y);
+#elif defined(FQT_NEON)
+  return (Floats)vrndmq_f32((float32x4_t)y);
 #else
   const Floats cut = __builtin_convertvector(__builtin_convertvector(y, Ints), Floats);  // |y| is at most 256
   return cut + __builtin_convertvector((Ints)(cut > y), Floats);                         // true is -1
@@ -77,6 +79,8 @@ inline uint32_t at_least(Floats a, Floats b) {
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
 #elif defined(FQT_X86)
   return _mm_movemask_ps(_mm_cmpge_ps((__m128)a, (__m128)b));
+#elif defined(FQT_NEON)
+  return vaddvq_u32((uint32x4_t)(a >= b) & uint32x4_t{1, 2, 4, 8});
 #else
   uint32_t bits = 0;
   for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a[i] >= b[i]) << i;
@@ -91,6 +95,8 @@ inline uint32_t unordered(Floats a, Floats b) {
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q));
 #elif defined(FQT_X86)
   return _mm_movemask_ps(_mm_cmpunord_ps((__m128)a, (__m128)b));
+#elif defined(FQT_NEON)
+  return vaddvq_u32((uint32x4_t)((a != a) | (b != b)) & uint32x4_t{1, 2, 4, 8});
 #else
   uint32_t bits = 0;
   for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(__builtin_isunordered(a[i], b[i])) << i;
@@ -106,6 +112,8 @@ inline Pairs multiply(Pairs a, uint32_t b) {
   return (Pairs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 #elif defined(FQT_X86)
   return (Pairs)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#elif defined(FQT_NEON)
+  return (Pairs)vmull_n_u32(vmovn_u64((uint64x2_t)a), b);
 #else
   Pairs product;
   for (int i = 0; i < kLanes / 2; ++i) product[i] = static_cast<uint64_t>(static_cast<uint32_t>(a[i])) * b;
@@ -123,6 +131,8 @@ inline Pairs interleave(Pairs a, Pairs b) {
   return kWhich ? (Pairs)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b) : (Pairs)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b);
 #elif defined(FQT_AVX2)
   return kWhich ? (Pairs)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b) : (Pairs)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b);
+#elif defined(FQT_NEON)
+  return (Pairs)(kWhich ? vzip2q_u64((uint64x2_t)a, (uint64x2_t)b) : vzip1q_u64((uint64x2_t)a, (uint64x2_t)b));
 #else
   return Pairs{a[kWhich], b[kWhich]};
 #endif
@@ -144,6 +154,10 @@ inline void store_bytes(const Ints v[4], uint8_t* to) {
   const __m128i halves01 = _mm_packs_epi32((__m128i)v[0], (__m128i)v[1]);
   const __m128i halves23 = _mm_packs_epi32((__m128i)v[2], (__m128i)v[3]);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(halves01, halves23));
+#elif defined(FQT_NEON)
+  const uint16x8_t halves01 = vuzp1q_u16((uint16x8_t)v[0], (uint16x8_t)v[1]);
+  const uint16x8_t halves23 = vuzp1q_u16((uint16x8_t)v[2], (uint16x8_t)v[3]);
+  vst1q_u8(to, vuzp1q_u8((uint8x16_t)halves01, (uint8x16_t)halves23));
 #else
   for (int i = 0; i < 4 * kLanes; ++i) to[i] = static_cast<uint8_t>(v[i / kLanes][i % kLanes]);
 #endif
