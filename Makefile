@@ -62,7 +62,7 @@ SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-n
 
 $(eval $(call check,build/check-sanitized,$(CXX),-O1 $(SANITIZE)))
 
-sanitize: $(STAMP) build/check-sanitized/check ## both fuzzes of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(STAMP) build/check-sanitized/check ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	build/check-sanitized/check $(FQT_TEST_SEED)
 	rm -rf build/sanitize/lib
 	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build \

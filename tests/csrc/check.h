@@ -103,8 +103,7 @@ class Fenced {
   int64_t size_ = 0;
 };
 
-// Codes of `bits` bits in a packed row, the first in the lowest bits.
-inline unsigned get(const uint8_t* row, int64_t i, int bits) { return row[i * bits / 8] >> i * bits % 8 & ((1 << bits) - 1); }
+// A code of `bits` bits into a packed row of zeros, the first in the lowest bits.
 inline void put(uint8_t* row, int64_t i, int bits, unsigned code) {
   row[i * bits / 8] = static_cast<uint8_t>(row[i * bits / 8] | code << i * bits % 8);
 }
@@ -126,8 +125,7 @@ void same(const char* kernel, const char* set, const T* actual, const std::vecto
     const T a = actual[i], e = expected[i];
     if (std::memcmp(&a, &e, sizeof(T)) == 0 || (a != a && e != e)) continue;
     if constexpr (std::is_floating_point_v<T>) {
-      std::printf("%s %s: value %zu of %zu is %.9g (%a), not %.9g (%a)\n", kernel, set, i, expected.size(), double(a), double(a),
-                  double(e), double(e));
+      std::printf("%s %s: value %zu of %zu is %.9g (%a), not %.9g (%a)\n", kernel, set, i, expected.size(), a, a, e, e);
     } else {
       std::printf("%s %s: value %zu of %zu is %lld, not %lld\n", kernel, set, i, expected.size(), (long long)a, (long long)e);
     }

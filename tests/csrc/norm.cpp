@@ -16,8 +16,9 @@ struct Set {
   decltype(&fqt::portable::norm_grad_sums) grad_sums;
   decltype(&fqt::portable::norm_grad) grad;
 };
-#define FQT_ROW(set, runs) \
-  {#set, bool(runs), fqt::set::norm_sums, fqt::set::norm_value, fqt::set::norm_sign, fqt::set::norm_grad_sums, fqt::set::norm_grad},
+#define FQT_ROW(set, runs)                                                               \
+  {#set, bool(runs), fqt::set::norm_sums, fqt::set::norm_value, fqt::set::norm_sign,     \
+   fqt::set::norm_grad_sums, fqt::set::norm_grad},
 const Set kSets[] = {FQT_SETS(FQT_ROW)};
 
 // Sums by channel over rows of `values`: in order within blocks of 256 rows, then the blocks in order.
@@ -146,7 +147,9 @@ void check_case(Random& r) {
     same("norm_grad", set.name, to_dy.data, dy);
     same("norm_grad", set.name, unsigned_zeros(to_low.copy()).data(), unsigned_zeros(lows));
     same("norm_grad", set.name, unsigned_zeros(to_high.copy()).data(), unsigned_zeros(highs));
-    for (const char* kernel : {"norm_sums", "norm_value", "norm_sign", "norm_grad_sums", "norm_grad"}) ++served[kernel][set.name];
+    for (const char* kernel : {"norm_sums", "norm_value", "norm_sign", "norm_grad_sums", "norm_grad"}) {
+      ++served[kernel][set.name];
+    }
   }
 }
 

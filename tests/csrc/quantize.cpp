@@ -165,7 +165,9 @@ fqt::Plan cut(const Tensor& x, const Tensor* fold, const Groups& g, int bits, bo
   const bool tokens = g.axes == "NP", whole = g.axes.empty() || g.axes == "N";
   plan.parts = whole ? Parts::whole : (tokens == inside) ? Parts::rows : Parts::columns;
   // what is affine in (sample, position, channel), by its differences
-  const auto affine = [&](const auto& f) { return at(x.n > 1 ? f(1, 0, 0) : 0, x.p > 1 ? f(0, 1, 0) : 0, x.c > 1 ? f(0, 0, 1) : 0); };
+  const auto affine = [&](const auto& f) {
+    return at(x.n > 1 ? f(1, 0, 0) : 0, x.p > 1 ? f(0, 1, 0) : 0, x.c > 1 ? f(0, 0, 1) : 0);
+  };
   plan.group = affine([&](int64_t i, int64_t j, int64_t k) { return g.group(i, j, k); });
   plan.element = affine([&](int64_t i, int64_t j, int64_t k) { return g.element(i, j, k); });
   plan.byte = affine([&](int64_t i, int64_t j, int64_t k) { return g.bit(i, j, k, bits) / 8; });
@@ -216,9 +218,10 @@ Strides layout(Random& r, int64_t n, int64_t p, int64_t c) {
   }
 }
 
-void fill(Random& r, Tensor& x) {
-  const std::string kind = r.choose<const char*>(
-      {"normal", "normal", "normal", "special", "tiny", "huge", "constant", "zeros", "ties", "negative zero"});
+// Values of many kinds; "edges" are those halfway between codes, give or take a bit, where one rounding more or less is seen.
+void fill(Random& r, Tensor& x, float steps) {
+  const std::string kind = r.choose<const char*>({"normal", "normal", "normal", "special", "tiny", "huge", "constant", "zeros",
+                                                  "ties", "negative zero", "edges", "edges"});
   const bool once = kind == "special" && r.chance(0.7);
   current.about << kind << " ";
   for (int64_t i = 0; i < x.extent(); ++i) {
@@ -231,6 +234,11 @@ void fill(Random& r, Tensor& x) {
              : kind == "negative zero" ? (v < 0.0f ? -0.0f : 0.0f)
              : kind == "special" && !once ? r.factor()
                                        : v);
+    if (kind != "edges") continue;
+    const float low = -0.7f, high = 0.9f;
+    float edge = low + (static_cast<float>(r.between(0, static_cast<int64_t>(steps) - 1)) + 0.5f) / steps * (high - low);
+    for (int64_t nudges = r.between(0, 2); nudges > 0; --nudges) edge = std::nextafter(edge, r.choose({low, high}));
+    x.set(i, i == 0 ? low : i == x.extent() - 1 ? high : edge);
   }
   if (once && x.extent() > 0) x.set(r.between(0, x.extent() - 1), r.choose({kNaN, kInfinity, -kInfinity}));
 }
@@ -291,7 +299,6 @@ void check_case(Random& r) {
   const Tensor* fold = folded ? &factors : nullptr;
   current.about << "quantize " << n << "x" << p << "x" << c << " axes '" << groups.axes << "' strides " << s.sn << "," << s.sp
                 << "," << s.sc << (x.bfloat16 ? " bfloat16" : "") << (folded ? " folded " : " ");
-  fill(r, x);
 
   // the format and how its range is found
   const std::string grid = r.choose<const char*>({"sign", "uint", "uint", "int", "fixed", "ternary"});
@@ -304,10 +311,20 @@ void check_case(Random& r) {
                       : grid == "sign" || grid == "ternary" ? r.choose({Range::absmean, Range::absmax, Range::none})
                       : grid == "uint" ? r.choose({Range::minmax, Range::absmax, Range::none}) : Range::absmax;
   const float reach = r.choose({1.0f, 0.7f, 4.0f});
-  const fqt::Calibration calibration{range, grid == "uint" && r.chance(0.5) ? 0.0f : -reach, reach, bottom, top,
+  fqt::Calibration calibration{range, grid == "uint" && r.chance(0.5) ? 0.0f : -reach, reach, bottom, top,
                                      grid == "uint" && r.chance(0.7), fixed};
   fqt::Encoding e{grid == "sign" ? Grid::sign : Grid::uniform, storage, bottom, top, grid != "sign" && r.chance(0.6), r.bits(),
                   static_cast<uint32_t>(r.bits()), nullptr, nullptr, -1.0f, r.choose({1.0f, 0.5f})};
+
+  fill(r, x, top - (grid == "uint" ? 0.0f : bottom));
+  if (e.stochastic && grid == "uint" && r.chance(0.2)) {  // fractions that equal their random numbers are rounded down
+    calibration = {Range::none, 0.0f, top, bottom, top, false, false};
+    for (int64_t i = 0; i < n * p * c; ++i) {
+      const int64_t j = i / c % p, at = x.at(i / c / p, j, i % c);
+      const uint64_t group = groups.group(i / c / p, j, i % c), element = groups.element(i / c / p, j, i % c);
+      x.set(at, uniform_u24(group, element, e.stream, e.key) * 0x1p-24f);
+    }
+  }
 
   // how it is cut: positions as columns where codes and random numbers begin where bytes and counters do
   const bool by_channel = groups.by_channel(), channel = groups.axes == "C", tensor = groups.axes.empty();
@@ -326,7 +343,7 @@ void check_case(Random& r) {
   }
   const fqt::Plan plan = cut(x, fold, groups, storage, inside, merged, recut);
   current.about << grid << bits << (e.stochastic ? " stochastic" : "") << (inside ? " channels inside" : " positions inside")
-                << (merged ? " merged" : "") << " recut " << recut << " range " << static_cast<int>(range);
+                << (merged ? " merged" : "") << " recut " << recut << " range " << static_cast<int>(calibration.range);
 
   // what there is to find
   const int64_t count = groups.count();
@@ -351,7 +368,7 @@ void check_case(Random& r) {
   });
   std::vector<double> sums;
   std::vector<Numbers> numbers;
-  const bool look = range == Range::none && count == 1;  // the range is not looked at then
+  const bool look = calibration.range == Range::none && count == 1;  // the range is not looked at then
   for (int64_t g = 0; g < count; ++g) {
     sums.push_back(tree_sum(sizes[g]));
     const float mean = static_cast<float>(sums[g] / static_cast<double>(groups.elements()));
@@ -400,7 +417,8 @@ void check_case(Random& r) {
     for (int64_t first = 0; first < groups.elements(); first += 1024) {  // parts are subtrees
       const int64_t end = std::min<int64_t>(first + 1024, groups.elements());
       const double part = set.abs_sum(ordered, count - 1, first, end - first);
-      same("abs_sum", set.name, &part, std::vector<double>{tree_sum({sizes[count - 1].begin() + first, sizes[count - 1].begin() + end})});
+      const auto from = sizes[count - 1].begin();
+      same("abs_sum", set.name, &part, std::vector<double>{tree_sum({from + first, from + end})});
     }
     ++served["abs_sum"][set.name];
 
@@ -409,7 +427,8 @@ void check_case(Random& r) {
       fqt::Encoding call = e;
       call.codes = codes_to, call.mask = mask_to;
       bool nan = false;
-      each_stretch(stretches, with, with.along ? 1 : fqt::kLineBits / call.storage, [&](int64_t image, int64_t first, int64_t end) {
+      const int64_t step = with.along ? 1 : fqt::kLineBits / call.storage;
+      each_stretch(stretches, with, step, [&](int64_t image, int64_t first, int64_t end) {
         Fenced<float> inverse(with.along ? with.slots(end - first) : with.columns), offset(inverse.count);
         Fenced<uint8_t> kept(inverse.count);
         for (int64_t slot = 0; slot < inverse.count && codes_to != nullptr; ++slot) {

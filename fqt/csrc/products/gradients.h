@@ -116,8 +116,7 @@ inline AddBlocks add_blocks_of(int rows) {
   return rows == kRows ? add_blocks<kRows> : rows == 4 ? add_blocks<4> : rows == 2 ? add_blocks<2> : add_blocks<1>;
 }
 
-// The sum of g * b. Both sums and the result fit 31 bits, twice the former does not: in a sample of more than 4 million positions
-// it wraps around, and back.
+// The sum of g * b. Both sums and the result fit 31 bits, but twice the first may not: it wraps around, and back.
 inline int32_t signed_sum(int32_t of_set, int32_t all) {
   return static_cast<int32_t>(2 * static_cast<uint32_t>(of_set) - static_cast<uint32_t>(all));
 }
