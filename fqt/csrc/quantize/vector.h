@@ -112,8 +112,6 @@ inline Pairs multiply(Pairs a, uint32_t b) {
   return (Pairs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 #elif defined(FQT_X86)
   return (Pairs)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
-#elif defined(FQT_NEON)
-  return (Pairs)vmull_n_u32(vmovn_u64((uint64x2_t)a), b);
 #else
   Pairs product;
   for (int i = 0; i < kLanes / 2; ++i) product[i] = static_cast<uint64_t>(static_cast<uint32_t>(a[i])) * b;
@@ -169,14 +167,14 @@ struct Counters {
   Pairs c0, c1, c2, c3;  // in the low word of each pair; the high words are never read
 };
 
-// The round keys as vectors.
+// The round keys in every word of a vector.
 struct Keys {
   Pairs k[20];
   explicit Keys(uint64_t key) {
     uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
     for (int round = 0; round < 10; ++round) {
-      k[2 * round] = static_cast<uint64_t>(k0) - Pairs{};
-      k[2 * round + 1] = static_cast<uint64_t>(k1) - Pairs{};
+      k[2 * round] = (Pairs)spread(k0);
+      k[2 * round + 1] = (Pairs)spread(k1);
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
@@ -187,6 +185,39 @@ struct Keys {
 // through each round together: one alone waits for its own results.
 template <int kCounters>
 inline void philox(const Keys& keys, Counters (&c)[kCounters]) {
+#if defined(FQT_NEON)
+  // Its multiplication reads words that lie side by side, so there two counters become one, and uzp sorts the products' halves.
+  constexpr int kPairs = (kCounters + 1) / 2;
+  const auto word = [](Pairs a, Pairs b) { return vuzp1q_u32((uint32x4_t)a, (uint32x4_t)b); };
+  uint32x4_t w[kPairs][4];
+#pragma GCC unroll 2
+  for (int i = 0; i < kPairs; ++i) {
+    const Counters &a = c[2 * i], &b = c[2 * i + 1 < kCounters ? 2 * i + 1 : 2 * i];
+    w[i][0] = word(a.c0, b.c0), w[i][1] = word(a.c1, b.c1), w[i][2] = word(a.c2, b.c2), w[i][3] = word(a.c3, b.c3);
+  }
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kPairs; ++i) {
+      const uint32x4_t a0 = (uint32x4_t)vmull_n_u32(vget_low_u32(w[i][0]), 0xD2511F53u);
+      const uint32x4_t a1 = (uint32x4_t)vmull_high_n_u32(w[i][0], 0xD2511F53u);
+      const uint32x4_t b0 = (uint32x4_t)vmull_n_u32(vget_low_u32(w[i][2]), 0xCD9E8D57u);
+      const uint32x4_t b1 = (uint32x4_t)vmull_high_n_u32(w[i][2], 0xCD9E8D57u);
+      w[i][0] = vuzp2q_u32(b0, b1) ^ w[i][1] ^ (uint32x4_t)keys.k[2 * round];
+      w[i][2] = vuzp2q_u32(a0, a1) ^ w[i][3] ^ (uint32x4_t)keys.k[2 * round + 1];
+      w[i][1] = vuzp1q_u32(b0, b1);
+      w[i][3] = vuzp1q_u32(a0, a1);
+    }
+  }
+  const auto low = [](uint32x4_t words) { return (Pairs)vmovl_u32(vget_low_u32(words)); };
+  const auto high = [](uint32x4_t words) { return (Pairs)vmovl_high_u32(words); };
+#pragma GCC unroll 4
+  for (int i = 0; i < kCounters; ++i) {
+    const uint32x4_t* from = w[i / 2];
+    c[i] = i % 2 ? Counters{high(from[0]), high(from[1]), high(from[2]), high(from[3])}
+                 : Counters{low(from[0]), low(from[1]), low(from[2]), low(from[3])};
+  }
+#else
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
 #pragma GCC unroll 4
@@ -198,6 +229,7 @@ inline void philox(const Keys& keys, Counters (&c)[kCounters]) {
       c[i].c3 = a;
     }
   }
+#endif
 }
 
 // 24 random bits of each word, as a float.
