@@ -10,11 +10,11 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: help train test lint sanitize data clean
+.PHONY: help train test test-native test-arm lint sanitize data clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 train: $(STAMP) data ## train the main job (CONFIG=..., ARGS="--set key=value ..."): 1 bit forward and backward, Fashion-MNIST
 	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=1 train/main.py --config $(CONFIG) $(ARGS)
@@ -22,6 +22,33 @@ train: $(STAMP) data ## train the main job (CONFIG=..., ARGS="--set key=value ..
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -q
+
+test-native: build/check/check ## the kernels alone, without Python or torch, on every instruction set of this machine (a minute)
+	build/check/check $(FQT_TEST_SEED)
+
+test-arm: ## the same for AArch64, NEON among them: cross-compiled, and run by qemu (a minute)
+	@command -v $(ARM_CXX) >/dev/null && command -v $(QEMU) >/dev/null || \
+	  { echo "no $(ARM_CXX) or no $(QEMU) here: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+	@$(MAKE) build/check-arm/check
+	$(QEMU) build/check-arm/check $(FQT_TEST_SEED)
+
+ARM_CXX ?= aarch64-linux-gnu-g++
+QEMU ?= qemu-aarch64
+# floats must round as the extension's, whose flags stand in setup.py
+CHECK_FLAGS := -std=c++20 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -pthread
+CHECK_SOURCES := $(wildcard tests/csrc/*.cpp $(foreach isa,portable avx2 avx512 neon,fqt/csrc/*/$(isa).cpp))
+
+# $(call check,directory,compiler,further flags): the program of tests/csrc with every kernel, in a directory of its own
+define check
+$(1)/%.o: %.cpp $(wildcard tests/csrc/*.h fqt/csrc/*/*.h)
+	@mkdir -p $$(@D)
+	$(2) $(CHECK_FLAGS) $(3) -c $$< -o $$@
+$(1)/check: $(CHECK_SOURCES:%.cpp=$(1)/%.o)
+	$(2) -pthread $(3) $$^ -o $$@
+endef
+$(eval $(call check,build/check,$(CXX),-O3))
+$(eval $(call check,build/check-quick,$(CXX),-O1))
+$(eval $(call check,build/check-arm,$(ARM_CXX),-O3 -static))
 
 lint: .venv/linted ## ruff, pyright, import-linter
 	$(BIN)/ruff check
@@ -33,7 +60,10 @@ lint: .venv/linted ## ruff, pyright, import-linter
 SANITIZE := -g -fsanitize=address,undefined -fno-sanitize-recover
 SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0
 
-sanitize: $(STAMP) ## the kernels' fuzz under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set
+$(eval $(call check,build/check-sanitized,$(CXX),-O1 $(SANITIZE)))
+
+sanitize: $(STAMP) build/check-sanitized/check ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	build/check-sanitized/check $(FQT_TEST_SEED)
 	rm -rf build/sanitize/lib
 	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build \
 	  --build-base build/sanitize --build-lib build/sanitize/lib

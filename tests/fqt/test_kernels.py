@@ -1,6 +1,7 @@
 """Every row of the table of kernels that this machine supports equals the reference, bit for bit."""
 
 import itertools
+import platform
 import random
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from fqt.testing import assert_same_codes, assert_same_values
 
 QUANTIZE = [row for row in KERNELS if row.operator == "quantize" and row.backend != "reference"]
 MULTIPLY = [row for row in KERNELS if row.operator in PRODUCTS and row.device == "cpu"]
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65)
 QUANTIZE_SIZES = (0, *SIZES, 32, 127, 128, 129)
 FILLS = ("normal", "nan", "inf", "tiny", "constant", "zeros", "huge", "negative zero")

@@ -1,7 +1,7 @@
 // What the batch normalization operators and the kernels of all instruction sets share.
 #pragma once
 
-#include "../products/isa.h"  // FQT_X86, parallel, Buffer
+#include "../products/isa.h"  // FQT_X86, FQT_ARM, parallel, Buffer
 
 namespace fqt {
 
@@ -51,6 +51,8 @@ namespace portable { FQT_DECLARE_NORM }
 #if defined(FQT_X86)
 namespace avx2 { FQT_DECLARE_NORM }
 namespace avx512 { FQT_DECLARE_NORM }
+#elif defined(FQT_ARM)
+namespace neon { FQT_DECLARE_NORM }
 #endif
 
 }  // namespace fqt

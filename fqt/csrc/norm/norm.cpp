@@ -22,6 +22,8 @@ const bool kAvx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 const bool kAvx2 = __builtin_cpu_supports("avx2");
 const int kBest = kAvx512 ? 2 : kAvx2 ? 1 : 0;
+#elif defined(FQT_ARM)
+const int kBest = 1;
 #else
 const int kBest = 0;
 #endif
@@ -30,6 +32,8 @@ int isa_limit = 2;  // tests lower it
 #if defined(FQT_X86)
 #define FQT_DISPATCH(call) \
   (std::min(kBest, isa_limit) == 2 ? avx512::call : std::min(kBest, isa_limit) == 1 ? avx2::call : portable::call)
+#elif defined(FQT_ARM)
+#define FQT_DISPATCH(call) (std::min(kBest, isa_limit) == 1 ? neon::call : portable::call)
 #else
 #define FQT_DISPATCH(call) (portable::call)
 #endif

@@ -42,6 +42,8 @@ inline uint32_t bits_of(Ints set) {
   return _mm512_movepi32_mask((__m512i)set);
 #elif defined(FQT_AVX2)
   return static_cast<uint32_t>(_mm256_movemask_ps((__m256)set));
+#elif defined(FQT_NEON)
+  return vaddvq_u32((uint32x4_t)set & uint32x4_t{1, 2, 4, 8});
 #else
   uint32_t bits = 0;
   for (int i = 0; i < kFloats; ++i) bits |= static_cast<uint32_t>(set[i] & 1) << i;

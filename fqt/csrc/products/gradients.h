@@ -116,6 +116,11 @@ inline AddBlocks add_blocks_of(int rows) {
   return rows == kRows ? add_blocks<kRows> : rows == 4 ? add_blocks<4> : rows == 2 ? add_blocks<2> : add_blocks<1>;
 }
 
+// The sum of g * b. Both sums and the result fit 31 bits, but twice the first may not: it wraps around, and back.
+inline int32_t signed_sum(int32_t of_set, int32_t all) {
+  return static_cast<int32_t>(2 * static_cast<uint32_t>(of_set) - static_cast<uint32_t>(all));
+}
+
 // How often each column's bit is set: the lookup with four ones for every table.
 inline void count_ones(const uint8_t* index, int64_t quads, int32_t sums[][kWidth]) {
   constexpr int64_t kTogether = 64;
@@ -290,7 +295,7 @@ void grad_input(const GradInput& c) {
             const int32_t all = sum_of[(tile.first + m) * l.groups + group];
             const float scale = c.g_scale(n, p), w_scale = c.w_scale;
             alignas(64) float t[kWidth];
-            for (int k = 0; k < kWidth; ++k) t[k] = static_cast<float>(2 * sums[m][k] - all) * scale * w_scale;
+            for (int k = 0; k < kWidth; ++k) t[k] = static_cast<float>(signed_sum(sums[m][k], all)) * scale * w_scale;
             if (c.g_offset.data != nullptr) {
               const float offset = c.g_offset(n, p);
               const float* terms = scaled_sum.data + (tile.kind * parts + part) * kWidth;
@@ -616,7 +621,7 @@ void grad_weight(const GradWeight& c) {
             alignas(64) float t[kWidth];
             if (c.blocks || one_chunk) {
               const int32_t all = sum_g[(segment * rows + row + m) * taps + tap];
-              for (int k = 0; k < kWidth; ++k) t[k] = static_cast<float>(2 * sums[m][k] - all) * scale * x_scale;
+              for (int k = 0; k < kWidth; ++k) t[k] = static_cast<float>(signed_sum(sums[m][k], all)) * scale * x_scale;
             } else {
               int64_t* total = totals.data + ((row + m) * taps * panels + part % (taps * panels)) * kWidth;
               for (int k = 0; k < kWidth; ++k) total[k] = (first ? total[k] : 0) + sums[m][k];

@@ -2,7 +2,7 @@
 // for a newer machine can be linked into code for an older one.
 #pragma once
 
-#include "../quantize/isa.h"  // FQT_X86, parallel
+#include "../quantize/isa.h"  // FQT_X86, FQT_ARM, parallel
 
 #include <cstdlib>
 #include <type_traits>
@@ -134,6 +134,8 @@ namespace portable { FQT_DECLARE_PRODUCTS }
 #if defined(FQT_X86)
 namespace avx2 { FQT_DECLARE_PRODUCTS }
 namespace avx512 { FQT_DECLARE_PRODUCTS }
+#elif defined(FQT_ARM)
+namespace neon { FQT_DECLARE_PRODUCTS }
 #endif
 
 }  // namespace fqt

@@ -21,19 +21,23 @@ const bool kAvx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports
                      __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vnni");
 const bool kAvx2 = __builtin_cpu_supports("avx2");
 const int kBest = kAvx512 ? 2 : kAvx2 ? 1 : 0;
+#elif defined(FQT_ARM)
+const int kBest = 1;
 #else
 const int kBest = 0;
 #endif
 int isa_limit = 2;  // tests lower it
 
 template <class Call>
-void dispatch(const Call& call, void (*portable_kernel)(const Call&), void (*avx2_kernel)(const Call&),
-              void (*avx512_kernel)(const Call&)) {
+void dispatch(const Call& call, void (*portable_kernel)(const Call&), void (*kernel)(const Call&),
+              void (*wide_kernel)(const Call&)) {
   const int isa = std::min(kBest, isa_limit);
-  (isa == 2 ? avx512_kernel : isa == 1 ? avx2_kernel : portable_kernel)(call);
+  (isa == 2 ? wide_kernel : isa == 1 ? kernel : portable_kernel)(call);
 }
 #if defined(FQT_X86)
 #define FQT_DISPATCH(name, call) dispatch(call, portable::name, avx2::name, avx512::name)
+#elif defined(FQT_ARM)
+#define FQT_DISPATCH(name, call) dispatch(call, portable::name, neon::name, neon::name)
 #else
 #define FQT_DISPATCH(name, call) dispatch(call, portable::name, portable::name, portable::name)
 #endif
@@ -248,7 +252,7 @@ void integer_grad_weight(Tensor g, std::string g_grid, int64_t g_bits, std::stri
   FQT_DISPATCH(integer_grad_weight, call);
 }
 
-// limit_products(int level) -> int: use at most this instruction set (0 portable, 1 AVX2, 2 AVX-512); returns what is used
+// limit_products(int level) -> int: use at most this instruction set (0 portable, 1 AVX2 or NEON, 2 AVX-512); returns what is used
 int64_t limit_products(int64_t level) {
   isa_limit = static_cast<int>(level);
   return std::min(kBest, isa_limit);

@@ -28,6 +28,8 @@ inline Bytes lookup(const uint8_t* table, Bytes index) {
 #elif defined(FQT_AVX2)
   const __m256i t = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
   return (Bytes)_mm256_shuffle_epi8(t, (__m256i)index);
+#elif defined(FQT_NEON)
+  return (Bytes)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)index);
 #else
   Bytes found;
   for (int i = 0; i < kWidth; ++i) found[i] = table[index[i]];
@@ -62,6 +64,17 @@ inline void subset_sums(const uint8_t* codes, uint8_t* tables) {
   const __m256i high = _mm256_add_epi8(_mm256_shuffle_epi8(c, _mm256_broadcastsi128_si256(pick2)),
                                        _mm256_shuffle_epi8(c, _mm256_broadcastsi128_si256(pick3)));
   _mm256_store_si256(reinterpret_cast<__m256i*>(tables), _mm256_add_epi8(low, high));
+#elif defined(FQT_NEON)
+  // an index beyond the sixteen bytes finds 0
+  const uint8x16_t pick0 = {99, 0, 99, 0, 99, 0, 99, 0, 99, 0, 99, 0, 99, 0, 99, 0};
+  const uint8x16_t pick1 = {99, 99, 1, 1, 99, 99, 1, 1, 99, 99, 1, 1, 99, 99, 1, 1};
+  const uint8x16_t pick2 = {99, 99, 99, 99, 2, 2, 2, 2, 99, 99, 99, 99, 2, 2, 2, 2};
+  const uint8x16_t pick3 = {99, 99, 99, 99, 99, 99, 99, 99, 3, 3, 3, 3, 3, 3, 3, 3};
+  uint32_t four;
+  std::memcpy(&four, codes, 4);
+  const uint8x16_t c = vreinterpretq_u8_u32(vdupq_n_u32(four));
+  const uint8x16_t low = vaddq_u8(vqtbl1q_u8(c, pick0), vqtbl1q_u8(c, pick1));
+  vst1q_u8(tables, vaddq_u8(low, vaddq_u8(vqtbl1q_u8(c, pick2), vqtbl1q_u8(c, pick3))));
 #else
   for (int i = 0; i < 16; ++i) {
     uint8_t sum = 0;
@@ -93,6 +106,16 @@ inline void indices(const uint8_t* const rows[4], uint8_t* out) {
     index = _mm256_or_si256(index, set);
   }
   _mm256_store_si256(reinterpret_cast<__m256i*>(out), index);
+#elif defined(FQT_NEON)
+  const uint8x16_t byte_of = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+  const uint8x16_t bit_of = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+  const auto set = [&](int j) {
+    uint16_t bits;
+    std::memcpy(&bits, rows[j], 2);
+    return vtstq_u8(vqtbl1q_u8(vreinterpretq_u8_u16(vdupq_n_u16(bits)), byte_of), bit_of);
+  };
+  // each row overwrites the bits from its own on
+  vst1q_u8(out, vsliq_n_u8(vsliq_n_u8(vsliq_n_u8(set(0), set(1), 1), set(2), 2), set(3), 3) & vdupq_n_u8(15));
 #else
   for (int i = 0; i < kWidth; ++i) {
     uint8_t index = 0;
@@ -111,6 +134,10 @@ inline int32_t byte_sum(const uint8_t* bytes, int64_t count) {
     sum = _mm_add_epi64(sum, _mm_sad_epu8(sixteen, _mm_setzero_si128()));
   }
   return _mm_cvtsi128_si32(sum) + _mm_extract_epi32(sum, 2);
+#elif defined(FQT_NEON)
+  uint32x4_t sum = vdupq_n_u32(0);
+  for (int64_t i = 0; i < count; i += 16) sum = vpadalq_u16(sum, vpaddlq_u8(vld1q_u8(bytes + i)));
+  return static_cast<int32_t>(vaddvq_u32(sum));
 #else
   int32_t sum = 0;
   for (int64_t i = 0; i < count; ++i) sum += bytes[i];
@@ -132,6 +159,11 @@ inline void keep_where_set(const uint8_t* bits, float* values) {
     const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits[i]), bit_of), bit_of);
     _mm256_store_ps(values + 8 * i, _mm256_and_ps(_mm256_load_ps(values + 8 * i), _mm256_castsi256_ps(set)));
   }
+#elif defined(FQT_NEON)
+  for (int i = 0; i < kWidth / 4; ++i) {
+    const uint32x4_t set = vtstq_u32(vdupq_n_u32(bits[i / 2] >> i % 2 * 4), uint32x4_t{1, 2, 4, 8});
+    vst1q_f32(values + 4 * i, vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(vld1q_f32(values + 4 * i)), set)));
+  }
 #else
   for (int i = 0; i < kWidth; ++i) values[i] = bits[i / 8] >> i % 8 & 1 ? values[i] : 0.0f;
 #endif
@@ -147,6 +179,9 @@ inline Ints sign_where_unset(const uint8_t* bits, int first) {
   const __m256i bit_of = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
   const __m256i unset = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits[first / 8]), bit_of), _mm256_setzero_si256());
   return (Ints)_mm256_slli_epi32(unset, 31);
+#elif defined(FQT_NEON)
+  const uint32x4_t set = vtstq_u32(vdupq_n_u32(bits[first / 8] >> first % 8), uint32x4_t{1, 2, 4, 8});
+  return (Ints)vbicq_u32(vdupq_n_u32(0x80000000u), set);
 #else
   Ints minus{};
   for (int i = 0; i < kWidth / 4; ++i) minus[i] = bits[(first + i) / 8] >> (first + i) % 8 & 1 ? 0 : 0x80000000u;
@@ -196,6 +231,27 @@ inline void differing_bits(const uint32_t* a, int64_t stride, const uint32_t* w,
         __m256i* to = reinterpret_cast<__m256i*>(out[m] + 8 * half);
         const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
         _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), fours));
+      }
+    }
+  }
+#elif defined(FQT_NEON)
+  std::memset(out, 0, M * sizeof(out[0]));
+  for (int64_t first = 0; first < words; first += 31) {  // 31 words of at most 8 bits a byte fit a byte
+    const int64_t last = first + 31 < words ? first + 31 : words;
+    uint8x16_t sum[M][4] = {};
+    for (int64_t k = first; k < last; ++k) {
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        const uint32x4_t column = vld1q_u32(w + k * kLanes + 4 * quarter);
+        for (int m = 0; m < M; ++m) {
+          const uint32x4_t differ = veorq_u32(vdupq_n_u32(a[m * stride + k]), column);
+          sum[m][quarter] = vaddq_u8(sum[m][quarter], vcntq_u8(vreinterpretq_u8_u32(differ)));
+        }
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        uint32_t* to = reinterpret_cast<uint32_t*>(out[m] + 4 * quarter);
+        vst1q_u32(to, vpadalq_u16(vld1q_u32(to), vpaddlq_u8(sum[m][quarter])));
       }
     }
   }

@@ -13,6 +13,8 @@
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define FQT_X86
+#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#define FQT_ARM
 #endif
 
 namespace fqt {
@@ -102,6 +104,8 @@ namespace portable { FQT_DECLARE }
 #if defined(FQT_X86)
 namespace avx2 { FQT_DECLARE }
 namespace avx512 { FQT_DECLARE }
+#elif defined(FQT_ARM)
+namespace neon { FQT_DECLARE }
 #endif
 
 }  // namespace fqt

@@ -33,6 +33,8 @@ constexpr int64_t kTask = 32768;  // elements below which another thread does no
 const bool kAvx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 const int kBest = kAvx512 ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0;
+#elif defined(FQT_ARM)
+const int kBest = 1;
 #else
 const int kBest = 0;
 #endif
@@ -50,6 +52,8 @@ const Kernels kKernels[] = {
 #if defined(FQT_X86)
     {avx2::range, avx2::encode, avx2::abs_sum, avx2::calibrate, avx2::draws},
     {avx512::range, avx512::encode, avx512::abs_sum, avx512::calibrate, avx512::draws},
+#elif defined(FQT_ARM)
+    {neon::range, neon::encode, neon::abs_sum, neon::calibrate, neon::draws},
 #endif
 };
 int isa_limit = 2;  // tests lower it
@@ -474,11 +478,15 @@ void quantize(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, s
 }
 
 std::string instruction_set() {
+#if defined(FQT_ARM)
+  const char* const names[] = {"portable", "neon"};
+#else
   const char* const names[] = {"portable", "avx2", "avx512"};
+#endif
   return names[std::min(kBest, isa_limit)];
 }
 
-// limit_quantize(int level) -> int: use at most this instruction set (0 portable, 1 AVX2, 2 AVX-512); returns what is used
+// limit_quantize(int level) -> int: use at most this instruction set (0 portable, 1 AVX2 or NEON, 2 AVX-512); returns what is used
 int64_t limit_quantize(int64_t level) {
   isa_limit = static_cast<int>(level);
   return std::min(kBest, isa_limit);

@@ -1,0 +1,13 @@
+#include "isa.h"
+
+#if defined(FQT_ARM)
+#include <arm_neon.h>  // part of every AArch64
+#define FQT_NEON
+namespace fqt::neon {
+#include "vector.h"
+#include "bits.h"
+#include "output.h"
+#include "gradients.h"
+#include "integers.h"
+}
+#endif

@@ -1,0 +1,10 @@
+#include "isa.h"
+
+#if defined(FQT_ARM)
+#include <arm_neon.h>  // part of every AArch64
+#define FQT_NEON
+namespace fqt::neon {
+#include "vector.h"
+#include "quantize.h"
+}
+#endif

@@ -1,0 +1,457 @@
+// Quantize and pack against loops over groups and their elements (fqt/formats.py, fqt/philox.py, fqt/reference.py).
+
+#include "check.h"
+
+namespace check {
+namespace {
+
+using fqt::Affine;
+using fqt::Grid;
+using fqt::kInfinity;
+using fqt::kNaN;
+using fqt::Parts;
+using fqt::Range;
+
+struct Set {
+  const char* name;
+  bool runs;
+  decltype(&fqt::portable::range) range;
+  decltype(&fqt::portable::encode) encode;
+  decltype(&fqt::portable::abs_sum) abs_sum;
+  decltype(&fqt::portable::calibrate) calibrate;
+  decltype(&fqt::portable::draws) draws;
+};
+#define FQT_ROW(set, runs) \
+  {#set, bool(runs), fqt::set::range, fqt::set::encode, fqt::set::abs_sum, fqt::set::calibrate, fqt::set::draws},
+const Set kSets[] = {FQT_SETS(FQT_ROW)};
+
+// --- the model ---------------------------------------------------------------------------------------------------------------
+
+float uniform_u24(uint64_t group, uint64_t element, uint32_t stream, uint64_t key) {
+  uint32_t c[4] = {static_cast<uint32_t>(element / 4), static_cast<uint32_t>(group), stream, 0};
+  uint32_t k[2] = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
+  for (int round = 0; round < 10; ++round, k[0] += 0x9E3779B9u, k[1] += 0xBB67AE85u) {
+    const uint64_t a = uint64_t{0xD2511F53u} * c[0], b = uint64_t{0xCD9E8D57u} * c[2];
+    const uint32_t next[4] = {static_cast<uint32_t>(b >> 32) ^ c[1] ^ k[0], static_cast<uint32_t>(b),
+                              static_cast<uint32_t>(a >> 32) ^ c[3] ^ k[1], static_cast<uint32_t>(a)};
+    std::copy(next, next + 4, c);
+  }
+  return static_cast<float>(c[element % 4] >> 8);
+}
+
+// Over a binary tree: neighbours first, an odd one alone.
+double tree_sum(std::vector<double> v) {
+  if (v.empty()) return 0.0;
+  while (v.size() > 1) {
+    if (v.size() % 2) v.push_back(0.0);
+    for (size_t i = 0; i < v.size() / 2; ++i) v[i] = v[2 * i] + v[2 * i + 1];
+    v.resize(v.size() / 2);
+  }
+  return v[0];
+}
+
+struct Numbers {
+  float scale, inverse, offset;
+  bool keep() const { return scale == scale; }
+};
+
+Numbers calibrated(const fqt::Calibration& c, float low, float high, float mean) {
+  float steps = c.low_code < 0 ? c.high_code : c.high_code - c.low_code;
+  if (c.range == Range::none) {
+    const float span = c.low_code < 0 ? c.last : c.last - c.first, reciprocal = 1.0f / c.first;
+    if (low != low) return {kNaN, 0.0f, 0.0f};
+    return {c.fixed ? c.first / c.low_code : span / steps, c.fixed ? reciprocal * c.low_code : steps / span,
+            c.offset ? c.first : 0.0f};
+  }
+  float span = high - low, offset = low;
+  if (c.range == Range::absmax) {
+    span = low != low || high != high ? kNaN : std::max(high, -low);
+    offset = span >= 0x1p-100f ? -span : 0.0f;
+    if (c.offset) span = span * 2.0f;
+  } else if (c.range == Range::absmean) {
+    span = mean;
+    steps = 1.0f;
+  }
+  if (!std::isfinite(span)) return {kNaN, 0.0f, 0.0f};
+  const bool wide = span >= 0x1p-100f;
+  return {wide ? span / steps : 0.0f, wide ? steps / span : 0.0f, c.offset ? offset : 0.0f};
+}
+
+// The code as it is stored. A NaN that no scale shows (of a fixed range) is the smallest code; the operator clears it.
+unsigned stored(const fqt::Encoding& e, float v, const Numbers& group, float u24) {
+  if (e.grid == Grid::sign) return v >= 0.0f;
+  float y = (v - group.offset) * group.inverse;
+  y = y > e.low ? y : e.low;
+  y = y < e.high ? y : e.high;
+  const float below = std::floor(y);
+  const float code = e.stochastic ? below + (u24 < (y - below) * 0x1p24f ? 1.0f : 0.0f) : std::nearbyint(y);
+  return static_cast<unsigned>(static_cast<int>(code)) & ((1u << e.storage) - 1);
+}
+
+// --- tensors and how they are cut --------------------------------------------------------------------------------------------
+
+// (N, P, C) in memory that ends with its last element.
+struct Tensor {
+  int64_t n, p, c, sn, sp, sc;
+  bool bfloat16 = false;
+  Fenced<float> floats;
+  Fenced<uint16_t> halves;
+
+  int64_t at(int64_t i, int64_t j, int64_t k) const { return i * sn + j * sp + k * sc; }
+  int64_t extent() const { return n * p * c == 0 ? 0 : at(n - 1, p - 1, c - 1) + 1; }
+  Tensor(int64_t n, int64_t p, int64_t c, int64_t sn, int64_t sp, int64_t sc, bool bfloat16)
+      : n(n), p(p), c(c), sn(sn), sp(sp), sc(c == 1 ? 1 : sc), bfloat16(bfloat16), floats(bfloat16 ? 0 : extent()),
+        halves(bfloat16 ? extent() : 0) {}
+  void set(int64_t i, float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    if (bfloat16) {
+      halves[i] = static_cast<uint16_t>(v != v ? 0x7FC0 : bits >> 16);
+    } else {
+      floats[i] = v;
+    }
+  }
+  float get(int64_t i, int64_t j, int64_t k) const {
+    if (!bfloat16) return floats.data[at(i, j, k)];
+    const uint32_t bits = uint32_t{halves.data[at(i, j, k)]} << 16;
+    float v;
+    std::memcpy(&v, &bits, 4);
+    return v;
+  }
+  const void* data() const { return bfloat16 ? static_cast<const void*>(halves.data) : floats.data; }
+  bool merges() const { return n == 1 || p == 1 || sn == p * sp; }
+};
+
+// The groups of a scale's axes, as fqt/formats.py counts them.
+struct Groups {
+  std::string axes;
+  int64_t n, p, c;
+  bool by_channel() const { return axes == "C" || axes == "NC"; }
+  int64_t count() const { return axes.empty() ? 1 : axes == "N" ? n : axes == "NP" ? n * p : axes == "C" ? c : n * c; }
+  int64_t elements() const { return n * p * c / count(); }
+  int64_t group(int64_t i, int64_t j, int64_t k) const {
+    return axes.empty() ? 0 : axes == "N" ? i : axes == "NP" ? i * p + j : axes == "C" ? k : k * n + i;
+  }
+  int64_t element(int64_t i, int64_t j, int64_t k) const {
+    return axes.empty() ? (i * p + j) * c + k : axes == "N" ? j * c + k : axes == "NP" ? k : axes == "C" ? i * p + j : j;
+  }
+  // Bit at which an element's code lies.
+  int64_t bit(int64_t i, int64_t j, int64_t k, int bits) const {
+    if (axes == "C") return k * bytes_of(n * p, bits) * 8 + (i * p + j) * bits;
+    if (axes == "NC") return (k * n + i) * bytes_of(p, bits) * 8 + j * bits;
+    return (i * p + j) * bytes_of(c, bits) * 8 + k * bits;
+  }
+  int64_t bytes(int bits) const {
+    return axes == "C" ? c * bytes_of(n * p, bits) : axes == "NC" ? c * n * bytes_of(p, bits) : n * p * bytes_of(c, bits);
+  }
+};
+
+// How the tensor is cut with channels (`inside`) or positions as columns. recut: columns of rows that are cut anew, or 0.
+fqt::Plan cut(const Tensor& x, const Tensor* fold, const Groups& g, int bits, bool inside, bool merged, int64_t recut) {
+  const auto at = [&](int64_t i, int64_t j, int64_t k) { return inside ? Affine{i, j, k} : Affine{i, k, j}; };
+  const auto source = [&](const Tensor& t) {
+    return fqt::Source{t.data(), t.bfloat16, at(merged ? 0 : t.sn, merged && t.p == 1 ? t.sn : t.sp, t.sc)};
+  };
+  fqt::Plan plan{};
+  plan.x = source(x);
+  if (fold != nullptr) plan.fold = source(*fold);
+  plan.images = merged ? 1 : x.n;
+  plan.rows = inside ? (merged ? x.n * x.p : x.p) : x.c;
+  plan.columns = plan.last = plan.inner = inside ? x.c : x.p;
+  plan.along = inside != g.by_channel();
+  plan.direct = !x.bfloat16 && fold == nullptr && plan.x.stride.column == 1;
+  plan.row_step = plan.x.stride.row;
+  plan.extent = x.extent();
+  const bool tokens = g.axes == "NP", whole = g.axes.empty() || g.axes == "N";
+  plan.parts = whole ? Parts::whole : (tokens == inside) ? Parts::rows : Parts::columns;
+  // what is affine in (sample, position, channel), by its differences
+  const auto affine = [&](const auto& f) {
+    return at(x.n > 1 ? f(1, 0, 0) : 0, x.p > 1 ? f(0, 1, 0) : 0, x.c > 1 ? f(0, 0, 1) : 0);
+  };
+  plan.group = affine([&](int64_t i, int64_t j, int64_t k) { return g.group(i, j, k); });
+  plan.element = affine([&](int64_t i, int64_t j, int64_t k) { return g.element(i, j, k); });
+  plan.byte = affine([&](int64_t i, int64_t j, int64_t k) { return g.bit(i, j, k, bits) / 8; });
+  plan.mask = at(x.p * bytes_of(x.c, 1), bytes_of(x.c, 1), 0);
+  (plan.along ? plan.byte.column : plan.byte.row) = 0;
+  if (merged && x.p == 1) {  // a row is a sample
+    plan.group.row = plan.group.image;
+    plan.element.row = plan.element.image;
+    plan.byte.row = plan.along ? plan.byte.image : 0;
+  }
+  if (recut > 0) {
+    const int64_t elements = plan.rows * plan.columns;
+    plan.rows = (elements + recut - 1) / recut;
+    plan.last = elements - (plan.rows - 1) * recut;
+    plan.columns = plan.row_step = plan.element.row = recut;
+    plan.byte.row = recut * bits / 8;
+    plan.mask.row = recut / 8;
+  }
+  return plan;
+}
+
+// Calls body(image, first row, end row) for stretches of rows, each a multiple of `step` but for the last.
+template <class Body>
+void each_stretch(Random r, const fqt::Plan& plan, int64_t step, const Body& body) {
+  for (int64_t image = 0; image < plan.images; ++image) {
+    for (int64_t first = 0, end; first < plan.rows; first = end) {
+      end = r.chance(0.5) ? plan.rows : std::min(plan.rows, first + step * r.between(1, 1 + plan.rows / (3 * step)));
+      body(image, first, end);
+    }
+  }
+}
+
+// --- the checks --------------------------------------------------------------------------------------------------------------
+
+struct Strides {
+  int64_t sn, sp, sc;
+};
+
+Strides layout(Random& r, int64_t n, int64_t p, int64_t c) {
+  const int64_t gap = r.choose<int64_t>({0, 0, 3});
+  switch (r.between(0, 6)) {
+    case 0: return {c * (p + gap), 1, p + gap};                // positions innermost
+    case 1: return {2 * c * p, 2 * c, 2};                      // every second of twice as many
+    case 2: return {c, 0, 1};                                  // one position for all
+    case 3: return {p, 1, 0};                                  // one channel for all
+    case 4: return {1, n, n * p};                              // samples innermost
+    default: return {(c + gap) * (p + gap), c + gap, 1};       // channels innermost
+  }
+}
+
+// Values of many kinds; "edges" are those halfway between codes, give or take a bit, where one rounding more or less is seen.
+void fill(Random& r, Tensor& x, float steps) {
+  const std::string kind = r.choose<const char*>({"normal", "normal", "normal", "special", "tiny", "huge", "constant", "zeros",
+                                                  "ties", "negative zero", "edges", "edges"});
+  const bool once = kind == "special" && r.chance(0.7);
+  current.about << kind << " ";
+  for (int64_t i = 0; i < x.extent(); ++i) {
+    const float v = r.normal();
+    x.set(i, kind == "tiny"            ? v * 1e-33f
+             : kind == "huge"          ? v * 1e38f
+             : kind == "constant"      ? 0.3f
+             : kind == "zeros"         ? 0.0f
+             : kind == "ties"          ? std::nearbyint(v * 16.0f) / 16.0f
+             : kind == "negative zero" ? (v < 0.0f ? -0.0f : 0.0f)
+             : kind == "special" && !once ? r.factor()
+                                       : v);
+    if (kind != "edges") continue;
+    const float low = -0.7f, high = 0.9f;
+    float edge = low + (static_cast<float>(r.between(0, static_cast<int64_t>(steps) - 1)) + 0.5f) / steps * (high - low);
+    for (int64_t nudges = r.between(0, 2); nudges > 0; --nudges) edge = std::nextafter(edge, r.choose({low, high}));
+    x.set(i, i == 0 ? low : i == x.extent() - 1 ? high : edge);
+  }
+  if (once && x.extent() > 0) x.set(r.between(0, x.extent() - 1), r.choose({kNaN, kInfinity, -kInfinity}));
+}
+
+void check_calibrate(Random& r, const fqt::Calibration& c) {
+  const int64_t count = r.size();
+  Fenced<float> low(count), high(count), mean(count);
+  std::vector<float> scale(count), inverse(count), offset(count);
+  std::vector<uint8_t> keep(count);
+  for (int64_t i = 0; i < count; ++i) {
+    low[i] = r.factor(), high[i] = r.chance(0.1) ? low[i] : low[i] + std::fabs(r.factor()), mean[i] = std::fabs(r.factor());
+    if (low[i] != low[i] || high[i] != high[i]) low[i] = high[i] = kNaN;
+    const Numbers made = calibrated(c, low[i], high[i], mean[i]);
+    scale[i] = made.scale, inverse[i] = made.inverse, offset[i] = made.offset, keep[i] = made.keep();
+  }
+  for (const Set& set : kSets) {
+    if (!set.runs) continue;
+    Fenced<float> to_scale(count), to_inverse(count), to_offset(count);
+    Fenced<uint8_t> to_keep(count);
+    set.calibrate(c, count, low.data, high.data, mean.data, to_scale.data, {to_inverse.data, to_offset.data, to_keep.data});
+    same("calibrate", set.name, to_scale.data, scale);
+    same("calibrate", set.name, to_inverse.data, inverse);
+    same("calibrate", set.name, to_offset.data, offset);
+    same("calibrate", set.name, to_keep.data, keep);
+    ++served["calibrate"][set.name];
+  }
+}
+
+void check_draws(Random& r) {
+  const int64_t count = r.size();
+  const uint64_t key = r.bits();
+  const uint32_t stream = static_cast<uint32_t>(r.bits());
+  std::vector<float> expected(count);
+  for (int64_t i = 0; i < count; ++i) expected[i] = uniform_u24(0, i, stream, key);
+  for (const Set& set : kSets) {
+    if (!set.runs) continue;
+    Fenced<float> out(count);
+    set.draws(key, stream, count, out.data);
+    same("draws", set.name, out.data, expected);
+    ++served["draws"][set.name];
+  }
+}
+
+void check_case(Random& r) {
+  int64_t n, p, c;
+  do {
+    n = r.choose<int64_t>({1, 1, 2, 3, 5, 16, 33});
+    p = r.chance(0.03) ? r.between(2000, 4200) : std::max<int64_t>(1, r.size());
+    c = r.chance(0.03) ? r.between(1000, 9000) : std::max<int64_t>(1, r.size());
+  } while (n * p * c > 20'000);
+  const Groups groups{r.choose<const char*>({"", "N", "NP", "C", "NC"}), n, p, c};
+  const Strides s = layout(r, n, p, c);
+  Tensor x(n, p, c, s.sn, s.sp, s.sc, r.chance(0.15));
+  const bool folded = r.chance(0.2), f0 = r.chance(0.5), f1 = r.chance(0.3), f2 = r.chance(0.5);
+  const int64_t of_p = f2 ? c : 1, of_n = of_p * (f1 ? p : 1);
+  Tensor factors(n, p, c, f0 ? of_n : 0, f1 ? of_p : 0, f2, false);
+  for (int64_t i = 0; i < factors.extent(); ++i) factors.set(i, r.normal());
+  const Tensor* fold = folded ? &factors : nullptr;
+  current.about << "quantize " << n << "x" << p << "x" << c << " axes '" << groups.axes << "' strides " << s.sn << "," << s.sp
+                << "," << s.sc << (x.bfloat16 ? " bfloat16" : "") << (folded ? " folded " : " ");
+
+  // the format and how its range is found
+  const std::string grid = r.choose<const char*>({"sign", "uint", "uint", "int", "fixed", "ternary"});
+  const int bits = grid == "sign" ? 1 : grid == "ternary" ? 2 : static_cast<int>(r.between(grid == "int" ? 2 : 1, 8));
+  const int storage = bits <= 2 ? bits : bits <= 4 ? 4 : 8;
+  const bool fixed = grid == "fixed";
+  const float top = grid == "uint" ? (1 << bits) - 1 : fixed ? (1 << (bits - 1)) - 1 : std::max(1, (1 << (bits - 1)) - 1);
+  const float bottom = grid == "uint" ? 0.0f : fixed ? -top - 1.0f : -top;
+  const Range range = fixed ? Range::none
+                      : grid == "sign" || grid == "ternary" ? r.choose({Range::absmean, Range::absmax, Range::none})
+                      : grid == "uint" ? r.choose({Range::minmax, Range::absmax, Range::none}) : Range::absmax;
+  const float reach = r.choose({1.0f, 0.7f, 4.0f});
+  fqt::Calibration calibration{range, grid == "uint" && r.chance(0.5) ? 0.0f : -reach, reach, bottom, top,
+                                     grid == "uint" && r.chance(0.7), fixed};
+  fqt::Encoding e{grid == "sign" ? Grid::sign : Grid::uniform, storage, bottom, top, grid != "sign" && r.chance(0.6), r.bits(),
+                  static_cast<uint32_t>(r.bits()), nullptr, nullptr, -1.0f, r.choose({1.0f, 0.5f})};
+
+  fill(r, x, top - (grid == "uint" ? 0.0f : bottom));
+  if (e.stochastic && grid == "uint" && r.chance(0.2)) {  // fractions that equal their random numbers are rounded down
+    calibration = {Range::none, 0.0f, top, bottom, top, false, false};
+    for (int64_t i = 0; i < n * p * c; ++i) {
+      const int64_t j = i / c % p, at = x.at(i / c / p, j, i % c);
+      const uint64_t group = groups.group(i / c / p, j, i % c), element = groups.element(i / c / p, j, i % c);
+      x.set(at, uniform_u24(group, element, e.stream, e.key) * 0x1p-24f);
+    }
+  }
+
+  // how it is cut: positions as columns where codes and random numbers begin where bytes and counters do
+  const bool by_channel = groups.by_channel(), channel = groups.axes == "C", tensor = groups.axes.empty();
+  const bool merges = x.merges() && (fold == nullptr || factors.merges()), bytes = !channel || n == 1 || p % 8 == 0;
+  bool inside = r.chance(0.5) || (!by_channel && e.stochastic && groups.axes != "NP" && c % 4 != 0);
+  bool merged = inside && (tensor || channel) && merges && r.chance(0.7);
+  if (!bytes && !merged) {
+    if (!merges) return;
+    inside = merged = true;
+  }
+  int64_t recut = 0;
+  if (inside && !by_channel && groups.axes != "NP" && r.chance(0.7)) {
+    const fqt::Plan plain = cut(x, fold, groups, storage, inside, merged, 0);
+    const bool dense = !plain.direct || plain.rows == 1 || plain.x.stride.row == c;
+    if (dense && (plain.rows == 1 || c % 8 == 0)) recut = r.choose<int64_t>({8, 64, 512, 1000, 4096});
+  }
+  const fqt::Plan plan = cut(x, fold, groups, storage, inside, merged, recut);
+  current.about << grid << bits << (e.stochastic ? " stochastic" : "") << (inside ? " channels inside" : " positions inside")
+                << (merged ? " merged" : "") << " recut " << recut << " range " << static_cast<int>(calibration.range);
+
+  // what there is to find
+  const int64_t count = groups.count();
+  std::vector<float> low(count, kInfinity), high(count, -kInfinity);
+  std::vector<std::vector<double>> sizes(count, std::vector<double>(groups.elements()));
+  bool any_nan = false;
+  const auto each = [&](const auto& body) {
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < p; ++j) {
+        for (int64_t k = 0; k < c; ++k) {
+          const float value = folded ? x.get(i, j, k) * factors.get(i, j, k) : x.get(i, j, k);
+          body(i, j, k, value, groups.group(i, j, k));
+        }
+      }
+    }
+  };
+  each([&](int64_t i, int64_t j, int64_t k, float v, int64_t g) {
+    any_nan |= v != v;
+    low[g] = v != v || low[g] != low[g] ? kNaN : std::min(low[g], v);
+    high[g] = v != v || high[g] != high[g] ? kNaN : std::max(high[g], v);
+    sizes[g][groups.element(i, j, k)] = std::fabs(v);
+  });
+  std::vector<double> sums;
+  std::vector<Numbers> numbers;
+  const bool look = calibration.range == Range::none && count == 1;  // the range is not looked at then
+  for (int64_t g = 0; g < count; ++g) {
+    sums.push_back(tree_sum(sizes[g]));
+    const float mean = static_cast<float>(sums[g] / static_cast<double>(groups.elements()));
+    numbers.push_back(calibrated(calibration, look ? 0.0f : low[g], high[g], mean));
+  }
+  std::vector<uint8_t> keep;
+  const bool prune = !look && r.chance(0.3);
+  for (const Numbers& made : numbers) keep.push_back(made.keep() && !(prune && r.chance(0.6)));
+  std::vector<uint8_t> codes(groups.bytes(storage)), mask(n * p * bytes_of(c, 1));
+  each([&](int64_t i, int64_t j, int64_t k, float v, int64_t g) {
+    const float u24 = e.stochastic ? uniform_u24(g, groups.element(i, j, k), e.stream, e.key) : 0.0f;
+    const int64_t bit = groups.bit(i, j, k, storage);
+    if (keep[g]) put(codes.data() + bit / 8, bit % 8 / storage, storage, stored(e, v, numbers[g], u24));
+    const float plain = x.get(i, j, k);
+    put(mask.data() + (i * p + j) * bytes_of(c, 1), k, 1, plain >= e.pass_low && plain <= e.pass_high);
+  });
+  for (int64_t g = 0; g < count; ++g) low[g] += 0.0f, high[g] += 0.0f;  // which of two zeros is smaller is free
+
+  const Groups bit{"", n, p, c};
+  const bool mask_with_codes = !folded && !by_channel && r.chance(0.7);
+  const fqt::Plan mask_plan = cut(x, nullptr, bit, 1, inside, false, 0);
+  const fqt::Plan ordered = cut(x, fold, groups, storage, !by_channel, !by_channel && tensor && merges, 0);
+  const Random stretches = r;
+  for (const Set& set : kSets) {
+    if (!set.runs) continue;
+    std::vector<float> found_low(count, kInfinity), found_high(count, -kInfinity);
+    const auto group = [&](int64_t image, int64_t first, int64_t slot) {
+      return plan.group.at(image, plan.parts == Parts::rows ? first + slot : 0, plan.parts == Parts::columns ? slot : 0);
+    };
+    each_stretch(stretches, plan, 1, [&](int64_t image, int64_t first, int64_t end) {
+      Fenced<float> lows(plan.slots(end - first)), highs(lows.count);
+      set.range(plan, image, first, end, lows.data, highs.data);
+      for (int64_t slot = 0; slot < lows.count; ++slot) {
+        float &a = found_low[group(image, first, slot)], &b = found_high[group(image, first, slot)];
+        a = a != a || lows[slot] != lows[slot] ? kNaN : std::min(a, lows[slot] + 0.0f);
+        b = b != b || highs[slot] != highs[slot] ? kNaN : std::max(b, highs[slot] + 0.0f);
+      }
+    });
+    same("range", set.name, found_low.data(), low);
+    same("range", set.name, found_high.data(), high);
+    ++served["range"][set.name];
+
+    std::vector<double> found_sums;
+    for (int64_t g = 0; g < count; ++g) found_sums.push_back(set.abs_sum(ordered, g, 0, groups.elements()));
+    same("abs_sum", set.name, found_sums.data(), sums);
+    for (int64_t first = 0; first < groups.elements(); first += 1024) {  // parts are subtrees
+      const int64_t end = std::min<int64_t>(first + 1024, groups.elements());
+      const double part = set.abs_sum(ordered, count - 1, first, end - first);
+      const auto from = sizes[count - 1].begin();
+      same("abs_sum", set.name, &part, std::vector<double>{tree_sum({from + first, from + end})});
+    }
+    ++served["abs_sum"][set.name];
+
+    Fenced<uint8_t> to_codes(static_cast<int64_t>(codes.size())), to_mask(static_cast<int64_t>(mask.size()));
+    const auto encode = [&](const fqt::Plan& with, uint8_t* codes_to, uint8_t* mask_to) {
+      fqt::Encoding call = e;
+      call.codes = codes_to, call.mask = mask_to;
+      bool nan = false;
+      const int64_t step = with.along ? 1 : fqt::kLineBits / call.storage;
+      each_stretch(stretches, with, step, [&](int64_t image, int64_t first, int64_t end) {
+        Fenced<float> inverse(with.along ? with.slots(end - first) : with.columns), offset(inverse.count);
+        Fenced<uint8_t> kept(inverse.count);
+        for (int64_t slot = 0; slot < inverse.count && codes_to != nullptr; ++slot) {
+          const int64_t g = group(image, first, slot);
+          inverse[slot] = numbers[g].inverse, offset[slot] = numbers[g].offset, kept[slot] = keep[g];
+        }
+        nan |= set.encode(with, call, image, first, end, {inverse.data, offset.data, kept.data}, codes_to != nullptr && look);
+      });
+      return nan;
+    };
+    const bool nan = encode(plan, to_codes.data, mask_with_codes ? to_mask.data : nullptr);
+    if (!mask_with_codes) encode(mask_plan, nullptr, to_mask.data);
+    same("encode", set.name, &nan, std::vector<bool>{look && any_nan});
+    same("encode", set.name, to_codes.data, codes);
+    same("encode", set.name, to_mask.data, mask);
+    ++served["encode"][set.name];
+  }
+  check_calibrate(r, calibration);
+  check_draws(r);
+}
+
+}  // namespace
+
+void quantize(uint64_t seed, int64_t cases) { each_case(seed, cases, 0, check_case); }
+
+}  // namespace check

@@ -1,0 +1,24 @@
+"""The C++ kernels by themselves: tests/csrc compares those of every instruction set of this machine with straight loops."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KERNELS = 14  # lines of the program's report
+
+
+def test_every_instruction_set_equals_straight_loops(rng: np.random.Generator):
+    """150 cases a kernel, and the bounds; `make test-native` and `make test-arm` run more, optimized as the extension is."""
+    for tool in ("make", "g++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} here")
+    built = subprocess.run(["make", "-s", "build/check-quick/check"], cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    program = ROOT / "build/check-quick/check"
+    done = subprocess.run([program, str(rng.integers(2**32)), "150"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" ok\n") == KERNELS, done.stdout
