@@ -188,7 +188,7 @@ void sign_grad_weight(Tensor g, int64_t bits, std::string axes, Tensor g_scale, 
   FQT_DISPATCH(grad_weight, call);
 }
 
-// limit_products(int level) -> int: use at most this instruction set (0 portable, 1 AVX2 or NEON, 2 AVX-512); returns what is used
+// limit_products(int level) -> int: at most this instruction set (0 portable, 1 AVX2 or NEON, 2 AVX-512); returns what is used
 int64_t limit_products(int64_t level) {
   isa_limit = static_cast<int>(level);
   return std::min(kBest, isa_limit);
