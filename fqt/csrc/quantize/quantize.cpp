@@ -486,7 +486,7 @@ std::string instruction_set() {
   return names[std::min(kBest, isa_limit)];
 }
 
-// limit_quantize(int level) -> int: use at most this instruction set (0 portable, 1 AVX2 or NEON, 2 AVX-512); returns what is used
+// limit_quantize(int level) -> int: at most this instruction set (0 portable, 1 AVX2 or NEON, 2 AVX-512); returns what is used
 int64_t limit_quantize(int64_t level) {
   isa_limit = static_cast<int>(level);
   return std::min(kBest, isa_limit);
