@@ -106,7 +106,6 @@ class Recipe:
                         f"recipe {self.name!r}: the rule for {rule.match!r} follows a recipe that replaces {old} by {new}, "
                         f"which only the outer recipe can, for the whole model: give it replace: {{{old}: {new}}}"
                     )
-        # asked several times a call: resolved once
         resolved = {
             (product, letter): self._resolve(product, letter) for product, pair in LEFT_RIGHT.items() for letter in pair
         }
@@ -117,20 +116,17 @@ class Recipe:
         pair: Product = getattr(self, product)
         return pair.left if LEFT_RIGHT[product][0] == letter else pair.right
 
+    def _resolve(self, product: str, letter: str) -> tuple[Quantizer | None, Format | None]:
+        operand = self._written(product, letter)
+        operand = self._written("output", letter) if operand == "saved" else operand
+        try:
+            return (operand, operand.format(letter)) if isinstance(operand, Quantizer) else (None, None)
+        except ValueError as error:
+            raise ValueError(f"recipe {self.name!r}: {product}.{letter}: {error}") from error
+
     def quantizer(self, product: str, letter: str) -> Quantizer | None:
         """The quantizer behind an operand, "saved" resolved; None if the operand is float."""
         return self._resolved[product, letter][0]
-
-    def _resolve(self, product: str, letter: str) -> tuple[Quantizer | None, Format | None]:
-        operand = self._written(product, letter)
-        if operand == "saved":
-            operand = self._written("output", letter)
-        if not isinstance(operand, Quantizer):
-            return None, None
-        try:
-            return operand, operand.format(letter)
-        except ValueError as error:
-            raise ValueError(f"recipe {self.name!r}: {product}.{letter}: {error}") from error
 
     def saved(self, product: str, letter: str) -> bool:
         """Whether a backward operand is the codes that the forward made."""
@@ -168,8 +164,7 @@ class Recipe:
     @property
     def random(self) -> bool:
         """Whether a step draws random numbers."""
-        quantizers = (self.quantizer(p, letter) for p, letters in LEFT_RIGHT.items() for letter in letters)
-        return any(q is not None and q.random for q in quantizers)
+        return any(quantizer is not None and quantizer.random for quantizer, _ in self._resolved.values())
 
     @property
     def is_float(self) -> bool:
