@@ -69,7 +69,7 @@ sanitize: $(STAMP) build/check-sanitized/check ## the kernels under AddressSanit
 	  --build-base build/sanitize --build-lib build/sanitize/lib
 	@test -f build/sanitize/lib/fqt/_cpu.so || { echo "the extension was not built with sanitizers, see above"; exit 1; }
 	$(SANITIZED) PYTHONPATH=build/sanitize/lib $(BIN)/python -P -m fqt doctor
-	$(SANITIZED) PYTHONPATH=. $(BIN)/pytest -q -o pythonpath=build/sanitize/lib tests/fqt/test_kernels.py
+	$(SANITIZED) PYTHONPATH=. $(BIN)/pytest -q -o pythonpath=build/sanitize/lib tests/fqt/test_kernels.py tests/fqt/test_norm.py
 
 data: $(STAMP) ## get Fashion-MNIST: already here, by apt, by apt without root, or left to torchvision's download
 	@found() { $(BIN)/python -c 'import sys; from train.data import find_fashion_mnist; place = find_fashion_mnist(); \

@@ -136,7 +136,7 @@ def convert(
         count_macs(layer)
     replaced = _replace_modules(model, exchange)
     if fuse and any(accumulates(layer.recipe) for _, layer in quantized_layers(model)):
-        _fuse(model)
+        _fuse(model, backend)
     served = {backend for _, layer in quantized_layers(model) for backend, _ in backends(layer).values()}
     _log.log(
         logging.WARNING if "reference" in served and not backend else logging.INFO,
@@ -271,7 +271,7 @@ def _replace_modules(model: nn.Module, exchange: dict[type[nn.Module], nn.Module
     return count
 
 
-def _fuse(model: nn.Module) -> None:
+def _fuse(model: nn.Module, backend: str) -> None:
     """Let layers, BatchNorms and poolings hand each other what they did not compute yet."""
     if not any(type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) for module in model.modules()):
         return
@@ -280,6 +280,8 @@ def _fuse(model: nn.Module) -> None:
             module.__dict__["fuse"] = True
         elif type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
+            if backend and not isinstance(module, FusedMaxPool2d):
+                module.__dict__["backend"] = backend
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -303,6 +305,7 @@ def revert(model: nn.Module) -> nn.Module:
         module.__dict__.pop(NOTE, None)
         if type(module) in _UNFUSED:
             module.__class__ = _UNFUSED[type(module)]  # type: ignore[assignment]
+            module.__dict__.pop("backend", None)
         if "_fqt_replaced" in module.__dict__:
             module.__class__, added = module.__dict__.pop("_fqt_replaced")
             for name in added:

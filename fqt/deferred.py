@@ -45,12 +45,14 @@ class Norm:
         affine: (4, C) float32, rows a, b, mean and inv of `fqt.norm`.
         weight, bias: (C,) gamma and beta, with their graph.
         batch: whether the statistics are the batch's, and the gradient flows through them.
+        backend: the one that must serve, "" for the fastest that does.
     """
 
     affine: Tensor
     weight: Tensor
     bias: Tensor
     batch: bool
+    backend: str
 
 
 class Deferred(Tensor):
@@ -79,7 +81,7 @@ class Deferred(Tensor):
         source: Source, graph: Tensor, norm: Norm | None, windows: Windows, shape_of: Callable[[Tensor, Windows], Tensor]
     ) -> Deferred:
         if norm is not None:
-            z_NPC = _Normalize.apply(graph, norm.weight, norm.bias, *source.tensors(), norm.affine, norm.batch, windows)
+            z_NPC = _Normalize.apply(graph, norm.weight, norm.bias, *source.tensors(), norm, windows)
         else:
             z_NPC = graph
         with torch._C.DisableTorchFunctionSubclass():
@@ -99,7 +101,8 @@ class Deferred(Tensor):
     def signs(self, low: float, high: float) -> tuple[Tensor, QTensor, Tensor]:
         """A placeholder (N, P', C) with the graph, the signs, and the packed mask low <= z <= high."""
         assert self.norm is not None
-        codes, mask, scale = torch.ops.fqt.norm_sign(*self.source.tensors(), self.norm.affine, self.windows.flat(), low, high)
+        args = (*self.source.tensors(), self.norm.affine, self.windows.flat(), low, high)
+        codes, mask, scale = torch.ops.fqt.norm_sign(*args, backend=self.norm.backend)
         z_NPC = self.canonical()
         shape = (z_NPC.shape[0], z_NPC.shape[1], z_NPC.shape[2])
         return z_NPC, QTensor(codes, scale, None, None, Format("sign", 1), shape), mask
@@ -151,8 +154,13 @@ def possible(x: Tensor) -> bool:
     )
 
 
-def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> Tensor | None:
-    """`norm(x)` as a Deferred, statistics taken and running averages moved; None where torch has to do it."""
+def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -> Tensor | None:
+    """`norm(x)` as a Deferred, statistics taken and running averages moved; None where torch has to do it.
+
+    Args:
+        x: (N, C) or (N, C, H, W).
+        backend: the one that must serve, "" for the fastest that does.
+    """
     if not possible(x) or not (norm.affine and norm.track_running_stats) or norm.momentum is None:
         return None
     if norm.weight.dtype != torch.float32 or x.dim() not in (2, 4) or x.shape[1] != norm.num_features:
@@ -170,7 +178,7 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> Tensor | Non
         return None
     with torch.no_grad():
         if norm.training:
-            mean, square = torch.ops.fqt.norm_sums(*source.tensors()) / count
+            mean, square = torch.ops.fqt.norm_sums(*source.tensors(), backend=backend) / count
             var = (square - mean * mean).clamp(min=0)
             norm.num_batches_tracked += 1
             norm.running_mean.lerp_(mean.float(), norm.momentum)
@@ -180,7 +188,7 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> Tensor | Non
         mean, inv = mean.float(), (var + norm.eps).sqrt().reciprocal().float()
         a = norm.weight * inv
         affine = torch.stack([a, norm.bias - mean * a, mean, inv])
-    return Deferred.make(source, graph, Norm(affine, norm.weight, norm.bias, norm.training), windows, shape_of)
+    return Deferred.make(source, graph, Norm(affine, norm.weight, norm.bias, norm.training, backend), windows, shape_of)
 
 
 def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor | None:
@@ -307,7 +315,8 @@ class _Value(torch.autograd.Function):
     def forward(ctx, placeholder: Tensor, x: Deferred) -> Tensor:
         y, scale, offset = x.source.tensors()
         if x.norm is not None:
-            y = torch.ops.fqt.norm_value(y, scale, offset, x.norm.affine, x.windows.flat())
+            args = (y, scale, offset, x.norm.affine, x.windows.flat())
+            y = torch.ops.fqt.norm_value(*args, backend=x.norm.backend)
         elif scale is not None:
             y = y.float() * scale
             y = y if offset is None else y + offset
@@ -330,12 +339,11 @@ class _Normalize(torch.autograd.Function):
         y: Tensor,
         scale: Tensor | None,
         offset: Tensor | None,
-        affine: Tensor,
-        batch: bool,
+        norm: Norm,
         windows: Windows,
     ) -> Tensor:
-        ctx.save_for_backward(y, scale, offset, affine)
-        ctx.batch, ctx.windows = batch, windows
+        ctx.save_for_backward(y, scale, offset, norm.affine)
+        ctx.batch, ctx.backend, ctx.windows = norm.batch, norm.backend, windows
         height, width = windows.pooled_size
         return placeholder(y, (y.shape[0], height * width, y.shape[2]))
 
@@ -344,11 +352,11 @@ class _Normalize(torch.autograd.Function):
         y, scale, offset, affine = ctx.saved_tensors
         with torch.no_grad():
             args = (g.contiguous(), kept_samples(g), y, scale, offset, affine, ctx.windows.flat())
-            sums = torch.ops.fqt.norm_grad_sums(*args)
+            sums = torch.ops.fqt.norm_grad_sums(*args, backend=ctx.backend)
             dy = None
             if ctx.needs_input_grad[0]:
                 means = (sums / (y.shape[0] * y.shape[1])).float() if ctx.batch else affine.new_zeros(2, y.shape[2])
-                dy, low, high = torch.ops.fqt.norm_grad(*args, means)
+                dy, low, high = torch.ops.fqt.norm_grad(*args, means, backend=ctx.backend)
                 remember_ranges(dy, low, high)
             d_bias, d_weight = sums.float()
-        return *once([dy, d_weight, d_bias]), *[None] * 6
+        return *once([dy, d_weight, d_bias]), *[None] * 5

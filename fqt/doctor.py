@@ -83,7 +83,7 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _row(row: Kernel) -> Finding:
-    name, reason = f"  {row.operator}", ops.broken(row)
+    name, reason = f"  {row.operator}{row.backend.removeprefix('cpu')}", ops.broken(row)
     if reason is not None:
         return Finding("broken", name, reason, "until then this row refuses, and the reference serves")
     cases = selfcheck.compare(row.operator, ops.load(row.function), lambda *asked: row.refuses(Request(*asked)) is None)

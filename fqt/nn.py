@@ -147,16 +147,20 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 class FusedBatchNorm1d(nn.BatchNorm1d):
     """nn.BatchNorm1d whose result is deferred where that is possible."""
 
+    backend: str = ""
+
     def forward(self, input: Tensor) -> Tensor:
-        normalized = deferred.batch_norm(input, self)
+        normalized = deferred.batch_norm(input, self, self.backend)
         return super().forward(input) if normalized is None else normalized
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d whose result is deferred where that is possible."""
 
+    backend: str = ""
+
     def forward(self, input: Tensor) -> Tensor:
-        normalized = deferred.batch_norm(input, self)
+        normalized = deferred.batch_norm(input, self, self.backend)
         return super().forward(input) if normalized is None else normalized
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fqt
-from fqt import deferred, functional
+from fqt import cpu, deferred, functional, ops
 from fqt.deferred import Deferred
 from fqt.nn import FusedBatchNorm2d, FusedMaxPool2d
+from fqt.ops import NORM
 
 RECIPES = ("xnor", "fqt_1bit", "fqt_w1a1g4", "fqt_1bit_topk")
 
@@ -98,8 +99,8 @@ def floats(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def compute() -> None:
         batch_norm = deferred.batch_norm
 
-        def at_once(x: Tensor, norm: nn.Module) -> Tensor | None:
-            found = batch_norm(x, norm)  # type: ignore[arg-type]
+        def at_once(x: Tensor, norm: nn.Module, backend: str) -> Tensor | None:
+            found = batch_norm(x, norm, backend)  # type: ignore[arg-type]
             return found.value() if isinstance(found, Deferred) else found
 
         monkeypatch.setattr(deferred, "batch_norm", at_once)
@@ -121,7 +122,7 @@ def test_bit_identical_to_the_same_arithmetic_on_floats(recipe, memory_format, t
 
 @pytest.mark.parametrize("recipe", ["xnor", "fqt_w1a1g4"])
 def test_without_it_only_the_rounding_of_the_statistics_differs(recipe: str) -> None:
-    """One BatchNorm whose statistics any order of summation finds exactly: then everything is equal."""
+    """One BatchNorm of integers, whose sums any order finds exactly: no sign differs, and floats by their last bits alone."""
 
     def block(fuse: bool) -> list[Tensor]:
         torch.manual_seed(0)
@@ -139,6 +140,26 @@ def test_without_it_only_the_rounding_of_the_statistics_differs(recipe: str) -> 
     fused, plain = block(True), block(False)
     for a, b in zip(fused, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["xnor", "fqt_1bit"])
+def test_a_named_backend_serves_batch_norm_too(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network(recipe), images()
+    plain = fqt.revert(copy.deepcopy(model))
+    expected = step(model, x)
+    for name in NORM:  # whoever calls one of these has not asked for the reference
+
+        def refuse(*args: object, name: str = name) -> None:
+            raise AssertionError(name)
+
+        monkeypatch.setattr(cpu, name, refuse)
+    ops.load.cache_clear()
+    try:
+        assert_same(expected, step(fqt.convert(plain, recipe, backend="reference"), x))
+        assert "backend" not in fqt.revert(plain)[1].__dict__
+    finally:
+        monkeypatch.undo()
+        ops.load.cache_clear()
 
 
 def test_no_float_activation_is_kept_between_one_bit_layers() -> None:

@@ -1,6 +1,6 @@
 // fqt_cpu::empty: large tensors from memory that is used again. The system hands out zeroed pages one fault at a time, which
 // for a tensor of tens of megabytes costs several times as much as writing it; torch's CPU allocator gives such memory back to
-// the system with every tensor that dies. Freed blocks stay here, at most as many bytes as were once in use together.
+// the system with every tensor that dies. Freed blocks stay here, at most twice the bytes that were once in use together.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -55,13 +55,6 @@ class Pool {
     trim(2 * most_);
   }
 
-  // Gives everything that is not in use back to the system.
-  void clear() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    trim(0);
-    most_ = used_;
-  }
-
  private:
   struct Block {
     void* data;
@@ -110,19 +103,14 @@ Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype, give_back);
 }
 
-// release_memory() -> ()
-void release_memory() { pool().clear(); }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fqt_cpu, m) {
   m.def("empty(int[] sizes, ScalarType dtype) -> Tensor");
-  m.def("release_memory() -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fqt_cpu, CompositeExplicitAutograd, m) {
   m.impl("empty", TORCH_BOX(&empty));
-  m.impl("release_memory", TORCH_BOX(&release_memory));
 }
 
 }  // namespace fqt
