@@ -1,14 +1,14 @@
 """How fast are the kernels, against torch's float32 on the same shapes, in the same run?
 
-    python -m benchmarks.kernels [--threads T] [--batch 16] [--instruction-set avx2] [--json F] [--quick]
+    python -m benchmarks.kernels [--threads T] [--batch 16] [--json F] [--quick]
 
 Products: a matrix product of 1024^3 and VGG-16's 3x3 layers, each against torch (of a convolution the faster of NCHW and
 channels_last). Quantizers: layers' activations (channels_last, --batch and 128 images) and weights, against a copy of the same
 tensor (`to.copy_(x)`). Both sides are called in turns and the fastest
 call of each counts: other processes only ever add. Before anything is measured every kernel is compared with the reference, bit
 for bit: if one differs, no figure.
-On a processor with AVX-512 the float side uses it too: to see the machines without, set --instruction-set avx2 and
-ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 in the environment.
+On a processor with AVX-512 both sides use it: to see the machines without, set
+ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 in the environment.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from fqt.quantizers import build
 from fqt.quantizers import quantize as encode
 from fqt.testing import assert_same_codes, assert_same_values
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 VGG16 = ((64, 64, 32), (64, 128, 16), (128, 128, 16), (128, 256, 8), (256, 256, 8), (256, 512, 4), (512, 512, 4), (512, 512, 2))
 PRODUCTS = (
     ("output", "sign", "sign:O", 1.0),
@@ -177,7 +176,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch", type=int, default=16, help="of VGG-16's layers")
-    parser.add_argument("--instruction-set", choices=INSTRUCTION_SETS, default="avx512", help="the most that kernels use")
     parser.add_argument("--quick", action="store_true", help="the matrix product and two layers, briefly")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
@@ -186,9 +184,7 @@ def main() -> None:
     reason = cpu.refuses_output((Format("sign", 1), Format("sign", 1)), None)
     if reason is not None:
         sys.exit(reason)
-    level = INSTRUCTION_SETS.index(args.instruction_set)
-    used = INSTRUCTION_SETS[cpu.operators().limit_products(level)]
-    quantize_used = INSTRUCTION_SETS[cpu.operators().limit_quantize(level)]
+    used = cpu.operators().instruction_set()
     check()
     print(f"all kernels equal the reference; {used}, {args.threads} threads\n")
     seconds = 0.1 if args.quick else 1.0
@@ -233,7 +229,7 @@ def main() -> None:
             passes.append(
                 {"quantizer": name, "format": quantizer.format(operand).name,
                  "rounding": "stochastic" if quantizer.stochastic else "nearest", "kept": 1 / quantizer.keep_one_in,
-                 "size": size, "threads": args.threads, "instruction_set": quantize_used,
+                 "size": size, "threads": args.threads, "instruction_set": used,
                  "ms": ms, "copy_ms": copy_ms, "gbytes": x.numel() * 4 / ms / 1e6, "ratio": ms / copy_ms}
             )  # fmt: skip
     print()

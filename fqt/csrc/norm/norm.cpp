@@ -1,4 +1,4 @@
-// The batch normalization operators of fqt_cpu, on LibTorch's stable ABI, and the choice of the instruction set at run time.
+// The batch normalization operators of fqt_cpu, on LibTorch's stable ABI.
 //
 // y (N, P, C), contiguous: float, or int16 with a scale and perhaps an offset a channel. affine: (4, C) rows a, b, mean, inv.
 // windows: height and width of the images, then of the pooling's windows.
@@ -17,26 +17,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-#if defined(FQT_X86)
-const bool kAvx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-const bool kAvx2 = __builtin_cpu_supports("avx2");
-const int kBest = kAvx512 ? 2 : kAvx2 ? 1 : 0;
-#elif defined(FQT_ARM)
-const int kBest = 1;
-#else
-const int kBest = 0;
-#endif
-int isa_limit = 2;  // tests lower it
-
-#if defined(FQT_X86)
-#define FQT_DISPATCH(call) \
-  (std::min(kBest, isa_limit) == 2 ? avx512::call : std::min(kBest, isa_limit) == 1 ? avx2::call : portable::call)
-#elif defined(FQT_ARM)
-#define FQT_DISPATCH(call) (std::min(kBest, isa_limit) == 1 ? neon::call : portable::call)
-#else
-#define FQT_DISPATCH(call) (portable::call)
-#endif
 
 const float* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
@@ -62,19 +42,19 @@ Windows windows_of(const std::vector<int64_t>& w) {
 }
 
 void norm_sums(Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset, Tensor sums) {
-  FQT_DISPATCH(norm_sums(normed(y, scale, offset), sums.mutable_data_ptr<double>()));
+  FQT_KERNEL(norm_sums)(normed(y, scale, offset), sums.mutable_data_ptr<double>());
 }
 
 void norm_value(Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset, Tensor affine,
                 std::vector<int64_t> windows, Tensor z) {
-  FQT_DISPATCH(norm_value(normed(y, scale, offset), affine_of(affine), windows_of(windows), z.mutable_data_ptr<float>()));
+  FQT_KERNEL(norm_value)(normed(y, scale, offset), affine_of(affine), windows_of(windows), z.mutable_data_ptr<float>());
 }
 
 bool norm_sign(Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset, Tensor affine,
                std::vector<int64_t> windows, double low, double high, Tensor codes, Tensor mask) {
-  return FQT_DISPATCH(norm_sign(normed(y, scale, offset), affine_of(affine), windows_of(windows), static_cast<float>(low),
-                                static_cast<float>(high), codes.mutable_data_ptr<uint8_t>(),
-                                mask.mutable_data_ptr<uint8_t>()));
+  return FQT_KERNEL(norm_sign)(normed(y, scale, offset), affine_of(affine), windows_of(windows), static_cast<float>(low),
+                               static_cast<float>(high), codes.mutable_data_ptr<uint8_t>(),
+                               mask.mutable_data_ptr<uint8_t>());
 }
 
 Gradient gradient(const Tensor& g, const std::optional<Tensor>& kept) {
@@ -83,20 +63,15 @@ Gradient gradient(const Tensor& g, const std::optional<Tensor>& kept) {
 
 void norm_grad_sums(Tensor g, std::optional<Tensor> kept, Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset,
                     Tensor affine, std::vector<int64_t> windows, Tensor sums) {
-  FQT_DISPATCH(norm_grad_sums(normed(y, scale, offset), affine_of(affine), windows_of(windows), gradient(g, kept),
-                              sums.mutable_data_ptr<double>()));
+  FQT_KERNEL(norm_grad_sums)(normed(y, scale, offset), affine_of(affine), windows_of(windows), gradient(g, kept),
+                              sums.mutable_data_ptr<double>());
 }
 
 void norm_grad(Tensor g, std::optional<Tensor> kept, Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset,
                Tensor affine, std::vector<int64_t> windows, Tensor means, Tensor dy, Tensor low, Tensor high) {
-  FQT_DISPATCH(norm_grad(normed(y, scale, offset), affine_of(affine), windows_of(windows), gradient(g, kept),
+  FQT_KERNEL(norm_grad)(normed(y, scale, offset), affine_of(affine), windows_of(windows), gradient(g, kept),
                          means.const_data_ptr<float>(), dy.mutable_data_ptr<float>(),
-                         {low.mutable_data_ptr<float>(), high.mutable_data_ptr<float>()}));
-}
-
-int64_t limit_norm(int64_t level) {
-  isa_limit = static_cast<int>(level);
-  return std::min(kBest, isa_limit);
+                         {low.mutable_data_ptr<float>(), high.mutable_data_ptr<float>()});
 }
 
 }  // namespace
@@ -113,7 +88,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fqt_cpu, m) {
   m.def(
       "norm_grad(Tensor g, Tensor? kept, Tensor y, Tensor? scale, Tensor? offset, Tensor affine, int[] windows, Tensor means,"
       " Tensor(a!) dy, Tensor(b!) low, Tensor(c!) high) -> ()");
-  m.def("limit_norm(int level) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fqt_cpu, CompositeExplicitAutograd, m) {
@@ -122,7 +96,6 @@ STABLE_TORCH_LIBRARY_IMPL(fqt_cpu, CompositeExplicitAutograd, m) {
   m.impl("norm_sign", TORCH_BOX(&norm_sign));
   m.impl("norm_grad_sums", TORCH_BOX(&norm_grad_sums));
   m.impl("norm_grad", TORCH_BOX(&norm_grad));
-  m.impl("limit_norm", TORCH_BOX(&limit_norm));
 }
 
 }  // namespace fqt

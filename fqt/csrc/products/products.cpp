@@ -1,5 +1,5 @@
-// The product operators of fqt_cpu, on LibTorch's stable ABI, and the choice of the instruction set at run time. They take
-// packed codes, scales as (sample, position or channel) views, and `layer`: the logical sizes and the geometry as integers.
+// The product operators of fqt_cpu, on LibTorch's stable ABI. They take packed codes, scales as (sample, position or
+// channel) views, and `layer`: the logical sizes and the geometry as integers.
 
 #include "isa.h"
 
@@ -14,33 +14,6 @@ namespace fqt {
 namespace {
 
 using torch::stable::Tensor;
-
-#if defined(FQT_X86)
-const bool kAvx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                     __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vnni");
-const bool kAvx2 = __builtin_cpu_supports("avx2");
-const int kBest = kAvx512 ? 2 : kAvx2 ? 1 : 0;
-#elif defined(FQT_ARM)
-const int kBest = 1;
-#else
-const int kBest = 0;
-#endif
-int isa_limit = 2;  // tests lower it
-
-template <class Call>
-void dispatch(const Call& call, void (*portable_kernel)(const Call&), void (*kernel)(const Call&),
-              void (*wide_kernel)(const Call&)) {
-  const int isa = std::min(kBest, isa_limit);
-  (isa == 2 ? wide_kernel : isa == 1 ? kernel : portable_kernel)(call);
-}
-#if defined(FQT_X86)
-#define FQT_DISPATCH(name, call) dispatch(call, portable::name, avx2::name, avx512::name)
-#elif defined(FQT_ARM)
-#define FQT_DISPATCH(name, call) dispatch(call, portable::name, neon::name, neon::name)
-#else
-#define FQT_DISPATCH(name, call) dispatch(call, portable::name, portable::name, portable::name)
-#endif
 
 // Owns what an `Axis` points to.
 struct AxisTables {
@@ -119,7 +92,7 @@ void sign_output(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, std::option
   const Plan made = plan(sizes, true);
   const SignOutput call{made.layer,     x.const_data_ptr<uint8_t>(), w.const_data_ptr<uint8_t>(), scale(x_scale),
                         scale(w_scale), data<float>(bias),           y.mutable_data_ptr<float>(),   nullptr};
-  FQT_DISPATCH(sign_output, call);
+  FQT_KERNEL(sign_output)(call);
 }
 
 // sign_accumulate(Tensor x, Tensor w, int[] sizes, Tensor(a!) sums) -> ()
@@ -132,7 +105,7 @@ void sign_accumulate(Tensor x, Tensor w, std::vector<int64_t> sizes, Tensor sums
   call.x = x.const_data_ptr<uint8_t>();
   call.w = w.const_data_ptr<uint8_t>();
   call.sums = sums.mutable_data_ptr<int16_t>();
-  FQT_DISPATCH(sign_output, call);
+  FQT_KERNEL(sign_output)(call);
 }
 
 // sign_grad_input(Tensor g, int bits, Tensor g_scale, Tensor? g_offset, Tensor kept, Tensor w, Tensor w_scale, Tensor? mask,
@@ -151,7 +124,7 @@ void sign_grad_input(Tensor g, int64_t bits, Tensor g_scale, std::optional<Tenso
                        kept.const_data_ptr<int32_t>(),
                        kept.numel(),
                        grad.mutable_data_ptr<float>()};
-  FQT_DISPATCH(grad_input, call);
+  FQT_KERNEL(grad_input)(call);
 }
 
 // sign_grad_weight(Tensor g, int bits, str axes, Tensor g_scale, Tensor? g_offset, Tensor samples, Tensor channels, Tensor x,
@@ -185,7 +158,7 @@ void sign_grad_weight(Tensor g, int64_t bits, std::string axes, Tensor g_scale, 
                         stretches.empty() ? samples.numel() : static_cast<int64_t>(stretches.size()),
                         channels.numel(),
                         grad.mutable_data_ptr<float>()};
-  FQT_DISPATCH(grad_weight, call);
+  FQT_KERNEL(grad_weight)(call);
 }
 
 // Integers of at most 8 bits as they lie in memory; `axes` are those of their scales.
@@ -219,7 +192,7 @@ void integer_gather(Tensor a, std::string a_grid, int64_t a_bits, Tensor a_scale
                            data<int32_t>(kept),
                            kept ? kept->numel() : l.n,
                            result.mutable_data_ptr<float>()};
-  FQT_DISPATCH(integer_gather, call);
+  FQT_KERNEL(integer_gather)(call);
 }
 
 // integer_grad_weight(Tensor g, str g_grid, int g_bits, str axes, Tensor g_scale, Tensor? g_offset, Tensor? samples,
@@ -249,13 +222,7 @@ void integer_grad_weight(Tensor g, std::string g_grid, int64_t g_bits, std::stri
                                samples ? samples->numel() : made.layer.n,
                                channels.numel(),
                                grad.mutable_data_ptr<float>()};
-  FQT_DISPATCH(integer_grad_weight, call);
-}
-
-// limit_products(int level) -> int: use at most this instruction set (0 portable, 1 AVX2 or NEON, 2 AVX-512); returns what is used
-int64_t limit_products(int64_t level) {
-  isa_limit = static_cast<int>(level);
-  return std::min(kBest, isa_limit);
+  FQT_KERNEL(integer_grad_weight)(call);
 }
 
 }  // namespace
@@ -278,7 +245,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fqt_cpu, m) {
       "integer_grad_weight(Tensor g, str g_grid, int g_bits, str axes, Tensor g_scale, Tensor? g_offset, Tensor? samples,"
       " Tensor channels, Tensor x, str x_grid, int x_bits, Tensor x_scale, Tensor? x_offset, int[] sizes,"
       " Tensor(a!) grad) -> ()");
-  m.def("limit_products(int level) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fqt_cpu, CompositeExplicitAutograd, m) {
@@ -288,7 +254,6 @@ STABLE_TORCH_LIBRARY_IMPL(fqt_cpu, CompositeExplicitAutograd, m) {
   m.impl("sign_grad_weight", TORCH_BOX(&sign_grad_weight));
   m.impl("integer_gather", TORCH_BOX(&integer_gather));
   m.impl("integer_grad_weight", TORCH_BOX(&integer_grad_weight));
-  m.impl("limit_products", TORCH_BOX(&limit_products));
 }
 
 }  // namespace fqt

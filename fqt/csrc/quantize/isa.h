@@ -2,6 +2,8 @@
 // machine can be linked into code for an older one.
 #pragma once
 
+#include "../dispatch/isa.h"
+
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -10,12 +12,6 @@
 #include <functional>
 #include <limits>
 #include <vector>
-
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define FQT_X86
-#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
-#define FQT_ARM
-#endif
 
 namespace fqt {
 

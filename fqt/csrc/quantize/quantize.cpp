@@ -1,5 +1,5 @@
 // The operator fqt_cpu::quantize, on LibTorch's stable ABI (one binary for torch 2.11 and newer): how a tensor is cut into
-// tasks, which groups pruning keeps, and the choice of the instruction set at run time. The loops are in quantize.h.
+// tasks and which groups pruning keeps. The loops are in quantize.h.
 
 #include "isa.h"
 
@@ -29,16 +29,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kTask = 32768;  // elements below which another thread does not pay
 
-#if defined(FQT_X86)
-const bool kAvx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-const int kBest = kAvx512 ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0;
-#elif defined(FQT_ARM)
-const int kBest = 1;
-#else
-const int kBest = 0;
-#endif
-
 struct Kernels {
   decltype(&portable::range) range;
   decltype(&portable::encode) encode;
@@ -56,9 +46,8 @@ const Kernels kKernels[] = {
     {neon::range, neon::encode, neon::abs_sum, neon::calibrate, neon::draws},
 #endif
 };
-int isa_limit = 2;  // tests lower it
 
-const Kernels& kernels() { return kKernels[std::min(kBest, isa_limit)]; }
+const Kernels& kernels() { return kKernels[isa()]; }
 
 int64_t tasks_of(int64_t elements) { return std::max<int64_t>(1, kTask / std::max<int64_t>(1, elements)); }
 
@@ -477,21 +466,6 @@ void quantize(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, s
   }
 }
 
-std::string instruction_set() {
-#if defined(FQT_ARM)
-  const char* const names[] = {"portable", "neon"};
-#else
-  const char* const names[] = {"portable", "avx2", "avx512"};
-#endif
-  return names[std::min(kBest, isa_limit)];
-}
-
-// limit_quantize(int level) -> int: at most this instruction set (0 portable, 1 AVX2 or NEON, 2 AVX-512); returns what is used
-int64_t limit_quantize(int64_t level) {
-  isa_limit = static_cast<int>(level);
-  return std::min(kBest, isa_limit);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fqt_cpu, m) {
@@ -499,14 +473,10 @@ STABLE_TORCH_LIBRARY(fqt_cpu, m) {
       "quantize(Tensor x, Tensor? fold, Tensor? key, Tensor? low, Tensor? high, str grid, int bits, str axes, str calibrate,"
       " float first, float last, bool stochastic, str prune, int keep_one_in, int stream, float pass_low, float pass_high,"
       " Tensor(a!) codes, Tensor(b!) scale, Tensor(c!)? offset, Tensor(d!)? index, Tensor(e!)? mask) -> ()");
-  m.def("instruction_set() -> str");
-  m.def("limit_quantize(int level) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fqt_cpu, CompositeExplicitAutograd, m) {
   m.impl("quantize", TORCH_BOX(&quantize));
-  m.impl("instruction_set", TORCH_BOX(&instruction_set));
-  m.impl("limit_quantize", TORCH_BOX(&limit_quantize));
 }
 
 }  // namespace fqt
