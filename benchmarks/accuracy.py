@@ -26,7 +26,7 @@ from pathlib import Path
 
 from benchmarks.common import table, write_json
 
-METHODS = ("fp32", "xnor", "psq_b1", "psq_b4", "fqt_1bit", "fqt_1bit_topk", "fqt_w1a1g4", "dorefa_w1a2g6")
+METHODS = ("fp32", "xnor", "psq_b1", "psq_b4", "fqt_1bit", "fqt_1bit_topk", "fqt_w1a1g4", "fqt_w1a1g6", "dorefa_w1a2g6")
 RATES = (6e-3, 2e-2, 6e-2)
 SEED_OF_RATES = 100
 

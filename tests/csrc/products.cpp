@@ -247,7 +247,7 @@ void check_grad_input(Random& r, const Shape& s, int bits) {
   for (const Set& set : kSets) {
     if (!set.runs) continue;
     Fenced<float> grad(s.n * pixels * channels);
-    set.grad_input({sides.layer, {g.bytes.data, storage_of(bits), bits > 4 ? 2 : 1, false, false}, w.bytes.data,
+    set.grad_input({sides.layer, {g.bytes.data, bits, false, false}, w.bytes.data,
                     masked ? mask.bytes.data : nullptr, g_scale.scale(), offset ? g_offset.scale() : fqt::Scale{}, w_scale,
                     kept.data, kept.count, grad.data});
     same("grad_input", set.name, grad.data, expected);
@@ -304,7 +304,7 @@ void check_grad_weight(Random& r, const Shape& s, int bits, const std::string& a
     if (!set.runs) continue;
     Fenced<float> grad(out * taps * s.in);
     std::fill(grad.data, grad.data + grad.count, 0.0f);
-    set.grad_weight({sides.layer, {g.bytes.data, storage_of(bits), bits > 4 ? 2 : 1, channel_major, by_channel}, x.bytes.data,
+    set.grad_weight({sides.layer, {g.bytes.data, bits, channel_major, by_channel}, x.bytes.data,
                      g_scale.scale(), offset ? g_offset.scale() : fqt::Scale{}, x_scale, blocks, s.missing, samples.data,
                      channels.data, samples.count, channels.count, grad.data});
     same("grad_weight", set.name, grad.data, expected);
@@ -331,7 +331,7 @@ void bound(const Shape& s, const Check& check) {
   check(r);
 }
 
-// Sums that fill what holds them: bytes of 240, 31 words of differing bits, 256 quads in 16 bits, all of int16 and of int32.
+// Sums that fill what holds them: bytes of 240 to 252, 31 words of differing bits, 256 bytes in 16 bits, all of int16 and of int32.
 void bounds() {
   pieces = 1;
   for (const int64_t terms : {991, 992, 993, 1024, 32766, 32767}) {
@@ -341,7 +341,7 @@ void bounds() {
       bound(s, [&](Random& r) { check_output(r, s, false, opposite); });
     }
   }
-  for (const int bits : {4, 8}) {
+  for (const int bits : {4, 5, 6, 8}) {
     for (const int64_t terms : {4095, 4096, 4097, 9000}) {
       const Shape s = linear(1, 1, 3, terms, true), g = linear(1, terms, 3, 2, true);
       bound(s, [&](Random& r) { check_grad_input(r, s, bits); });

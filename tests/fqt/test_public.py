@@ -172,7 +172,7 @@ def test_the_length_guard_can_fail() -> None:
 def test_the_built_in_recipes_are_these() -> None:
     assert fqt.recipes() == [
         "dorefa_w1a1g4", "dorefa_w1a2g6", "dorefa_w8a8g8", "fp32", "fqt_1bit", "fqt_1bit_b1", "fqt_1bit_b2", "fqt_1bit_b8",
-        "fqt_1bit_topk", "fqt_w1a1g4", "int8", "psq_b1", "psq_b2", "psq_b4", "psq_b8", "xnor",
+        "fqt_1bit_topk", "fqt_w1a1g4", "fqt_w1a1g6", "int8", "psq_b1", "psq_b2", "psq_b4", "psq_b8", "xnor",
     ]  # fmt: skip
 
 

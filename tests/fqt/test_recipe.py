@@ -45,6 +45,7 @@ BUILT_IN = {
     "fqt_1bit_topk": (XNOR, *agp(4, "topk"), (1, 4, 4), 0.25, FLOAT_ENDS, IDENTITY),
     "fqt_w1a1g4": (XNOR, "uint4/sample" + FOLDED, "uint4/sample_channel (by block) x sign/tensor", (1, 4, 4), 1.0, FLOAT_ENDS,
                    IDENTITY),
+    "fqt_w1a1g6": (XNOR, "uint6/sample" + FOLDED, "uint6/channel x sign/tensor", (1, 6, 6), 1.0, FLOAT_ENDS, IDENTITY),
     "int8": ("int8/sample x int8/channel", "int8/sample x int8/channel (folded)", "int8/channel x int8/sample (folded)",
              (8, 8, 8), 1.0, FORWARD_FLOAT_ENDS, ()),
     "psq_b1": (XNOR, *psq(1), (1, 1, 1), 1.0, FLOAT_ENDS, IDENTITY),

@@ -85,16 +85,16 @@ inline void weave(uint8_t* bits, int64_t bytes) {
   }
 }
 
-// The codes' nibbles of one plane as tables of subset sums; `count` is a multiple of 16.
-inline void make_tables(const uint8_t* codes, int64_t count, int plane, uint8_t* tables) {
+// The codes, or of two planes their nibbles of one, as tables of subset sums; `count` is a multiple of 16.
+inline void make_tables(const uint8_t* codes, int64_t count, int64_t planes, int64_t plane, uint8_t* tables) {
   typedef uint16_t Eight __attribute__((vector_size(16)));
   for (int64_t i = 0; i < count; i += 16) {
     Eight pairs;
     std::memcpy(&pairs, codes + i, 16);
-    pairs = (pairs >> 4 * plane) & 0x0f0f;
-    uint8_t nibbles[16];
-    std::memcpy(nibbles, &pairs, 16);
-    for (int j = 0; j < 16; j += kWidth / 4) subset_sums(nibbles + j, tables + (i + j) * 4);
+    if (planes > 1) pairs = (pairs >> 4 * plane) & 0x0f0f;
+    uint8_t of_plane[16];
+    std::memcpy(of_plane, &pairs, 16);
+    for (int j = 0; j < 16; j += kWidth / 4) subset_sums(of_plane + j, tables + (i + j) * 4);
   }
 }
 

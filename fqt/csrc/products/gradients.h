@@ -2,15 +2,19 @@
 //
 // Four codes of the gradient along the summed axis make a table of their 16 subset sums; the signs of the other operand along
 // that axis make a 4-bit index into it, for kWidth columns at once (one byte shuffle). With b = +-1 and g >= 0,
-// sum of g * b = 2 * (sum of the g whose b is +1) - (sum of all g). Codes of more than 4 bits are two planes of nibbles.
+// sum of g * b = 2 * (sum of the g whose b is +1) - (sum of all g). Codes of more than 6 bits are two planes of nibbles.
 //
-// Bounds: a table's entry is at most 4 * 15 = 60, so four of them fit a byte (240); 256 such bytes fit 16 bits (61,440); the
-// 32-bit sums hold 8 million terms of 255, which `products.cpp` checks.
+// Bounds: a table's entry is at most 4 * 15 = 60, so four of them fit a byte (240); of 5 bits two do (2 * 4 * 31 = 248), of
+// 6 bits one (4 * 63 = 252). 256 bytes fit 16 bits (64,512); the 32-bit sums hold 8 million terms of 255, which
+// `products.cpp` checks.
 
 namespace {
 
-// Sums of bytes in 16 bits: all bytes as they lie, even + 256 * odd modulo 2^16, and the odd ones apart.
-template <int M>
+constexpr int64_t kMostQuads = 64;  // quads of lookups whose sums fit 16 bits, times the entries that add up in a byte
+
+// Sums of bytes in 16 bits: all bytes as they lie, even + 256 * odd modulo 2^16, and the odd ones apart. Together: entries of
+// the tables that are added first, as bytes.
+template <int M, int Together>
 struct Sums {
   Halves all[M], odd[M];
 
@@ -20,11 +24,20 @@ struct Sums {
       const Bytes i0 = load(index), i1 = load(index + kWidth), i2 = load(index + 2 * kWidth), i3 = load(index + 3 * kWidth);
       for (int m = 0; m < M; ++m) {
         const uint8_t* t = table[m] + quad * 64;
-        const Bytes sum = (lookup(t, i0) + lookup(t + 16, i1)) + (lookup(t + 32, i2) + lookup(t + 48, i3));
-        all[m] += (Halves)sum;
-        odd[m] += (Halves)sum >> 8;
+        const Bytes e0 = lookup(t, i0), e1 = lookup(t + 16, i1), e2 = lookup(t + 32, i2), e3 = lookup(t + 48, i3);
+        if constexpr (Together == 4) {
+          add(m, (e0 + e1) + (e2 + e3));
+        } else if constexpr (Together == 2) {
+          add(m, e0 + e1), add(m, e2 + e3);
+        } else {
+          add(m, e0), add(m, e1), add(m, e2), add(m, e3);
+        }
       }
     }
+  }
+  void add(int m, Bytes bytes) {
+    all[m] += (Halves)bytes;
+    odd[m] += (Halves)bytes >> 8;
   }
 
   // A quarter of row m's columns: `weave` put them where they now come out in order.
@@ -34,14 +47,13 @@ struct Sums {
   }
 };
 
-constexpr int64_t kMostQuads = 256;
-
 // sums[m][column] += the looked-up entries << shift, for M rows. A tap is a stretch of 4 * `quads` lookups: row m's tables
 // begin at tables + table_at[tap * M + m], the indices at index + index_at[tap].
-template <int M>
+template <int M, int Together>
 void lookups(const uint8_t* tables, const int64_t* table_at, const uint8_t* index, const int64_t* index_at, int64_t taps,
              int64_t quads, int shift, int32_t sums[][kWidth]) {
-  Sums<M> narrow{};
+  constexpr int64_t kMost = kMostQuads * Together;
+  Sums<M, Together> narrow{};
   int64_t held = 0;
   const auto widen = [&] {
     for (int m = 0; m < M; ++m) {
@@ -54,12 +66,12 @@ void lookups(const uint8_t* tables, const int64_t* table_at, const uint8_t* inde
     const uint8_t* table[M];
     for (int m = 0; m < M; ++m) table[m] = tables + table_at[tap * M + m];
     for (int64_t done = 0; done < quads;) {
-      const int64_t now = least(quads - done, kMostQuads - held);
+      const int64_t now = least(quads - done, kMost - held);
       narrow.add(table, index + index_at[tap] + done * 4 * kWidth, now);
       for (int m = 0; m < M; ++m) table[m] += now * 64;
       done += now;
       held += now;
-      if (held == kMostQuads) widen();
+      if (held == kMost) widen();
     }
   }
   widen();
@@ -78,13 +90,13 @@ struct Blocks {
 };
 
 // grad[m][column] += the sample's product, sample by sample: integers within, floats between, in the reference's order.
-// One plane, at most kMostQuads: the integers never leave the registers.
-template <int M>
+// One plane, at most kMostQuads * Together: the integers never leave the registers.
+template <int M, int Together>
 void add_blocks(const Blocks& b, float grad[][kWidth]) {
   typedef int32_t Signed __attribute__((vector_size(kWidth)));
   typedef float Floats __attribute__((vector_size(kWidth), may_alias));
   for (int64_t s = 0; s < b.count; ++s) {
-    Sums<M> sums{};
+    Sums<M, Together> sums{};
     const uint8_t* table[M];
     for (int m = 0; m < M; ++m) table[m] = b.tables + s * b.table_step + m * b.row_step;
     sums.add(table, b.index + s * b.index_step, b.quads);
@@ -106,14 +118,34 @@ void add_blocks(const Blocks& b, float grad[][kWidth]) {
 using Lookups = void (*)(const uint8_t*, const int64_t*, const uint8_t*, const int64_t*, int64_t, int64_t, int,
                          int32_t[][kWidth]);
 
-// Rows of a tile when `left` are left, and the loop for them.
-inline int tile_rows(int64_t left) { return left >= kRows ? kRows : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
-inline Lookups lookups_of(int rows) {
-  return rows == kRows ? lookups<kRows> : rows == 4 ? lookups<4> : rows == 2 ? lookups<2> : lookups<1>;
-}
 using AddBlocks = void (*)(const Blocks&, float[][kWidth]);
-inline AddBlocks add_blocks_of(int rows) {
-  return rows == kRows ? add_blocks<kRows> : rows == 4 ? add_blocks<4> : rows == 2 ? add_blocks<2> : add_blocks<1>;
+
+// Rows of a tile when `left` are left, and the loops for them.
+inline int tile_rows(int64_t left) { return left >= kRows ? kRows : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+template <int Together>
+struct Loops {
+  static Lookups lookups_of(int rows) {
+    return rows == kRows ? lookups<kRows, Together>
+           : rows == 4   ? lookups<4, Together>
+           : rows == 2   ? lookups<2, Together>
+                         : lookups<1, Together>;
+  }
+  static AddBlocks add_blocks_of(int rows) {
+    return rows == kRows ? add_blocks<kRows, Together>
+           : rows == 4   ? add_blocks<4, Together>
+           : rows == 2   ? add_blocks<2, Together>
+                         : add_blocks<1, Together>;
+  }
+};
+inline Lookups lookups_of(int rows, int together) {
+  return together == 4   ? Loops<4>::lookups_of(rows)
+         : together == 2 ? Loops<2>::lookups_of(rows)
+                         : Loops<1>::lookups_of(rows);
+}
+inline AddBlocks add_blocks_of(int rows, int together) {
+  return together == 4   ? Loops<4>::add_blocks_of(rows)
+         : together == 2 ? Loops<2>::add_blocks_of(rows)
+                         : Loops<1>::add_blocks_of(rows);
 }
 
 // The sum of g * b. Both sums and the result fit 31 bits, but twice the first may not: it wraps around, and back.
@@ -126,12 +158,12 @@ inline void count_ones(const uint8_t* index, int64_t quads, int32_t sums[][kWidt
   constexpr int64_t kTogether = 64;
   alignas(64) uint8_t ones[16], tables[64];
   std::memset(ones, 1, 16);
-  make_tables(ones, 16, 0, tables);
+  make_tables(ones, 16, 1, 0, tables);
   int64_t table_at[kTogether] = {}, index_at[kTogether];
   for (int64_t quad = 0; quad < quads; quad += kTogether) {
     const int64_t count = least(kTogether, quads - quad);
     for (int64_t i = 0; i < count; ++i) index_at[i] = (quad + i) * 4 * kWidth;
-    lookups<1>(tables, table_at, index, index_at, count, 1, 0, sums);
+    lookups<1, 4>(tables, table_at, index, index_at, count, 1, 0, sums);
   }
 }
 
@@ -143,7 +175,7 @@ void grad_input(const GradInput& c) {
   const Layer& l = c.layer;
   if (c.kept_count * l.positions() * l.in == 0) return;
   const int64_t taps = l.taps(), channels = l.groups * l.in, panels = ceil_div(l.in, kWidth);
-  const int64_t padded = round_up(l.out, 16), quads = padded / 16, planes = c.g.planes;
+  const int64_t padded = round_up(l.out, 16), quads = padded / 16, planes = c.g.planes();
   const int64_t tap_bytes = padded / 4 * kWidth;
   const int64_t parts = l.groups * panels, row_bytes = ceil_div(l.in, 8), mask_bytes = ceil_div(channels, 8);
 
@@ -201,22 +233,22 @@ void grad_input(const GradInput& c) {
   // a block: some samples, or a band of rows of one where its tables would not stay in the cache
   const int64_t table_bytes = padded * 4, pixel_bytes = l.groups * planes * table_bytes;
   const int64_t most_pixels = most(64, (256 << 10) / (pixel_bytes + 1)), image = l.positions();
-  const int64_t together = most(1, least(most_pixels / most(1, l.other_positions()), ceil_div(c.kept_count, 8)));
+  const int64_t batch = most(1, least(most_pixels / most(1, l.other_positions()), ceil_div(c.kept_count, 8)));
   const int64_t wanted = most(ceil_div(most(image, l.other_positions()), most_pixels), ceil_div(4, c.kept_count + 1));
-  const int64_t bands = together > 1 ? 1 : most(1, least(l.y.size, wanted));
-  const int64_t band = ceil_div(l.y.size, bands), blocks = ceil_div(c.kept_count, together);
+  const int64_t bands = batch > 1 ? 1 : most(1, least(l.y.size, wanted));
+  const int64_t band = ceil_div(l.y.size, bands), blocks = ceil_div(c.kept_count, batch);
 
   struct Tile {
     int64_t kind, rows, first;  // first: of its pixels in the block
   };
   parallel(blocks * bands, 1, [&](int64_t begin, int64_t end) {
-    const int64_t most_here = together * band * l.x.size;
+    const int64_t most_here = batch * band * l.x.size;
     Buffer<Tile> tiles(most_here);
     Buffer<int64_t> sample_of(most_here), pixel_of(most_here), table_at(most_here * taps);
     Buffer<int32_t> sum_of(most_here * l.groups);
     Buffer<uint8_t> codes(padded);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t first_sample = item / bands * together, samples = least(together, c.kept_count - first_sample);
+      const int64_t first_sample = item / bands * batch, samples = least(batch, c.kept_count - first_sample);
       const int64_t y_begin = least(l.y.size, item % bands * band), y_end = least(l.y.size, y_begin + band);
       int64_t g_begin = l.other_y, g_end = 0;  // gradient rows that the band meets
       for (int64_t i = y_begin * l.y.taps; i < y_end * l.y.taps; ++i) {
@@ -227,16 +259,18 @@ void grad_input(const GradInput& c) {
       const int64_t g_pixels = most(0, g_end - g_begin) * l.other_x;
       Buffer<uint8_t> tables(samples * g_pixels * pixel_bytes);
       Buffer<int32_t> g_sum(samples * g_pixels * l.groups);
-      const int64_t packed = ceil_div(l.groups * l.out * c.g.storage, 8);
+      const int64_t packed = ceil_div(l.groups * l.out * c.g.storage(), 8);
       for (int64_t i = 0; i < samples * g_pixels; ++i) {
         const int64_t n = c.kept[first_sample + i / g_pixels], p = g_begin * l.other_x + i % g_pixels;
         const uint8_t* row = c.g.data + (n * l.other_positions() + p) * packed;
         for (int64_t group = 0; group < l.groups; ++group) {
-          unpack(row, group * l.out, l.out, c.g.storage, codes.data);
+          unpack(row, group * l.out, l.out, c.g.storage(), codes.data);
           std::memset(codes.data + l.out, 0, padded - l.out);
           g_sum[i * l.groups + group] = byte_sum(codes.data, padded);
           uint8_t* to = tables.data + i * pixel_bytes + group * planes * table_bytes;
-          for (int64_t plane = 0; plane < planes; ++plane) make_tables(codes.data, padded, plane, to + plane * table_bytes);
+          for (int64_t plane = 0; plane < planes; ++plane) {
+            make_tables(codes.data, padded, planes, plane, to + plane * table_bytes);
+          }
         }
       }
 
@@ -284,11 +318,11 @@ void grad_input(const GradInput& c) {
         for (int64_t i = 0; i < tile_count; ++i) {
           const Tile& tile = tiles[i];
           for (int64_t t = 0; t < met_count[tile.kind]; ++t) index_at[t] = met[tile.kind * taps + t] * tap_bytes;
+          const Lookups find = lookups_of(tile.rows, c.g.together());
           alignas(64) int32_t sums[kRows][kWidth] = {};
           for (int64_t plane = 0; plane < planes; ++plane) {
-            lookups_of(tile.rows)(tables.data + (group * planes + plane) * table_bytes, table_at.data + tile.first * taps,
-                                  index.data + part * taps * tap_bytes, index_at.data, met_count[tile.kind], quads, 4 * plane,
-                                  sums);
+            find(tables.data + (group * planes + plane) * table_bytes, table_at.data + tile.first * taps,
+                 index.data + part * taps * tap_bytes, index_at.data, met_count[tile.kind], quads, 4 * plane, sums);
           }
           for (int64_t m = 0; m < tile.rows; ++m) {
             const int64_t n = c.kept[first_sample + sample_of[tile.first + m]], p = pixel_of[tile.first + m];
@@ -325,17 +359,17 @@ inline void grad_weight_of_rows(const GradWeight& c) {
   Buffer<uint32_t> values(tiles * c.sample_count * kTile);  // (tile, sample, channel), the bits of floats
   parallel(c.sample_count, most(1, 32768 / (c.channel_count + x_bytes)), [&](int64_t begin, int64_t end) {
     Buffer<uint8_t> codes(l.out);
-    const int64_t packed = ceil_div(l.out * c.g.storage, 8);
+    const int64_t packed = ceil_div(l.out * c.g.storage(), 8);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = c.samples[i];
       copy_bits(c.x + n * ceil_div(l.in, 8), 0, l.in, x.data + i * x_bytes, x_bytes);
-      if (!c.g.channel) unpack(c.g.data + n * packed, 0, l.out, c.g.storage, codes.data);
+      if (!c.g.channel) unpack(c.g.data + n * packed, 0, l.out, c.g.storage(), codes.data);
       for (int64_t row = 0; row < tiles * kTile; ++row) {
         float value = 0.0f;
         if (row < c.channel_count) {
           const int64_t channel = c.channels[row];
           // channel-major, a sample's only code begins a byte
-          const uint8_t code = c.g.channel ? c.g.data[channel * l.n + n] & ((1 << c.g.storage) - 1) : codes[channel];
+          const uint8_t code = c.g.channel ? c.g.data[channel * l.n + n] & ((1 << c.g.storage()) - 1) : codes[channel];
           value = static_cast<float>(code) * c.g_scale(n, channel) * c.x_scale;
           if (c.g_offset.data != nullptr) value += c.x_scale * c.g_offset(n, channel);
         }
@@ -371,7 +405,7 @@ inline void grad_weight_of_rows(const GradWeight& c) {
 void grad_weight(const GradWeight& c) {
   const Layer& l = c.layer;
   if (c.channel_count * l.taps() * l.in == 0) return;
-  const int64_t taps = l.taps(), panels = ceil_div(l.in, kWidth), planes = c.g.planes, rows = c.channel_count;
+  const int64_t taps = l.taps(), panels = ceil_div(l.in, kWidth), planes = c.g.planes(), rows = c.channel_count;
   const int64_t positions = l.positions(), outputs = l.groups * l.out;
   const bool offset = c.g_offset.data != nullptr;
   if (c.blocks && positions * taps * l.groups == 1 && l.other_positions() == 1) return grad_weight_of_rows(c);
@@ -448,7 +482,7 @@ void grad_weight(const GradWeight& c) {
   Buffer<int64_t> sum_x(offset && !c.blocks ? l.groups * panels * taps * kWidth : 0);
   Buffer<float> scaled_sum(offset ? segments * l.groups * panels * taps * kWidth : 0);
   Buffer<float> scales(segments * rows), offsets(segments * rows);
-  const bool one_chunk = c.sample_count <= chunk, narrow = c.blocks && planes == 1 && fours / 4 <= kMostQuads;
+  const bool one_chunk = c.sample_count <= chunk, narrow = c.blocks && planes == 1 && fours / 4 <= kMostQuads * c.g.together();
   Buffer<int64_t> totals(c.blocks || one_chunk ? 0 : rows * taps * panels * kWidth);
   Buffer<int64_t> g_totals(c.blocks ? 0 : rows * taps);
 
@@ -468,24 +502,24 @@ void grad_weight(const GradWeight& c) {
             const int64_t n = c.samples[first + s], channel = c.channels[row];
             if (c.g.by_channel) {
               const int64_t all = l.n * positions - c.missing;
-              unpack(c.g.data + channel * ceil_div(all * c.g.storage, 8), n * positions, positions_of(n), c.g.storage,
+              unpack(c.g.data + channel * ceil_div(all * c.g.storage(), 8), n * positions, positions_of(n), c.g.storage(),
                      to + s * stride);
             } else {
-              const int64_t packed = ceil_div(positions * c.g.storage, 8);
-              unpack(c.g.data + (channel * l.n + n) * packed, 0, positions, c.g.storage, to + s * stride);
+              const int64_t packed = ceil_div(positions * c.g.storage(), 8);
+              unpack(c.g.data + (channel * l.n + n) * packed, 0, positions, c.g.storage(), to + s * stride);
             }
           }
         }
         return;
       }
       Buffer<uint8_t> pixels(outputs * 4);
-      const int64_t packed = ceil_div(outputs * c.g.storage, 8);
+      const int64_t packed = ceil_div(outputs * c.g.storage(), 8);
       for (int64_t s = begin; s < end; ++s) {
         for (int64_t four = 0; four < fours; ++four) {
           for (int64_t j = 0; j < 4; ++j) {
             const int64_t p = 4 * four + j;
             if (p < positions_of(c.samples[first + s])) {
-              unpack(c.g.data + (c.samples[first + s] * positions + p) * packed, 0, outputs, c.g.storage,
+              unpack(c.g.data + (c.samples[first + s] * positions + p) * packed, 0, outputs, c.g.storage(),
                      pixels.data + j * outputs);
             } else {
               std::memset(pixels.data + j * outputs, 0, outputs);
@@ -509,7 +543,7 @@ void grad_weight(const GradWeight& c) {
       for (int64_t row = begin; row < end; ++row) {
         const uint8_t* from = codes.data + row * room * 4;
         for (int64_t plane = 0; plane < planes; ++plane) {
-          make_tables(from, room * 4, plane, tables.data + (row * planes + plane) * table_bytes);
+          make_tables(from, room * 4, planes, plane, tables.data + (row * planes + plane) * table_bytes);
         }
         for (int64_t segment = 0; segment < (c.blocks ? samples : 1); ++segment) {
           int32_t* sums = sum_g.data + (segment * rows + row) * taps;
@@ -597,12 +631,13 @@ void grad_weight(const GradWeight& c) {
         }
         if (narrow) {
           const int64_t parts = l.groups * panels * taps;
-          add_blocks_of(height)({samples, fours / 4, tables.data + row * table_bytes, index.data + part * part_bytes,
-                                 table_bytes, fours * 16, fours * kWidth, sum_g.data + row * taps + tap, taps, rows * taps,
-                                 scales.data + row, offset ? offsets.data + row : nullptr, scaled_sum.data + part * kWidth,
-                                 rows, parts * kWidth, c.x_scale},
-                                grad);
+          const AddBlocks add = add_blocks_of(height, c.g.together());
+          add({samples, fours / 4, tables.data + row * table_bytes, index.data + part * part_bytes, table_bytes, fours * 16,
+               fours * kWidth, sum_g.data + row * taps + tap, taps, rows * taps, scales.data + row,
+               offset ? offsets.data + row : nullptr, scaled_sum.data + part * kWidth, rows, parts * kWidth, c.x_scale},
+              grad);
         }
+        const Lookups find = lookups_of(height, c.g.together());
         for (int64_t segment = 0; segment < (narrow ? 0 : c.blocks ? samples : 1); ++segment) {
           std::memset(sums, 0, sizeof(sums));
           const int64_t index_at = segment * fours * kWidth;
@@ -610,8 +645,8 @@ void grad_weight(const GradWeight& c) {
             for (int m = 0; m < height; ++m) {
               table_at[m] = ((row + m) * planes + plane) * table_bytes + segment * fours * 16;
             }
-            lookups_of(height)(tables.data, table_at, index.data + part * part_bytes, &index_at, 1,
-                               (c.blocks ? fours : used) / 4, 4 * plane, sums);
+            find(tables.data, table_at, index.data + part * part_bytes, &index_at, 1, (c.blocks ? fours : used) / 4, 4 * plane,
+                 sums);
           }
           const int64_t n = c.blocks ? c.samples[first + segment] : 0;
           const float* terms = scaled_sum.data + (segment * l.groups * panels * taps + part) * kWidth;

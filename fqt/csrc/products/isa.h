@@ -38,9 +38,12 @@ struct Layer {
 // Codes of 1 to 8 bits, packed as in fqt/formats.py.
 struct Codes {
   const uint8_t* data;
-  int64_t storage;           // bits a code takes
-  int64_t planes;            // nibbles a code has
+  int64_t bits;
   bool channel, by_channel;  // channel-major; if so, whether a channel's codes are one row ("C") or one a sample ("NC")
+  int64_t storage() const { return bits <= 2 ? bits : bits <= 4 ? 4 : 8; }  // bits a code takes in memory
+  // Four codes of at most 6 bits add up to a byte (252); those of 7 and 8 are looked up by their two nibbles.
+  int64_t planes() const { return bits > 6 ? 2 : 1; }
+  int together() const { return bits == 6 ? 1 : bits == 5 ? 2 : 4; }  // such sums of four that fit a byte
 };
 
 struct SignOutput {

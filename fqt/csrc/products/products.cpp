@@ -113,9 +113,8 @@ void sign_accumulate(Tensor x, Tensor w, std::vector<int64_t> sizes, Tensor sums
 void sign_grad_input(Tensor g, int64_t bits, Tensor g_scale, std::optional<Tensor> g_offset, Tensor kept, Tensor w,
                      Tensor w_scale, std::optional<Tensor> mask, std::vector<int64_t> sizes, Tensor grad) {
   const Plan made = plan(sizes, false);
-  const int64_t storage = bits <= 2 ? bits : bits <= 4 ? 4 : 8;
   const GradInput call{made.layer,
-                       {g.const_data_ptr<uint8_t>(), storage, bits > 4 ? 2 : 1, false, false},
+                       {g.const_data_ptr<uint8_t>(), bits, false, false},
                        w.const_data_ptr<uint8_t>(),
                        data<uint8_t>(mask),
                        scale(g_scale),
@@ -144,9 +143,8 @@ void sign_grad_weight(Tensor g, int64_t bits, std::string axes, Tensor g_scale, 
   const Plan made = plan(sizes, true);
   STD_TORCH_CHECK(made.layer.positions() < 1 << 23, "grad_weight: a sample of ", made.layer.positions(),
                   " positions may overflow its 32-bit sums: split it along its positions");
-  const int64_t storage = bits <= 2 ? bits : bits <= 4 ? 4 : 8;
   const GradWeight call{made.layer,
-                        {g.const_data_ptr<uint8_t>(), storage, bits > 4 ? 2 : 1, axes == "C" || axes == "NC", axes == "C"},
+                        {g.const_data_ptr<uint8_t>(), bits, axes == "C" || axes == "NC", axes == "C"},
                         x.const_data_ptr<uint8_t>(),
                         scale(g_scale),
                         scale(g_offset),

@@ -37,7 +37,7 @@ inline Bytes lookup(const uint8_t* table, Bytes index) {
 #endif
 }
 
-// For every four codes c0 .. c3 below 16 a table of their 16 subset sums: entry i adds those c_j whose bit j is set in i.
+// For every four codes c0 .. c3 below 64 a table of their 16 subset sums: entry i adds those c_j whose bit j is set in i.
 // Makes kWidth / 16 tables from kWidth / 4 codes.
 inline void subset_sums(const uint8_t* codes, uint8_t* tables) {
 #if defined(FQT_AVX512) || defined(FQT_AVX2)
