@@ -36,6 +36,17 @@ inline void align_groups(const uint8_t* rows, int64_t count, int64_t groups, int
   });
 }
 
+// The bits of some bytes that are set.
+inline int64_t count_bits(const uint8_t* bytes, int64_t count) {
+  int64_t ones = 0, i = 0;
+  for (uint64_t word; i + 8 <= count; i += 8) {
+    std::memcpy(&word, bytes + i, 8);
+    ones += __builtin_popcountll(word);
+  }
+  for (; i < count; ++i) ones += __builtin_popcount(bytes[i]);
+  return ones;
+}
+
 // Codes [first, first + count) of a packed row, one a byte.
 inline void unpack(const uint8_t* row, int64_t first, int64_t count, int storage, uint8_t* out) {
   if (count == 0) return;

@@ -12,7 +12,13 @@ constexpr int kRows = 4;
 constexpr int kWidth = 16;
 constexpr int kRows = 4;
 #endif
-constexpr int kLanes = 16;  // output channels side by side in `output`
+#if defined(FQT_AVX2)
+constexpr int kLanes = 64;  // output channels side by side in `output`
+constexpr int kSpread = 2;  // bytes that eight bits take there
+#else
+constexpr int kLanes = 16;
+constexpr int kSpread = 1;
+#endif
 
 typedef uint8_t Bytes __attribute__((vector_size(kWidth), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(kWidth)));
@@ -189,51 +195,113 @@ inline Ints sign_where_unset(const uint8_t* bits, int first) {
 #endif
 }
 
-// Bits in which rows of `a` differ from the 16 columns of `w`, word by word: out[m][lane] for M rows.
+// --- `output`: bits that differ. AVX2 counts no bits: it looks four of them up at a time -----------------------------------
+
+#if defined(FQT_AVX2)
+// Entry 16 * a + b: the bits in which a and b differ, both of four bits.
+struct Differ {
+  alignas(64) uint8_t of[256];
+  constexpr Differ() : of{} {
+    for (int i = 0; i < 256; ++i) {
+      for (int bit = 0; bit < 4; ++bit) of[i] += (i / 16 ^ i) >> bit & 1;
+    }
+  }
+};
+constexpr Differ kDiffer;
+#endif
+
+// Bits of a window, kSpread bytes for each byte: as they are, or where in kDiffer each nibble's table begins.
+inline void lay_window(const uint8_t* bits, int64_t bytes, uint8_t* out) {
+  int64_t i = 0;
+#if defined(FQT_AVX2)
+  const __m128i high = _mm_set1_epi8(static_cast<char>(0xf0));
+  for (; i + 8 <= bytes; i += 8) {
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bits + i));
+    const __m128i offsets = _mm_unpacklo_epi8(_mm_slli_epi16(eight, 4), eight);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * i), _mm_and_si128(offsets, high));
+  }
+  for (; i < bytes; ++i) out[2 * i] = bits[i] << 4, out[2 * i + 1] = bits[i] & 0xf0;
+#else
+  for (; i + 8 <= bytes; i += 8) std::memcpy(out + i, bits + i, 8);
+  for (; i < bytes; ++i) out[i] = bits[i];
+#endif
+}
+
+// 32 bits of the weights of kLanes output channels, 4 * kSpread bytes for each: as they are, or a byte for each nibble.
+inline void lay_weights(const uint32_t* words, uint8_t* out) {
+#if defined(FQT_AVX2)
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // what packing exchanged
+  for (int first = 0; first < kLanes; first += 32) {
+    for (int j = 0; j < 8; ++j) {
+      __m256i nibble[4];
+      for (int i = 0; i < 4; ++i) {
+        const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + first + 8 * i));
+        nibble[i] = _mm256_and_si256(_mm256_srli_epi32(eight, 4 * j), _mm256_set1_epi32(15));
+      }
+      const __m256i low = _mm256_packus_epi32(nibble[0], nibble[1]), high = _mm256_packus_epi32(nibble[2], nibble[3]);
+      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), in_order);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j * kLanes + first), bytes);
+    }
+  }
+#else
+  std::memcpy(out, words, 4 * kLanes);
+#endif
+}
+
+#if defined(FQT_AVX2)
+// M rows, V vectors of columns.
+template <int M, int V>
+inline void differing_nibbles(const uint8_t* a, int64_t stride, const uint8_t* w, int64_t words, int32_t out[][kLanes]) {
+  for (int64_t first = 0; first < 8 * words; first += 56) {  // 56 entries of at most 4 fit a byte
+    const int64_t last = first + 56 < 8 * words ? first + 56 : 8 * words;
+    __m256i sum[M][V];
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < V; ++v) sum[m][v] = _mm256_setzero_si256();
+    }
+    for (int64_t k = first; k < last; ++k) {
+      __m256i index[V];
+      for (int v = 0; v < V; ++v) index[v] = (__m256i)load(w + k * kLanes + 32 * v);
+      for (int m = 0; m < M; ++m) {
+        const __m128i* entries = reinterpret_cast<const __m128i*>(kDiffer.of + a[m * stride + k]);
+        const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(entries));
+        for (int v = 0; v < V; ++v) sum[m][v] = _mm256_add_epi8(sum[m][v], _mm256_shuffle_epi8(table, index[v]));
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < V; ++v) {
+        alignas(32) uint8_t bytes[32];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(bytes), sum[m][v]);
+        for (int i = 0; i < 32; i += 8) {
+          const __m256i eight = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i)));
+          __m256i* to = reinterpret_cast<__m256i*>(out[m] + 32 * v + i);
+          _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), eight));
+        }
+      }
+    }
+  }
+}
+#endif
+
+// Bits in which M rows of `words` * 32 bits, `stride` bytes apart, differ from the first `lanes` columns of w.
 template <int M>
-inline void differing_bits(const uint32_t* a, int64_t stride, const uint32_t* w, int64_t words, int32_t out[][kLanes]) {
+inline void differing_bits(const uint8_t* a, int64_t stride, const uint8_t* w, int64_t words, int64_t lanes,
+                           int32_t out[][kLanes]) {
 #if defined(FQT_AVX512)
   __m512i sum[M];
   for (int m = 0; m < M; ++m) sum[m] = _mm512_setzero_si512();
   for (int64_t k = 0; k < words; ++k) {
-    const __m512i column = _mm512_load_si512(w + k * kLanes);
+    const __m512i column = _mm512_load_si512(w + k * 4 * kLanes);
     for (int m = 0; m < M; ++m) {
-      const __m512i differ = _mm512_xor_si512(_mm512_set1_epi32(a[m * stride + k]), column);
+      int32_t word;
+      std::memcpy(&word, a + m * stride + 4 * k, 4);
+      const __m512i differ = _mm512_xor_si512(_mm512_set1_epi32(word), column);
       sum[m] = _mm512_add_epi32(sum[m], _mm512_popcnt_epi32(differ));
     }
   }
   for (int m = 0; m < M; ++m) _mm512_storeu_si512(out[m], sum[m]);
 #elif defined(FQT_AVX2)
-  const __m256i count = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
-                                         0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
-  const __m256i low = _mm256_set1_epi8(15);
   std::memset(out, 0, M * sizeof(out[0]));
-  for (int64_t first = 0; first < words; first += 31) {  // 31 words of at most 8 bits a byte fit a byte
-    const int64_t last = first + 31 < words ? first + 31 : words;
-    __m256i sum[M][2];
-    for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_si256();
-    for (int64_t k = first; k < last; ++k) {
-      const __m256i* column = reinterpret_cast<const __m256i*>(w + k * kLanes);
-      for (int m = 0; m < M; ++m) {
-        const __m256i word = _mm256_set1_epi32(a[m * stride + k]);
-        for (int half = 0; half < 2; ++half) {
-          const __m256i differ = _mm256_xor_si256(word, _mm256_load_si256(column + half));
-          const __m256i bits = _mm256_add_epi8(
-              _mm256_shuffle_epi8(count, _mm256_and_si256(differ, low)),
-              _mm256_shuffle_epi8(count, _mm256_and_si256(_mm256_srli_epi16(differ, 4), low)));
-          sum[m][half] = _mm256_add_epi8(sum[m][half], bits);
-        }
-      }
-    }
-    for (int m = 0; m < M; ++m) {
-      for (int half = 0; half < 2; ++half) {
-        const __m256i pairs = _mm256_maddubs_epi16(sum[m][half], _mm256_set1_epi8(1));
-        __m256i* to = reinterpret_cast<__m256i*>(out[m] + 8 * half);
-        const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-        _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), fours));
-      }
-    }
-  }
+  (lanes > 32 ? differing_nibbles<M, 2> : differing_nibbles<M, 1>)(a, stride, w, words, out);
 #elif defined(FQT_NEON)
   std::memset(out, 0, M * sizeof(out[0]));
   for (int64_t first = 0; first < words; first += 31) {  // 31 words of at most 8 bits a byte fit a byte
@@ -241,9 +309,11 @@ inline void differing_bits(const uint32_t* a, int64_t stride, const uint32_t* w,
     uint8x16_t sum[M][4] = {};
     for (int64_t k = first; k < last; ++k) {
       for (int quarter = 0; quarter < 4; ++quarter) {
-        const uint32x4_t column = vld1q_u32(w + k * kLanes + 4 * quarter);
+        const uint32x4_t column = vld1q_u32(reinterpret_cast<const uint32_t*>(w) + k * kLanes + 4 * quarter);
         for (int m = 0; m < M; ++m) {
-          const uint32x4_t differ = veorq_u32(vdupq_n_u32(a[m * stride + k]), column);
+          uint32_t word;
+          std::memcpy(&word, a + m * stride + 4 * k, 4);
+          const uint32x4_t differ = veorq_u32(vdupq_n_u32(word), column);
           sum[m][quarter] = vaddq_u8(sum[m][quarter], vcntq_u8(vreinterpretq_u8_u32(differ)));
         }
       }
@@ -258,8 +328,11 @@ inline void differing_bits(const uint32_t* a, int64_t stride, const uint32_t* w,
 #else
   std::memset(out, 0, M * sizeof(out[0]));
   for (int64_t k = 0; k < words; ++k) {
+    uint32_t column[kLanes], word;
+    std::memcpy(column, w + k * 4 * kLanes, sizeof(column));
     for (int m = 0; m < M; ++m) {
-      for (int lane = 0; lane < kLanes; ++lane) out[m][lane] += __builtin_popcount(a[m * stride + k] ^ w[k * kLanes + lane]);
+      std::memcpy(&word, a + m * stride + 4 * k, 4);
+      for (int lane = 0; lane < kLanes; ++lane) out[m][lane] += __builtin_popcount(word ^ column[lane]);
     }
   }
 #endif
