@@ -85,7 +85,7 @@ def coded(name: str, shape: Shape3, keep: float = 1.0) -> QTensor:
     """Random codes of a format, a fraction `keep` of the groups kept."""
     format = Format.parse(name)
     groups = format.groups(shape)
-    codes = torch.randint(256, format.packed_shape(shape), dtype=torch.uint8)
+    codes = torch.randint(2**format.bits if format.storage_bits == 8 else 256, format.packed_shape(shape), dtype=torch.uint8)
     scale, offset, index = torch.rand(groups) + 0.1, torch.randn(groups) if format.offset else None, None
     if keep < 1:
         kept = torch.randperm(groups)[: int(groups * keep)].sort().values
