@@ -3,7 +3,8 @@
     python -m benchmarks.step --model vgg16@128 resnet18@64 --recipe fqt_1bit int8 [--batch B] [--threads T] [--optimizer sgd]
                               [--json F] [--quick]
 
-A step is forward, cross-entropy, backward and optimizer, on random images of CIFAR's size. The float32 side is the best of
+A step is forward, cross-entropy, backward and optimizer, on random images of CIFAR's size (mlp: of
+Fashion-MNIST's). The float32 side is the best of
 eager and torch.compile, each in NCHW and channels_last; the converted side the better of eager channels_last and NCHW: the
 table names both. All variants of a model take their steps in turns after a warm-up, so what else the machine does hits all
 alike; medians of seven rounds, with the fastest and the slowest. Weights stay put (a learning rate of 0 costs the same).
@@ -39,6 +40,7 @@ from train.optim import build_optimizer
 from train.step import Parts, Step
 
 CIFAR = (3, 32, 32)
+FASHION_MNIST = (1, 28, 28)
 CLASSES = 10
 WARM_UP = 2
 FORMATS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
@@ -69,12 +71,12 @@ def compare(
     recipes: Sequence[str],
     *,
     batch: int,
-    shape: models.Shape = CIFAR,
     optimizer: str = "adam",
     rounds: int = 7,
     compiled: bool = True,
 ) -> list[dict[str, object]]:
     """A row for each recipe. SystemExit if a kernel differs from the reference."""
+    shape = FASHION_MNIST if name == "mlp" else CIFAR
     plain = models.build(name, shape, CLASSES)
     images, labels = torch.randn(batch, *shape), torch.randint(CLASSES, (batch,))
     converted = {recipe: fqt.convert(copy.deepcopy(plain), recipe) for recipe in recipes}
