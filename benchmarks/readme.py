@@ -85,7 +85,8 @@ def pareto(rows: list[dict]) -> str:
 
 
 TABLES: dict[str, Callable[[list[dict]], str]] = {
-    make.__name__: make for make in (accuracy, pareto, step, saved, gradients, layers)
+    **{make.__name__: make for make in (accuracy, pareto, step, saved, gradients, layers)},
+    "step_avx2": step,
 }
 
 
@@ -98,7 +99,9 @@ def rewritten(text: str) -> str:
         _, tail = rest.split(end)
         where = result["where"]
         code = f"torch {where['torch']}, commit {where['commit']}, {where['date']}"
-        source = f"`python -m benchmarks.{name}`; {where['machine']}, {code}"
+        module, _, capability = name.partition("_")
+        limited = f", limited to {capability.upper()}" if capability else ""
+        source = f"`python -m benchmarks.{module}`{limited}; {where['machine']}, {code}"
         text = f"{head}{begin}\n{make(result['rows'])}\n\n{source}\n{end}{tail}"
     return text
 

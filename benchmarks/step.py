@@ -3,14 +3,17 @@
     python -m benchmarks.step --model vgg16@128 resnet18@64 --recipe fqt_1bit int8 [--batch B] [--threads T] [--optimizer sgd]
                               [--json F] [--quick]
 
-A step is forward, cross-entropy, backward and optimizer, on random images of CIFAR's size (mlp: of
-Fashion-MNIST's). The float32 side is the best of
-eager and torch.compile, each in NCHW and channels_last; the converted side the better of eager channels_last and NCHW: the
-table names both. All variants of a model take their steps in turns after a warm-up, so what else the machine does hits all
-alike; medians of seven rounds, with the fastest and the slowest. Weights stay put (a learning rate of 0 costs the same).
+A step is forward, cross-entropy, backward and optimizer, on random images of CIFAR's size (mlp: of Fashion-MNIST's). The float32
+side is the best of eager and torch.compile, each in NCHW and channels_last; the converted side the better of eager channels_last
+and NCHW: the table names both. All variants of a model take their steps in turns after a warm-up, so what else the machine does
+hits all alike; medians of seven rounds, with the fastest and the slowest. Weights stay put (a learning rate of 0 costs the same).
 
 First each recipe must give the same loss and the same gradients, bit for bit, with the kernels that serve it and with the
-reference; if they differ, exit status 1 and no figure. --quick: a batch of 4, three rounds, no torch.compile: no evidence.
+reference; if they differ, exit status 1 and no figure. On a processor with AVX-512 both sides use it: to see the machines
+without, set ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 in the environment, and
+TORCHINDUCTOR_CACHE_DIR to a new folder (torch.compile would take kernels made with AVX-512, and fail).
+
+--quick: a batch of 4, three rounds, no torch.compile: no evidence.
 """
 
 from __future__ import annotations
@@ -71,12 +74,13 @@ def compare(
     recipes: Sequence[str],
     *,
     batch: int,
+    shape: models.Shape | None = None,
     optimizer: str = "adam",
     rounds: int = 7,
     compiled: bool = True,
 ) -> list[dict[str, object]]:
     """A row for each recipe. SystemExit if a kernel differs from the reference."""
-    shape = FASHION_MNIST if name == "mlp" else CIFAR
+    shape = shape or (FASHION_MNIST if name == "mlp" else CIFAR)
     plain = models.build(name, shape, CLASSES)
     images, labels = torch.randn(batch, *shape), torch.randint(CLASSES, (batch,))
     converted = {recipe: fqt.convert(copy.deepcopy(plain), recipe) for recipe in recipes}
