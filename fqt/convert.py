@@ -230,6 +230,9 @@ def _matches(pattern: str, name: str, layers: dict[str, nn.Module]) -> bool:
     if pattern == "<downsample>":
         layer = layers[name]
         return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
+    if pattern == "<depthwise>":
+        layer = layers[name]
+        return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
     return fnmatchcase(name, pattern)
 
 

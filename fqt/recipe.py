@@ -32,7 +32,7 @@ from fqt.wording import nearest
 
 Operand = Quantizer | Literal["saved", "float"]
 LEFT_RIGHT = {"output": ("x", "w"), "grad_input": ("g", "w"), "grad_weight": ("g", "x")}
-PLACES = {"<first>": "the first layer", "<last>": "the last layer", "<downsample>": "1x1 convolutions with a stride"}
+PLACES = ("<first>", "<last>", "<downsample>", "<depthwise>")  # downsample: 1x1 with a stride; depthwise: nothing to gain
 _SUMMED = {
     "x": {"N": "samples", "P": "positions", "C": "channels"},
     "w": {"O": "output channels"},

@@ -304,6 +304,24 @@ def test_downsample_is_a_strided_1x1_convolution(conv: nn.Conv2d, stays: bool) -
     assert ("1" in recipes_of(fqt.convert(model, recipe))) is not stays
 
 
+@pytest.mark.parametrize(
+    ("conv", "stays"),
+    [
+        (nn.Conv2d(4, 4, 3, groups=4), True),
+        (nn.Conv2d(4, 8, 3, groups=4), True),
+        (nn.Conv2d(4, 4, 1, groups=4), True),
+        (nn.Conv2d(4, 4, 3, groups=2), False),
+        (nn.Conv2d(1, 4, 3), False),
+        (nn.Conv2d(4, 4, 3), False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("recipe", [name for name in fqt.recipes() if name != "fp32"])
+def test_depthwise_convolutions_stay_in_float(recipe: str, conv: nn.Conv2d, stays: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), copy.deepcopy(conv), nn.Linear(4, 4))
+    assert recipes_of(fqt.convert(model, recipe)) == ({"1": recipe} if stays else {"1": recipe, "2": recipe})
+
+
 def test_named_rules_first_match_wins() -> None:
     rules = (Rule("3", None), Rule("[35]", ONE_BIT), Rule("<last>", ONE_BIT), Rule("1*", INT8))
     recipe = replace(INT8, rules=rules, replace=ONE_BIT.replace)
@@ -447,11 +465,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
 def test_whole_networks_convert_and_train_a_step(network: str, recipe: str) -> None:
     make, float_layers = NETWORKS[network]
     model = make()
-    names = {name for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+    layers = {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+    depthwise = {name for name, m in layers.items() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels}
+    assert len(depthwise) == (11 if network == "mobilenet_v3_small" else 0)
     if recipe == "int8":
         float_layers = {name for name in float_layers if "downsample" not in name}
     fqt.convert(model, recipe)
-    assert set(recipes_of(model)) == names - float_layers
+    assert set(recipes_of(model)) == layers.keys() - float_layers - depthwise
     size = 32 if network == "vit" else 64
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -322,7 +322,7 @@ def test_products_equal_the_reference(row: Kernel, rng: np.random.Generator):
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_narrow_sums_do_not_overflow(bits: int):
-    """The largest codes under signs that are all +1: table entries of 60 to 252, bytes of 240 to 252, and 16 bits filled to the last."""
+    """The largest codes under signs that are all +1: entries of 60 to 252, bytes of 240 to 252, 16 bits filled to the last."""
     for terms in (4095, 4096, 4097, 9000):
         largest = torch.full((1, terms), 2**bits - 1, dtype=torch.uint8)
         one = torch.ones(1)

@@ -15,8 +15,8 @@ from fqt.recipe import LEFT_RIGHT, Product, Recipe, Rule, load_recipe, recipes
 
 XNOR = "sign/tensor x sign/channel"
 FOLDED = " x sign/channel (folded)"
-FORWARD_FLOAT_ENDS = (("<first>", None), ("<last>", None))
-FLOAT_ENDS = (*FORWARD_FLOAT_ENDS, ("<downsample>", None))
+FORWARD_FLOAT_ENDS = (("<first>", None), ("<last>", None), ("<depthwise>", None))
+FLOAT_ENDS = (("<first>", None), ("<last>", None), ("<downsample>", None), ("<depthwise>", None))
 IDENTITY = (("ReLU", "Identity"), ("ReLU6", "Identity"))
 
 
