@@ -1,6 +1,7 @@
 """Precision policies: what chooses each layer's bits while a model trains. One policy, one file."""
 
 from fqt.precision.adapt import AdaPT
+from fqt.precision.cost import Cost, training_cost
 from fqt.precision.formats import Precision, at_gradient_bits, at_precision, at_word_length
 from fqt.precision.policy import POLICIES, Decision, Policy, build_policy, register_policy
 from fqt.precision.push_down import push_down
@@ -9,6 +10,7 @@ from fqt.precision.push_up import gradient_diversity, push_up
 __all__ = [
     "POLICIES",
     "AdaPT",
+    "Cost",
     "Decision",
     "Policy",
     "Precision",
@@ -20,4 +22,5 @@ __all__ = [
     "push_down",
     "push_up",
     "register_policy",
+    "training_cost",
 ]

@@ -184,10 +184,10 @@ class AdaPT(Policy):
         assert quantizer is not None and quantizer.fraction_length is not None
         return Precision(quantizer.bits, quantizer.fraction_length)
 
-    def penalty(self) -> Tensor | float:
+    def penalty(self) -> Tensor:
         """l1 sum |w| + l2 sum w^2 / 2 + word_length_penalty sum WL/32 (share of non-zero weights); the last has no gradient."""
         words = sum(self.precision(name).word_length / 32 * (1 - state.sparsity) for name, state in self._of.items())
-        penalty: Tensor | float = self._word_length_penalty * words
+        penalty = torch.tensor(self._word_length_penalty * words)
         for layer in self.layers.values():
             if self._l1:
                 penalty = penalty + self._l1 * layer.weight.abs().sum()

@@ -64,7 +64,7 @@ class Policy:
     """Base class. A policy of your own overrides `decide`, and `own_state` and `load_own_state` if it remembers anything.
 
     Attributes:
-        layers: name -> converted layer.
+        model, layers: the model, and name -> converted layer of it.
         steps: optimizer steps done.
         milliseconds: that the last step's deciding and switching took.
 
@@ -79,6 +79,7 @@ class Policy:
     """What a configuration calls the policy; given by `register_policy`."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.layers: dict[str, QuantizedLayer] = dict(quantized_layers(model))
         if not self.layers:
             raise ValueError(
@@ -127,9 +128,9 @@ class Policy:
         dist.all_reduce(total)
         return (total / dist.get_world_size()).tolist()
 
-    def penalty(self) -> Tensor | float:
-        """What the policy adds to the loss."""
-        return 0.0
+    def penalty(self) -> Tensor:
+        """What the policy adds to the loss, ()."""
+        return torch.zeros(())
 
     def switching_cost(self) -> float:
         """What deciding costs, modelled: multiply-adds times bits a step, see `fqt.precision.cost`."""
