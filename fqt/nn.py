@@ -25,12 +25,11 @@ class QuantizedLayer(nn.Module):
     backend: str = ""
     """The backend that must serve this layer, "" for whichever is fastest: fqt.convert(..., backend=...)."""
 
+    watcher: Callable[[Tensor], None] | None = None  # given the gradient of the output, in a layer that is `changing`
     changing = False  # whether its recipe may be another at any step, see `let_recipe_change`
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.changing and _uncompiled is not None:
-            return _uncompiled(self, input)
-        return self.compute(input)
+        return _uncompiled(self, input) if self.changing and _uncompiled is not None else self.compute(input)
 
     def compute(self, input: Tensor) -> Tensor:
         """The layer's forward."""
@@ -89,7 +88,12 @@ class QuantizedLayer(nn.Module):
 
 
 def _compute(layer: QuantizedLayer, input: Tensor) -> Tensor:
-    return layer.compute(input)
+    output = layer.compute(input)
+    if layer.watcher is None or not output.requires_grad:
+        return output
+    output = output.clone()  # no view, off which an activation in place would cut the hook
+    output.register_hook(layer.watcher)
+    return output
 
 
 _uncompiled: Callable[[QuantizedLayer, Tensor], Tensor] | None = None
@@ -105,7 +109,7 @@ def let_recipe_change(layer: QuantizedLayer) -> None:
     global _uncompiled
     if _uncompiled is None:  # not at import: it imports the compiler
         reason = "a precision policy may give this layer another recipe at any step; compile without fullgraph=True"
-        _uncompiled = torch.compiler.disable(_compute, reason=reason)
+        _uncompiled = torch.compiler.disable(_compute, reason=reason)  # type: ignore[assignment]
     layer.__dict__["changing"] = True
 
 

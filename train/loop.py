@@ -101,8 +101,8 @@ class Trainer:
         self.epoch, self.steps, self.history = 0, 0, list[dict[str, Any]]()
         self.timeline = self.float_ms = None
         if self.policy is not None:
-            madds = {row.name: row.madds or 0 for row in self.describe()[0].rows}
-            self.timeline = precision.Timeline(self.policy, madds, config.data.batch_size)
+            self.describe()  # counts the multiply-adds
+            self.timeline = precision.Timeline(self.policy, config.data.batch_size)
         self.folder = found.parent if found else None
         if state:
             self.restore(state)
@@ -161,7 +161,7 @@ class Trainer:
             for parts in self.batches(epoch):
                 observe = tracking.enabled and tracking.variance_every > 0 and self.steps % tracking.variance_every == 0
                 rate = float(self.schedule.get_last_lr()[0])
-                epochs_done = self.steps / self.steps_per_epoch
+                epochs_done = (self.steps + 1) / self.steps_per_epoch
                 outcome = self.step(parts, observe=observe and self.config.recipe != "fp32", epoch=epochs_done)
                 self.schedule.step()
                 self.steps += 1

@@ -4,7 +4,7 @@
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -56,8 +56,8 @@ class Timeline:
     every step that changed something: plain values, which a checkpoint keeps.
     """
 
-    def __init__(self, policy: Policy, madds: Mapping[str, int], batch: int) -> None:
-        self.policy, self._madds, self._batch = policy, madds, batch
+    def __init__(self, policy: Policy, batch: int) -> None:
+        self.policy, self._batch = policy, batch
         self.points: list[tuple[int, list[int], list[int]]] = []
         self._modelled: tuple[Cost, dict[str, float]] | None = None
         self.note(0)
@@ -112,32 +112,33 @@ class Timeline:
     def _model(self) -> tuple[Cost, dict[str, float]]:
         """The performance model, and the share of the multiply-adds on each backend, since the last decisions."""
         if self._modelled is None:
-            policy, madds = self.policy, self._madds
+            policy = self.policy
             sparsity, switching = policy.sparsity(), policy.switching_cost()
-            cost = training_cost(policy.model, batch=self._batch, sparsity=sparsity, switching=switching, madds=madds)
-            self._modelled = cost, backend_shares(policy.model, madds)
+            cost = training_cost(policy.model, batch=self._batch, sparsity=sparsity, switching=switching)
+            self._modelled = cost, backend_shares(policy.model)
         return self._modelled
 
     def image(self) -> np.ndarray:
         """The heat map: layers x time, word length of the weights above, bits of the gradients below; (H, W, 3) uint8."""
         names = list(self.policy.layers)
         steps = [point[0] for point in self.points]
-        panels = [("word length of weights and activations", 1), ("bits of the gradients", 2)]
+        words, gradients = [point[1] for point in self.points], [point[2] for point in self.points]
+        panels = [("word length of weights and activations", words), ("bits of the gradients", gradients)]
         height = len(panels) * (HEAD + CELL * len(names)) + CELL
         picture = Image.new("RGB", (LABEL + WIDTH + 60, height), "white")
         draw = ImageDraw.Draw(picture)
         last = max(steps[-1], self.policy.steps, 1)
-        for number, (title, index) in enumerate(panels):
+        for number, (title, bits_at) in enumerate(panels):
             top = number * (HEAD + CELL * len(names))
             draw.text((LABEL, top + 4), f"{title}, steps 0 to {last}", fill="black")
             _legend(draw, LABEL + 330, top + 2)
             for row, name in enumerate(names):
                 y = top + HEAD + CELL * row
                 draw.text((4, y + 1), name[-30:], fill="black")
-                for start, end, bits in _spans(steps, [point[index][row] for point in self.points], last):
+                for start, end, bits in _spans(steps, [bits[row] for bits in bits_at], last):
                     left, right = LABEL + WIDTH * start // last, LABEL + max(WIDTH * end // last, WIDTH * start // last + 1)
                     draw.rectangle((left, y, right, y + CELL - 2), fill=colour(bits))
-                draw.text((LABEL + WIDTH + 8, y + 1), str(self.points[-1][index][row]), fill="black")
+                draw.text((LABEL + WIDTH + 8, y + 1), str(bits_at[-1][row]), fill="black")
         return np.asarray(picture)
 
 
@@ -170,12 +171,12 @@ def word_length(recipe: fqt.Recipe, product: str, letter: str) -> int:
     return 32 if format is None else format.bits
 
 
-def backend_shares(model: nn.Module, madds: Mapping[str, int]) -> dict[str, float]:
+def backend_shares(model: nn.Module) -> dict[str, float]:
     """See `Timeline.shares`."""
     work: dict[str, float] = {}
     for row in fqt.summary(model).rows:
         for product in row.bits:
             backend = row.served.get(product, "float32").replace(" ", "_")
-            work[backend] = work.get(backend, 0.0) + madds[row.name]
+            work[backend] = work.get(backend, 0.0) + (row.madds or 0)
     total = sum(work.values())
     return {backend: amount / total for backend, amount in work.items()}

@@ -14,7 +14,7 @@ work only where the weight is an operand:
     step, float32         B sum 3 32 MAdds
     step, low             B sum MAdds (nz b_output + nz b_grad_input + b_grad_weight) + S
     switching             S = sum 32 (push down + push up) / lookback
-                          push down = 3 n 2 log2(WL - 8) resolution nz (log2 term 1 for WL <= 8), push up = (lookback + 1) n + 1
+                          push down = 3 n 2 log2(WL - 8) resolution nz (that term 1 for WL <= 9), push up = (lookback + 1) n + 1
 """
 
 from __future__ import annotations
@@ -75,7 +75,6 @@ def training_cost(
     batch: int = 1,
     sparsity: Mapping[str, float] | None = None,
     switching: float = 0.0,
-    madds: Mapping[str, int] | None = None,
 ) -> Cost:
     """The cost of a converted model as its recipes are now.
 
@@ -83,32 +82,31 @@ def training_cost(
         batch: samples a step.
         sparsity: layer -> share of zeros among its quantized weights (`Policy.sparsity`); none where it is missing.
         switching: of a step (`Policy.switching_cost`).
-        madds: layer -> multiply-adds of one sample's forward; None: those counted in the model's last eager forward.
 
     Raises:
-        ValueError: multiply-adds are not known.
+        ValueError: the multiply-adds are not known: the model has run no eager forward since its conversion.
     """
-    zeros, counted = sparsity or {}, madds or {}
+    zeros = sparsity or {}
     words = {}
     for name, layer in quantized_layers(model):
         format = layer.recipe.format("output", "w")
         words[name] = 32 if format is None else format.bits
     float_forward = low_forward = low = bits = numbers = 0.0
     for row in summary(model).rows:
-        count = counted.get(row.name, row.madds)
-        if count is None:
+        if row.madds is None:
             raise ValueError(
-                f"the multiply-adds of layer {row.name!r} are unknown: run one forward of the converted model, or give madds"
+                f"the multiply-adds of layer {row.name!r} are unknown: run one eager forward of the converted model"
             )
-        kept, word = 1 - zeros.get(row.name, 0.0), words.get(row.name, 32)
-        float_forward += 32 * count
-        low_forward += kept * word * count
-        low += count * sum(
-            row.bits[product] * row.kept[product] * (1.0 if product == "grad_weight" else kept) for product in PRODUCTS
-        )
-        bits += kept * word * row.parameters
+        nonzero, word = 1 - zeros.get(row.name, 0.0), words.get(row.name, 32)
+        float_forward += 32 * row.madds
+        low_forward += nonzero * word * row.madds
+        for product in PRODUCTS:
+            work = nonzero if product != "grad_weight" else 1.0
+            if row.bits[product] < 32:
+                work *= row.kept[product]
+            low += work * row.bits[product] * row.madds
+        bits += nonzero * word * row.parameters
         numbers += row.parameters
-    # `float_forward` of the paper's formula is a batch's too, as switching is a step's
     return Cost(
         float_step=len(PRODUCTS) * batch * float_forward,
         low_step=batch * low,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from fqt.quantizers import Quantizer
 from fqt.quantizers.fixed_point import fixed_point
@@ -91,10 +92,11 @@ def _changed(recipe: Recipe, change: Callable[[str, Quantizer], Operand], suffix
     products = {}
     for product, letters in LEFT_RIGHT.items():
         pair: Product = getattr(recipe, product)
-        operands = (pair.left, pair.right)
-        products[product] = Product(
-            *(change(letter, o) if isinstance(o, Quantizer) else o for letter, o in zip(letters, operands, strict=True))
-        )
+        operands: list[Operand] = [pair.left, pair.right]
+        for i, operand in enumerate(operands):
+            if isinstance(operand, Quantizer):
+                operands[i] = change(letters[i], operand)
+        products[product] = Product(*operands)
     return replace(recipe, name=f"{recipe.name.split(' ')[0]} {suffix}", **products)
 
 
@@ -111,10 +113,11 @@ def to_plain(recipe: Recipe) -> dict:
 def from_plain(plain: dict) -> Recipe:
     """The inverse of `to_plain`."""
 
-    def operand(value: object) -> Operand:
+    def operand(value: Any) -> Operand:
         if not isinstance(value, dict):
-            return value  # type: ignore[return-value]
+            return value
         ranges = {key: value[key] and tuple(value[key]) for key in ("limits", "pass_range")}
         return Quantizer(**{**value, **ranges})
 
-    return Recipe(plain["name"], **{product: Product(*map(operand, plain[product])) for product in LEFT_RIGHT})
+    output, grad_input, grad_weight = (Product(*map(operand, plain[product])) for product in LEFT_RIGHT)
+    return Recipe(plain["name"], output, grad_input, grad_weight)
