@@ -49,7 +49,7 @@ class Budget(Policy):
         self._budget, self._every = budget, every
         self._start: dict[str, Recipe] = {name: layer.recipe for name, layer in self.layers.items()}
         for name, recipe in self._start.items():
-            if at_word_length(recipe, self._fewest) == at_word_length(recipe, self._fewest + 1):
+            if at_word_length(recipe, self._fewest).output == at_word_length(recipe, self._fewest + 1).output:
                 raise ValueError(
                     f"layer {name!r}: recipe {recipe.name!r} has no operand whose word length a budget could set; use int8 or "
                     f"adapt"
