@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -183,7 +183,7 @@ POLICIES: dict[str, type[Policy]] = {}
 AnyPolicy = TypeVar("AnyPolicy", bound=type[Policy])
 
 
-def register_policy(name: str):
+def register_policy(name: str) -> Callable[[AnyPolicy], AnyPolicy]:
     """Register the decorated `Policy` under the name that a configuration's `precision: {policy: name}` uses.
 
     Raises:
