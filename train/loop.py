@@ -99,7 +99,7 @@ class Trainer:
             config.schedule, self.step.optimizer, epochs=config.training.epochs, steps_per_epoch=self.steps_per_epoch
         )
         self.epoch, self.steps, self.history = 0, 0, list[dict[str, Any]]()
-        self.timeline = self.float_ms = None
+        self.timeline: precision.Timeline | None = None
         if self.policy is not None:
             self.describe()  # counts the multiply-adds
             self.timeline = precision.Timeline(self.policy, config.data.batch_size)
@@ -121,7 +121,9 @@ class Trainer:
         try:
             if self.unconverted is not None:
                 comparison = self.compare(self.unconverted)
-                self.unconverted, self.float_ms = None, comparison.ms_fp32
+                self.unconverted = None
+                if self.timeline and self.place.main:
+                    self.timeline.calibrate(next(self.batches(0)), comparison.ms_fp32)
             tracker.scalars(self.steps, report.comparison_scalars(comparison, modelled))
 
             for epoch in range(self.epoch, config.training.epochs):
@@ -176,7 +178,7 @@ class Trainer:
                     sums = self.over_ranks(recent_sums)
                     tracker.scalars(self.steps, report.step_scalars(sums, rate))
                     if self.timeline and self.place.main:
-                        tracker.scalars(self.steps, self.timeline.scalars(sums["step_ms"] / sums["steps"], self.float_ms))
+                        tracker.scalars(self.steps, self.timeline.scalars(sums["step_ms"] / sums["steps"]))
                     recent_sums.clear()
                 bar.update()
                 bar.set_postfix(loss=f"{outcome.loss:.3f}", refresh=False)

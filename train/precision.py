@@ -11,9 +11,10 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 import fqt
-from fqt.precision import Cost, Policy, build_policy, training_cost
+from fqt.precision import Cost, Policy, StepTime, build_policy, training_cost
 from fqt.precision.policy import POLICIES
 from train.config import Precision
+from train.step import Parts
 from train.wording import ConfigError
 
 COLOURS = ((8, (0, 104, 55), (166, 217, 106)), (16, (255, 237, 111), (244, 109, 67)), (32, (215, 48, 39), (103, 0, 31)))
@@ -60,6 +61,8 @@ class Timeline:
         self.policy, self._batch = policy, batch
         self.points: list[tuple[int, list[int], list[int]]] = []
         self._modelled: tuple[Cost, dict[str, float]] | None = None
+        self._step_time: StepTime | None = None
+        self.float_ms: float | None = None
         self.note(0)
 
     def note(self, step: int) -> None:
@@ -70,10 +73,15 @@ class Timeline:
         if not self.points or self.points[-1][1:] != (words, gradients):
             self.points.append((step, words, gradients))
 
-    def scalars(self, step_ms: float, float_ms: float | None) -> dict[str, float]:
+    def calibrate(self, parts: Parts, float_ms: float) -> None:
+        """Have the performance model know this machine. float_ms: a step of the unconverted model, measured in this run."""
+        self.float_ms = float_ms
+        self._step_time = StepTime(self.policy.model, parts[0][0], float_ms, forwards=len(parts))
+
+    def scalars(self, step_ms: float) -> dict[str, float]:
         """What the policy shows, what the performance model says, and how far it is from what was measured.
 
-        step_ms: measured, of recent steps. float_ms: of the unconverted model in this run, if it was measured.
+        step_ms: measured, of recent steps.
         """
         cost, shares = self.cost(), self.shares()
         shown = dict(self._formats())
@@ -87,9 +95,12 @@ class Timeline:
             "switching_share_modelled": cost.switching_share,
             "switching_ms": self.policy.milliseconds,
         }
-        if float_ms is not None:
-            modelled["training_speedup_measured"] = float_ms / step_ms
-            modelled["model_error"] = cost.training_speedup * step_ms / float_ms - 1
+        predicted = self.predicted_ms()
+        if predicted is not None and self.float_ms is not None:
+            modelled["training_speedup_measured"] = self.float_ms / step_ms
+            modelled["training_speedup_predicted"] = self.float_ms / predicted
+            modelled["model_error"] = cost.training_speedup * step_ms / self.float_ms - 1
+            modelled["prediction_error"] = step_ms / predicted - 1
         return shown | {f"precision/{name}": value for name, value in modelled.items()}
 
     def _formats(self) -> dict[str, float]:
@@ -108,6 +119,10 @@ class Timeline:
     def shares(self) -> dict[str, float]:
         """Backend -> share of a step's multiply-adds that run on it; "float32" is torch's own."""
         return self._model()[1]
+
+    def predicted_ms(self) -> float | None:
+        """Milliseconds of a step at the formats as they are, by the calibrated model; None if it was not calibrated."""
+        return None if self._step_time is None else self._step_time(self.policy.model)
 
     def _model(self) -> tuple[Cost, dict[str, float]]:
         """The performance model, and the share of the multiply-adds on each backend, since the last decisions."""

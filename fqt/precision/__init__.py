@@ -9,6 +9,7 @@ from fqt.precision.push_down import push_down
 from fqt.precision.push_up import gradient_diversity, push_up
 from fqt.precision.schedule import Schedule
 from fqt.precision.static import Static
+from fqt.precision.step_time import StepTime
 from fqt.precision.variance import Variance
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Precision",
     "Schedule",
     "Static",
+    "StepTime",
     "Variance",
     "at_gradient_bits",
     "at_precision",

@@ -79,6 +79,8 @@ def test_curves_say_formats_kernels_and_speed(tracked):
             assert f"precision/{what}/{layer}" in tags
     for what in ("strategy", "training_speedup_modelled", "training_speedup_papers_model", "training_speedup_measured"):
         assert [e.step for e in events.Scalars(f"precision/{what}")] == [2, 4, 6, 8], what
+    for what in ("prediction_error", "training_speedup_predicted"):
+        assert len(events.Scalars(f"precision/{what}")) == 4
     for what in ("model_error", "inference_speedup_modelled", "model_size", "switching_ms", "switching_share_modelled"):
         assert f"precision/{what}" in tags
     modelled, measured, error = (
