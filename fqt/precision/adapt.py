@@ -102,7 +102,8 @@ class AdaPT(Policy):
 
     Training begins in the formats of the recipe. A product of words of at most 8 bits runs on the integer kernels; of 9 to 16
     bits in float64 on the codes, which is exact: 16 x 16 bits and 2^22 terms fill its 53; above, the values are
-    multiplied in float32. `fqt.summary(model)` says which.
+    multiplied in float32. `fqt.summary(model)` says which. Beside the weights and their gradients, the sum of each layer's recent
+    gradients is kept.
 
     Args:
         model: converted by a recipe with weights in fixed point: adapt (the paper's: activations share <WL, FL>), or
