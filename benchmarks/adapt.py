@@ -1,6 +1,6 @@
 """AdaPT against float32 on the same schedule: accuracy, what the performance model says, and what is measured.
 
-    python -m benchmarks.adapt --cifar10 FOLDER        LeNet-5 on Fashion-MNIST, ResNet-20 and AlexNet on CIFAR-10; hours
+    python -m benchmarks.adapt --cifar10 FOLDER        LeNet-5, ResNet-20, AlexNet and an MLP; hours
     python -m benchmarks.adapt --quick                 seconds, on digits that need no download; a smoke test, not evidence
     python -m benchmarks.adapt --jobs lenet5 --seeds 0 1 2 --epochs 3 --limit 20000 --methods adapt fp32
 
@@ -27,8 +27,8 @@ import torch
 
 from benchmarks.common import table, where
 
-METHODS = ("fp32", "adapt", "adapt_int8")
-JOBS = ("lenet5", "resnet20", "alexnet")
+JOBS = {"lenet5": "adapt_lenet5", "resnet20": "adapt_resnet20", "alexnet": "adapt_alexnet", "mlp": "adapt_int8"}
+"""Name -> configuration."""
 PAPER = {"papers_model_training": 1.27, "modelled_inference": 2.33, "size": 0.52, "accuracy": 0.98}
 COLUMNS = {
     "measured_training": "training, measured",
@@ -40,7 +40,11 @@ COLUMNS = {
     "sparsity": "zeros",
     "word_length": "mean WL at the end",
 }
-INT8 = ["recipe=adapt_calibrated", "precision.max_word_length=8", "precision.buffer=null"]
+CHANGES = {
+    "fp32": ["recipe=fp32", "precision={}"],
+    "adapt": ["recipe=adapt", "precision.max_word_length=32"],
+    "adapt_int8": ["recipe=adapt_calibrated", "precision.max_word_length=8", "precision.buffer=null"],
+}
 
 
 def train(job: str, method: str, seed: int, overrides: list[str], measured_steps: int) -> dict[str, object]:
@@ -50,8 +54,7 @@ def train(job: str, method: str, seed: int, overrides: list[str], measured_steps
     from train.loop import Trainer
 
     overrides = [*overrides, f"seed={seed}", "tracking.enabled=false", "checkpoint.enabled=false", "quiet=true"]
-    overrides += {"fp32": ["recipe=fp32", "precision={}"], "adapt": [], "adapt_int8": INT8}[method]
-    config = load(f"adapt_{job}", overrides)
+    config = load(JOBS[job], [*overrides, *CHANGES[method]])
     with ranks.join("cpu") as place:
         trainer = Trainer(config, place)
         unconverted = models.build(config.model.name, trainer.data.shape, trainer.data.classes)
@@ -126,7 +129,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps on digits, no evidence")
     parser.add_argument("--cifar10", help="folder of CIFAR-10: cifar-10-batches-py/, or train/ and test/ with images")
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(CHANGES), choices=CHANGES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="in place of the configuration's")
     parser.add_argument("--limit", type=int, help="train on this many images")
@@ -140,7 +143,7 @@ def main() -> None:
             overrides = list(args.set)
             overrides += [f"training.epochs={args.epochs}"] if args.epochs else []
             overrides += [f"data.limit={args.limit}"] if args.limit else []
-            overrides += [f"data.path={args.cifar10}"] if args.cifar10 and job != "lenet5" else []
+            overrides += [f"data.path={args.cifar10}"] if args.cifar10 and job in ("resnet20", "alexnet") else []
             if args.quick:
                 overrides = ["data.name=digits", "data.limit=256", "data.batch_size=32", "training.epochs=1"]
                 overrides += ["precision.lookback=[2, 4]"]
