@@ -4,7 +4,7 @@
     python -m benchmarks.adapt --quick                 seconds, on digits that need no download; a smoke test, not evidence
     python -m benchmarks.adapt --jobs lenet5 --seeds 0 1 2 --epochs 3 --limit 20000 --methods adapt fp32
 
-Methods: `fp32`; `adapt`, the paper's settings (configs/adapt_<model>.yaml: weights and activations share <WL, FL>, 8 bits of
+Methods: `fp32`; `adapt`, the paper's settings (configs/adapt_*.yaml: weights and activations share <WL, FL>, 8 bits of
 headroom, 4 for AlexNet); `adapt_int8`, recipe adapt_calibrated with words of at most 8 bits, so that every product runs on the
 integer kernels. All train the same network from the same seed on the same batches; the paper trains 100 epochs on lossless
 images, so compare within this table.

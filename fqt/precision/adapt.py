@@ -101,9 +101,8 @@ class AdaPT(Policy):
         optimizer.zero_grad()
 
     Training begins in the formats of the recipe. A product of words of at most 8 bits runs on the integer kernels; of 9 to 16
-    bits in float64 on the codes, which is exact: 16 x 16 bits and 2^22 terms fill its 53; above, the values are
-    multiplied in float32. `fqt.summary(model)` says which. Beside the weights and their gradients, the sum of each layer's recent
-    gradients is kept.
+    bits in float64 on the codes, which is exact: 16 x 16 bits and 2^22 terms fill its 53; above, the values are multiplied
+    in float32. `fqt.summary(model)` says which. The sum of each layer's recent gradients is kept beside its weight.
 
     Args:
         model: converted by a recipe with weights in fixed point: adapt (the paper's: activations share <WL, FL>), or
