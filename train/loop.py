@@ -178,7 +178,8 @@ class Trainer:
                     sums = self.over_ranks(recent_sums)
                     tracker.scalars(self.steps, report.step_scalars(sums, rate))
                     if self.timeline and self.place.main:
-                        tracker.scalars(self.steps, self.timeline.scalars(sums["step_ms"] / sums["steps"]))
+                        spent = (sums[f"{phase}_ms"] / sums["steps"] for phase in ("step", "policy"))
+                        tracker.scalars(self.steps, self.timeline.scalars(*spent))
                     recent_sums.clear()
                 bar.update()
                 bar.set_postfix(loss=f"{outcome.loss:.3f}", refresh=False)

@@ -78,10 +78,10 @@ class Timeline:
         self.float_ms = float_ms
         self._step_time = StepTime(self.policy.model, parts[0][0], float_ms, forwards=len(parts))
 
-    def scalars(self, step_ms: float) -> dict[str, float]:
+    def scalars(self, step_ms: float, policy_ms: float) -> dict[str, float]:
         """What the policy shows, what the performance model says, and how far it is from what was measured.
 
-        step_ms: measured, of recent steps.
+        step_ms, policy_ms: of a recent step, measured, and of the policy in it.
         """
         cost, shares = self.cost(), self.shares()
         shown = dict(self._formats())
@@ -93,7 +93,7 @@ class Timeline:
             "inference_speedup_modelled": cost.inference_speedup,
             "model_size": cost.size,
             "switching_share_modelled": cost.switching_share,
-            "switching_ms": self.policy.milliseconds,
+            "switching_share_measured": policy_ms / step_ms,
         }
         predicted = self.predicted_ms()
         if predicted is not None and self.float_ms is not None:

@@ -121,7 +121,7 @@ def switching_cost(weights: int, word_length: int, resolution: int, lookback: in
     """S of one layer, a step, in multiply-adds times 32 bits; the paper's formula.
 
     It charges push down with every bin for every weight. The histograms here take one pass a bisection instead, so what
-    switching really costs (`Policy.milliseconds`) is less.
+    switching really costs (`Policy.milliseconds`, measured) is less.
     """
     steps = 2 * math.log2(word_length - 8) if word_length > 9 else 1.0
     push_down = 3 * weights * steps * resolution * nonzero

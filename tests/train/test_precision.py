@@ -81,7 +81,13 @@ def test_curves_say_formats_kernels_and_speed(tracked):
         assert [e.step for e in events.Scalars(f"precision/{what}")] == [2, 4, 6, 8], what
     for what in ("prediction_error", "training_speedup_predicted"):
         assert len(events.Scalars(f"precision/{what}")) == 4
-    for what in ("model_error", "inference_speedup_modelled", "model_size", "switching_ms", "switching_share_modelled"):
+    for what in (
+        "model_error",
+        "inference_speedup_modelled",
+        "model_size",
+        "switching_share_measured",
+        "switching_share_modelled",
+    ):
         assert f"precision/{what}" in tags
     modelled, measured, error = (
         events.Scalars(f"precision/{name}")[-1].value
