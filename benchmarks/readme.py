@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.adapt import show as adapt
 from benchmarks.common import table
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,7 @@ def pareto(rows: list[dict]) -> str:
 
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     **{make.__name__: make for make in (accuracy, pareto, step, saved, gradients, layers)},
+    "adapt": adapt,
     "step_avx2": step,
 }
 

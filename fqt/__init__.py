@@ -11,6 +11,7 @@ from fqt.formats import Format
 from fqt.memory import Memory, memory
 from fqt.nn import QuantConv2d, QuantLinear, quantized_layers
 from fqt.observe import count_saved_bytes, observe_gradients
+from fqt.precision import AdaPT, Policy, Precision, build_policy, register_policy
 from fqt.profile import profile
 from fqt.qtensor import QTensor
 from fqt.quantizers import Quantizer, quantize, register
@@ -19,8 +20,11 @@ from fqt.summary import Summary, modelled_speedup, summary
 from fqt.timing import Profile
 
 __all__ = [
+    "AdaPT",
     "Format",
     "Memory",
+    "Policy",
+    "Precision",
     "Product",
     "Profile",
     "QTensor",
@@ -30,6 +34,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "Summary",
+    "build_policy",
     "convert",
     "count_saved_bytes",
     "load_recipe",
@@ -41,6 +46,7 @@ __all__ = [
     "quantized_layers",
     "recipes",
     "register",
+    "register_policy",
     "revert",
     "summary",
 ]

@@ -173,6 +173,8 @@ def _make_plain(layer: nn.Module) -> None:
         del layer.__dict__["recipe"]
         layer.__dict__.pop("backend", None)
         layer.__dict__.pop("fuse", None)
+        for name in ("changing", "watcher"):
+            layer.__dict__.pop(name, None)
         layer.__class__ = _FLOAT_OF[type(layer)]  # type: ignore[assignment]
 
 

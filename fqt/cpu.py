@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from fqt.reference import spread
 
 _LIBRARY = Path(__file__).parent / "_cpu.so"
 _BIT = Format("sign", 1)
+_FEWEST_ZERO_ROWS = 4
 _large: float = 1 << 20  # bytes from which page faults are felt
 
 BUILD = "python setup.py build_ext --inplace"
@@ -284,6 +286,12 @@ def output_integers(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geome
     """As `fqt.reference.output`, of any integers of at most 8 bits."""
     n, positions, channels = x.shape
     height, width = geometry.output_size if geometry else (positions, 1)
+    busy = busy_rows(w, geometry)
+    if busy is not None and x.offset is None:
+        part = output_integers(x, _rows(w, busy), None if bias is None else bias[busy], geometry)
+        zero = 0.0 * spread(x.scale, x) * spread(w.scale, w).permute(1, 2, 0)  # NaN where the reference's is
+        y = (zero if bias is None else zero + bias.float()).expand(n, height * width, w.shape[0])
+        return y.contiguous().index_copy_(2, busy, part)
     y = _empty(n, height * width, w.shape[0])
     sizes = [n, channels, w.shape[0], *(geometry or _column(positions)).flat()]
     bias = None if bias is None else bias.float().contiguous()
@@ -294,6 +302,10 @@ def output_integers(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geome
 def grad_input_integers(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry | None, x_shape: Shape3) -> Tensor:
     """As `fqt.reference.grad_input`, of any integers of at most 8 bits."""
     n, positions, channels = x_shape
+    busy = busy_rows(w, geometry) if g.format.storage_bits == 8 and "C" not in g.format.axes else None
+    if busy is not None:
+        short = (g.shape[0], g.shape[1], busy.numel())
+        g, w = replace(g, codes=g.codes[..., busy], shape=short), _rows(w, busy)
     kept, grad = None, _empty(*x_shape)
     if g.index is not None and g.format.axes == "N":
         kept = g.index[g.index >= 0]
@@ -321,6 +333,24 @@ def grad_weight_integers(g: QTensor, x: QTensor, geometry: Geometry | None) -> T
         [n, x.shape[2], out, *geometry.flat()], grad,
     )  # fmt: skip
     return grad
+
+
+def busy_rows(w: QTensor, geometry: Geometry | None) -> Tensor | None:
+    """The output channels whose weights are not all zero, (O',) int64, where `output` and `grad_input` leave the others out.
+
+    None where they do not: fewer than one channel in `_FEWEST_ZERO_ROWS` is zero, since leaving out costs a copy of the result;
+    or all are; or codes that are zero do not mean the value 0; or channels come in groups.
+    """
+    if w.format.grid not in ("int", "fixed", "ternary") or (geometry is not None and geometry.groups > 1):
+        return None
+    busy = w.codes.flatten(1).any(1).nonzero()[:, 0]
+    zero = w.shape[0] - busy.numel()
+    return busy if busy.numel() and zero * _FEWEST_ZERO_ROWS >= w.shape[0] else None
+
+
+def _rows(w: QTensor, rows: Tensor) -> QTensor:
+    scale = w.scale[rows] if w.format.axes == "O" else w.scale
+    return replace(w, codes=w.codes[rows], scale=scale, shape=(rows.numel(), *w.shape[1:]))
 
 
 def _coded(q: QTensor) -> tuple[Tensor, str, int]:

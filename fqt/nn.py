@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -24,6 +24,16 @@ class QuantizedLayer(nn.Module):
     fuse = False  # whether the output may be left to what follows, see `fqt.deferred`
     backend: str = ""
     """The backend that must serve this layer, "" for whichever is fastest: fqt.convert(..., backend=...)."""
+
+    watcher: Callable[[Tensor], None] | None = None  # given the gradient of the output, in a layer that is `changing`
+    changing = False  # whether its recipe may be another at any step, see `let_recipe_change`
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _uncompiled(self, input) if self.changing and _uncompiled is not None else self.compute(input)
+
+    def compute(self, input: Tensor) -> Tensor:
+        """The layer's forward."""
+        raise NotImplementedError
 
     def window(self) -> Geometry | None:
         """The layer's geometry as far as the module knows it."""
@@ -77,6 +87,32 @@ class QuantizedLayer(nn.Module):
             return quantize(transformed(w_OKI, quantizer), replace(quantizer, stochastic=False), "w", backend=self.backend)[0]
 
 
+def _compute(layer: QuantizedLayer, input: Tensor) -> Tensor:
+    output = layer.compute(input)
+    if layer.watcher is None or not output.requires_grad:
+        return output
+    output = output.clone()  # no view, off which an activation in place would cut the hook
+    output.register_hook(layer.watcher)
+    return output
+
+
+_uncompiled: Callable[[QuantizedLayer, Tensor], Tensor] | None = None
+
+
+def let_recipe_change(layer: QuantizedLayer) -> None:
+    """Keep torch.compile out of a layer whose recipe a precision policy exchanges while the model trains.
+
+    A recipe is a constant of a compiled graph: with L layers of a few formats each, every decision would compile the whole
+    model once more. So the graph breaks at such a layer, whose work is done by operators that compiling leaves alone anyway,
+    and a new recipe compiles nothing. fullgraph=True is refused, with this reason.
+    """
+    global _uncompiled
+    if _uncompiled is None:  # not at import: it imports the compiler
+        reason = "a precision policy may give this layer another recipe at any step; compile without fullgraph=True"
+        _uncompiled = torch.compiler.disable(_compute, reason=reason)  # type: ignore[assignment]
+    layer.__dict__["changing"] = True
+
+
 class QuantLinear(QuantizedLayer, nn.Linear):
     """nn.Linear whose three products follow `recipe`."""
 
@@ -85,7 +121,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     def window(self) -> None:
         """A linear layer has no window."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def compute(self, input: Tensor) -> Tensor:
         return functional.linear(
             input,
             self.weight,
@@ -102,7 +138,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     kind = "conv"
 
-    def forward(self, input: Tensor) -> Tensor:
+    def compute(self, input: Tensor) -> Tensor:
         left, right, top, bottom = self._padding()
         if self.padding_mode != "zeros" and (left or right or top or bottom):
             input = _pad(input, [left, right, top, bottom], self.padding_mode)

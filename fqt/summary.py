@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from fqt import ops
+from fqt import cpu, ops
 from fqt.nn import QuantizedLayer
 from fqt.ops import PRODUCTS
+from fqt.recipe import MAX_PRODUCT_BITS
 
 _MACS = "_fqt_macs"
 NOTE = "_fqt_note"
@@ -137,6 +138,7 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
         nbytes = codes * max(format.storage_bits, 8) // 8 + format.groups(shape) * (8 if format.offset else 4)
     names = list(dict.fromkeys(backend for backend, _ in served.values()))
     reasons = list(dict.fromkeys(reason for _, reason in served.values() if reason))
+    reasons = [*_arithmetic(layer), *reasons]
     if layer.backend:
         reasons.insert(0, f"backend {layer.backend!r} was named")
     return Row(
@@ -154,6 +156,21 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
         bits={product: recipe.bits(product) for product in PRODUCTS},
         kept={product: recipe.kept(product) for product in PRODUCTS},
     )
+
+
+def _arithmetic(layer: QuantizedLayer) -> list[str]:
+    """What words of more than 8 bits are multiplied in, and the zero rows that a kernel leaves out."""
+    said, recipe = [], layer.recipe
+    widths = [format.bits for letter in "xw" if (format := recipe.format("output", letter)) is not None]
+    if any(bits > MAX_PRODUCT_BITS for bits in widths):
+        said.append(f"words of more than {MAX_PRODUCT_BITS} bits: their values are multiplied in float32")
+    elif any(bits > 8 for bits in widths) and recipe.low_bit("output"):
+        said.append("words of 9 to 16 bits: their codes are multiplied in float64, which is exact")
+    w = layer.quantized_weight() if backends(layer).get("output", ("",))[0] == "cpu int8" else None
+    busy = None if w is None else cpu.busy_rows(w, layer.window())
+    if w is not None and busy is not None:
+        said.append(f"{w.shape[0] - busy.numel()} of {w.shape[0]} output channels are zero and left out")
+    return said
 
 
 def backends(layer: QuantizedLayer) -> dict[str, tuple[str, str]]:
@@ -217,6 +234,13 @@ def _remember_macs(layer: nn.Module, inputs: object, output: Tensor) -> None:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     layer.__dict__[_MACS] = positions * weight.numel()
+
+
+def copy_macs(counted: nn.Module, model: nn.Module) -> None:
+    """Have a model know the multiply-adds that a copy of it counted."""
+    for one, other in zip(counted.modules(), model.modules(), strict=True):
+        if _MACS in one.__dict__:
+            other.__dict__[_MACS] = one.__dict__[_MACS]
 
 
 def forget_macs(module: nn.Module) -> None:

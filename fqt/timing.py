@@ -84,7 +84,7 @@ def _pair(float_ms: float, low_ms: float) -> str:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """What reaches a layer."""
 
     shape: tuple[int, ...]
@@ -95,23 +95,23 @@ class _Call:
 def measure(model: nn.Module, input: object, *, seconds: float) -> Profile:
     """Time the converted layers of a model that may be changed: a copy. Each layer is given `seconds`, or five rounds."""
     with undisturbed(model):
-        calls = _record(model, input)
+        calls = record_calls(model, input)
         rows = []
         for name, layer in quantized_layers(model):
             if calls[name]:
-                rows += _time_layer(name, layer, calls[name], seconds)
+                rows += time_layer(name, layer, calls[name], seconds)
     return Profile(rows)
 
 
-def _record(model: nn.Module, input: object) -> dict[str, Counter[_Call]]:
+def record_calls(model: nn.Module, input: object) -> dict[str, Counter[Call]]:
     """Layer name -> the calls that one forward makes of it."""
-    calls: dict[str, Counter[_Call]] = {name: Counter() for name, _ in quantized_layers(model)}
+    calls: dict[str, Counter[Call]] = {name: Counter() for name, _ in quantized_layers(model)}
 
     def watch(name: str, layer: QuantizedLayer):
         def hook(_module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             x = args[0] if args else named["input"]
             channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-            calls[name][_Call(tuple(x.shape), channels_last, x.requires_grad)] += 1
+            calls[name][Call(tuple(x.shape), channels_last, x.requires_grad)] += 1
 
         return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -122,7 +122,8 @@ def _record(model: nn.Module, input: object) -> dict[str, Counter[_Call]]:
     return calls
 
 
-def _time_layer(name: str, layer: QuantizedLayer, calls: Counter[_Call], seconds: float) -> list[Timing]:
+def time_layer(name: str, layer: QuantizedLayer, calls: Counter[Call], seconds: float) -> list[Timing]:
+    """A timing of each product that the calls pay for, on layers of the same sizes. Within `undisturbed`: it draws."""
     formats = (False, True) if isinstance(layer, nn.Conv2d) else (False,)
     served, sums = backends(layer), {}
     for call, count in calls.items():
@@ -141,7 +142,7 @@ def _time_layer(name: str, layer: QuantizedLayer, calls: Counter[_Call], seconds
     ]
 
 
-def _products(layer: QuantizedLayer, call: _Call, *, low: bool, channels_last: bool) -> dict[str, Callable[[], object]]:
+def _products(layer: QuantizedLayer, call: Call, *, low: bool, channels_last: bool) -> dict[str, Callable[[], object]]:
     """Product -> a function that computes it, on random numbers, for the products that the call pays for."""
     memory = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(call.shape, device=layer.weight.device).contiguous(memory_format=memory)

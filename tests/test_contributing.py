@@ -11,6 +11,7 @@ from torch import nn
 
 import fqt
 from fqt import ops
+from fqt.precision.policy import POLICIES
 from fqt.quantizers import QUANTIZERS
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
@@ -32,12 +33,15 @@ def run_as_module(name: str, source: str) -> types.ModuleType:
 @pytest.fixture
 def tables():
     """The tables that the examples add to, as they were, afterwards."""
-    quantizers, kernels = dict(QUANTIZERS), list(ops.KERNELS)
+    quantizers, kernels, policies = dict(QUANTIZERS), list(ops.KERNELS), dict(POLICIES)
     yield
+    POLICIES.clear()
+    POLICIES.update(policies)
     QUANTIZERS.clear()
     QUANTIZERS.update(quantizers)
     ops.KERNELS[:] = kernels
     sys.modules.pop("example_kernel", None)
+    sys.modules.pop("example_policy", None)
     sys.modules.pop("example_quantizer", None)
 
 
@@ -64,6 +68,21 @@ def test_quantizer_recipe_and_kernel_examples(tmp_path):
     assert torch.equal(converted(x), expected)
     converted(x).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in converted.parameters())
+
+
+@pytest.mark.usefixtures("tables")
+def test_policy_example():
+    run_as_module("example_policy", example("python", "policy"))
+    converted = fqt.convert(model(), "int8")
+    policy = fqt.build_policy("settle", converted, patience=2)
+    losses = [3.0, 2.0, 2.5, 2.1, 1.0]
+    decided = [policy.step(loss) for loss in losses]
+    assert [len(decisions) for decisions in decided] == [0, 0, 0, 1, 0]
+    (layer,) = policy.layers.values()
+    assert (layer.recipe.bits("output"), layer.recipe.format("grad_input", "g").bits) == (8, 4)
+    again = fqt.build_policy("settle", fqt.convert(model(), "int8"))
+    again.load_state_dict(policy.state_dict())
+    assert again.own_state() == {"best": 1.0, "waited": 0}
 
 
 def test_every_file_of_the_map_exists():

@@ -1,8 +1,9 @@
 """The state of a run, written so that a crash at any moment leaves a whole file, and read without running its code.
 
 A checkpoint is a dict of tensors and plain values (torch.load with weights_only): the model, the optimizer, the
-schedule, every rank's random generators, the epochs done, their history and the configuration. Order of images and
-augmentation need no state (see data.py), so a resumed run ends with the same weights as one that never stopped.
+schedule, the precision policy, every rank's random generators, the epochs done, their history and the configuration.
+Order of images and augmentation need no state (see data.py), so a resumed run ends with the same weights as one that
+never stopped.
 """
 
 import os

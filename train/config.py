@@ -25,10 +25,19 @@ MODELS = {
     "resnet20": "ResNet-20 of the CIFAR family, 16-32-64 channels, option-A shortcuts",
     "resnet56": "ResNet-56 of the CIFAR family, 16-32-64 channels, option-A shortcuts",
     "alexnet": "AlexNet for small images: five convolutions and three linear layers, all with BatchNorm",
+    "lenet5": "LeNet-5: two 5x5 convolutions and three linear layers, with BatchNorm and max-pools",
     "mlp": "four hidden layers of 4096 units with BatchNorm",
     "mlp_small": "two hidden layers of 256 units with BatchNorm",
     "torchvision:<name>": "any classifier of torchvision.models, untrained",
     "timm:<name>": "any model of timm, untrained",
+}
+POLICIES = {
+    "adapt": "AdaPT: every layer's <WL, FL> by its weights' distribution and its gradients' diversity",
+    "static": "the recipe as it is",
+    "schedule": "another recipe from a given epoch on",
+    "budget": "the fewest bits a layer that keep the model under a budget of bit operations",
+    "variance": "the fewest gradient bits whose variance stays a small part of the minibatch's own",
+    "<module>:<class>": "a policy of your own: any importable subclass of fqt.Policy",
 }
 DATASETS = {
     "fashion_mnist": "60,000 + 10,000 grey 28x28 images; searched in data.path, $FQT_DATA, ./data, Debian's package",
@@ -160,6 +169,32 @@ class Training(_Section):
     """keep images and convolution weights in channels_last memory format"""
 
 
+class Precision(_Section):
+    model_config = ConfigDict(extra="allow")
+
+    policy: str | None = None
+    """what changes the layers' bits while the model trains, its options beside it; see the list of policies; null: nothing"""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The policy's own options."""
+        return dict(self.model_extra or {})
+
+    @field_validator("policy")
+    @classmethod
+    def _known(cls, policy: str | None) -> str | None:
+        if policy is None or re.fullmatch(r"[\w.]+:\w+", policy):
+            return policy
+        return known_name(policy, POLICIES)
+
+    @model_validator(mode="after")
+    def _used(self) -> "Precision":
+        if self.policy is None:
+            for name, value in self.options.items():
+                raise ValueError(f"precision.{name} = {show(value)}: it is an option of a policy; set precision.policy")
+        return self
+
+
 class Tracking(_Section):
     enabled: bool = True
     """write TensorBoard scalars and metrics.jsonl, and measure the speed-up"""
@@ -186,6 +221,7 @@ class Config(_Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     training: Training = Training()
+    precision: Precision = Precision()
     tracking: Tracking = Tracking()
     checkpoint: Checkpoint = Checkpoint()
     seed: int = Field(default=0, ge=0, lt=2**62)
@@ -213,6 +249,7 @@ class Config(_Section):
     def _effective(self) -> "Config":
         if self.recipe == "fp32":
             _refuse_unused(self, "recipe fp32", ("skip",), "")
+            _refuse_unused(self.precision, "recipe fp32", ("policy",), "precision.")
         if self.data.batch_size % self.training.accumulate:
             raise ValueError(
                 f"training.accumulate = {self.training.accumulate}: it should divide data.batch_size, which is "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fqt
-from train import checkpoint, data, measure, models, ranks, report
+from train import checkpoint, data, measure, models, precision, ranks, report
 from train.config import Config, dump
 from train.optim import build_optimizer, build_schedule
 from train.step import Parts, Step, forward
@@ -91,13 +91,18 @@ class Trainer:
         compares = config.tracking.enabled and config.tracking.baseline_steps > 0 and config.recipe != "fp32"
         self.unconverted = copy.deepcopy(self.model) if compares else None
         convert(self.model, recipe, config)
+        self.policy = precision.build(config.precision, self.model)  # what it draws, every rank draws
         seed(config.seed + place.rank)  # quantization noise of its own on every rank
 
-        self.step = self.make_step(self.model, place.wrap(self.model))
+        self.step = self.make_step(self.model, place.wrap(self.model), self.policy)
         self.schedule = build_schedule(
             config.schedule, self.step.optimizer, epochs=config.training.epochs, steps_per_epoch=self.steps_per_epoch
         )
         self.epoch, self.steps, self.history = 0, 0, list[dict[str, Any]]()
+        self.timeline: precision.Timeline | None = None
+        if self.policy is not None:
+            self.describe()  # counts the multiply-adds
+            self.timeline = precision.Timeline(self.policy, config.data.batch_size)
         self.folder = found.parent if found else None
         if state:
             self.restore(state)
@@ -117,6 +122,8 @@ class Trainer:
             if self.unconverted is not None:
                 comparison = self.compare(self.unconverted)
                 self.unconverted = None
+                if self.timeline and self.place.main:
+                    self.timeline.calibrate(next(self.batches(0)), comparison.ms_fp32)
             tracker.scalars(self.steps, report.comparison_scalars(comparison, modelled))
 
             for epoch in range(self.epoch, config.training.epochs):
@@ -131,6 +138,7 @@ class Trainer:
                 tracker.scalars(self.steps, report.epoch_scalars(row, measure.peak_bytes(self.place.device)))
                 if config.tracking.enabled:
                     tracker.scalars(self.steps, measure.layer_scalars(self.model))
+                    self.show_precision(tracker)
                 self.say(report.epoch_line(row, config.training.epochs))
 
             last = self.history[-1]
@@ -155,15 +163,23 @@ class Trainer:
             for parts in self.batches(epoch):
                 observe = tracking.enabled and tracking.variance_every > 0 and self.steps % tracking.variance_every == 0
                 rate = float(self.schedule.get_last_lr()[0])
-                outcome = self.step(parts, observe=observe and self.config.recipe != "fp32")
+                epochs_done = (self.steps + 1) / self.steps_per_epoch
+                outcome = self.step(parts, observe=observe and self.config.recipe != "fp32", epoch=epochs_done)
                 self.schedule.step()
                 self.steps += 1
+                if self.timeline and outcome.decisions:
+                    self.timeline.note(self.steps)
+                    tracker.decisions([decision.row() for decision in outcome.decisions])
 
                 tracker.scalars(self.steps, report.gradient_scalars(outcome))
                 epoch_sums.update(report.sums(outcome))
                 recent_sums.update(report.sums(outcome))
                 if tracking.enabled and self.steps % tracking.every == 0:
-                    tracker.scalars(self.steps, report.step_scalars(self.over_ranks(recent_sums), rate))
+                    sums = self.over_ranks(recent_sums)
+                    tracker.scalars(self.steps, report.step_scalars(sums, rate))
+                    if self.timeline and self.place.main:
+                        spent = (sums[f"{phase}_ms"] / sums["steps"] for phase in ("step", "policy"))
+                        tracker.scalars(self.steps, self.timeline.scalars(*spent))
                     recent_sums.clear()
                 bar.update()
                 bar.set_postfix(loss=f"{outcome.loss:.3f}", refresh=False)
@@ -200,9 +216,15 @@ class Trainer:
         batches = itertools.chain.from_iterable(self.batches(epoch) for epoch in itertools.count())
         return measure.compare(self.model, unconverted, self.make_step, itertools.islice(batches, count))
 
-    def make_step(self, model: nn.Module, module: nn.Module | None = None) -> Step:
+    def show_precision(self, tracker: Tracker) -> None:
+        """The policy's heat map so far, and which kernel serves each layer now."""
+        if self.timeline and self.place.main:
+            tracker.image("precision/bits", self.steps, self.timeline.image())
+            tracker.text("summary", str(fqt.summary(self.model)), self.steps)
+
+    def make_step(self, model: nn.Module, module: nn.Module | None = None, policy: fqt.Policy | None = None) -> Step:
         """What trains a model, with an optimizer of its own."""
-        return Step(model, module or model, build_optimizer(self.config.optimizer, model), self.config.training)
+        return Step(model, module or model, build_optimizer(self.config.optimizer, model), self.config.training, policy)
 
     def chunks(self, epoch: int) -> list[list[int]]:
         """Indices of this rank's images in each step of an epoch. Raises ConfigError where they make no step."""
@@ -258,6 +280,8 @@ class Trainer:
                 "schedule": self.schedule.state_dict(),
                 "generators": generators,
             }
+            if self.policy and self.timeline:
+                state["precision"] = {"policy": self.policy.state_dict(), "timeline": self.timeline.points}
             checkpoint.save(self.folder / checkpoint.NAME, state)
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -266,6 +290,9 @@ class Trainer:
         self.step.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.steps, self.history = state["epoch"], state["steps"], state["history"]
+        if self.policy and self.timeline:
+            self.policy.load_state_dict(state["precision"]["policy"])
+            self.timeline.points = [tuple(point) for point in state["precision"]["timeline"]]
         checkpoint.restore_generators(state["generators"][self.place.rank])
 
 

@@ -86,6 +86,7 @@ def _epilog() -> str:
             section("keys (--set), with their default", keys),
             section("models (model.name)", list(configuration.MODELS.items())),
             section("data sets (data.name)", list(configuration.DATASETS.items())),
+            section("precision policies (precision.policy)", list(configuration.POLICIES.items())),
             f"recipes (recipe):\n  {', '.join(configuration.recipe_names())}, or the path of a YAML file",
             "example:\n  torchrun train/main.py --config fqt_1bit.yaml --set optimizer.lr=0.003 --set data.limit=6000",
         ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fqt
+from fqt.summary import copy_macs
 from train import checkpoint
 from train.step import Parts, Step, forward
 
@@ -79,6 +80,7 @@ def describe(model: nn.Module, images_NCHW: Tensor) -> tuple[fqt.Summary, float]
     probe = copy.deepcopy(model).train()
     with undisturbed(), torch.no_grad():
         probe(images_NCHW)
+    copy_macs(probe, model)  # which a compiled forward would not count
     converted = any(fqt.quantized_layers(probe))
     return fqt.summary(probe), fqt.modelled_speedup(probe) if converted else 1.0
 

@@ -75,6 +75,22 @@ def alexnet(shape: Shape, classes: int) -> nn.Module:
     return _initialize(nn.Sequential(*layers, nn.Linear(features, classes)))
 
 
+def lenet5(shape: Shape, classes: int) -> nn.Module:
+    """LeNet-5, with BatchNorm, ReLU and max-pools; its second convolution is padded, so that images of 8x8 go through."""
+    layers: list[nn.Module] = []
+    channels = shape[0]
+    for out in (6, 16):
+        layers += [nn.Conv2d(channels, out, 5, padding=2, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+        layers.append(nn.MaxPool2d(2))
+        channels = out
+    layers += [nn.AdaptiveAvgPool2d(5), nn.Flatten()]
+    features = channels * 5 * 5
+    for out in (120, 84):
+        layers += [nn.Linear(features, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
+        features = out
+    return _initialize(nn.Sequential(*layers, nn.Linear(features, classes)))
+
+
 def mlp(shape: Shape, classes: int) -> nn.Module:
     """Four hidden layers of 4096 units: nearly all of it is matrix products."""
     return _mlp([4096] * 4, shape, classes)
@@ -153,7 +169,7 @@ def resnet56(shape: Shape, classes: int) -> nn.Module:
 
 
 BUILDERS: dict[str, Callable[[Shape, int], nn.Module]] = {
-    build.__name__: build for build in (vgg_small, vgg16, resnet18, resnet20, resnet56, alexnet, mlp, mlp_small)
+    build.__name__: build for build in (vgg_small, vgg16, resnet18, resnet20, resnet56, alexnet, lenet5, mlp, mlp_small)
 }
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 import fqt
+from fqt.precision import Decision, Policy
 from train.config import Training
 from train.wording import TrainingError
 
@@ -26,6 +27,7 @@ class Outcome:
     loss: mean over the batch. correct: how many of its images were recognized.
     ms: wall time of forward, backward, optimizer, and of all of them (step).
     gradient_error: relative quantization error by layer and product, if it was asked for.
+    decisions: of the precision policy.
     """
 
     loss: float
@@ -33,6 +35,7 @@ class Outcome:
     images: int
     ms: dict[str, float]
     gradient_error: dict[str, dict[str, float]]
+    decisions: Sequence[Decision] = ()
 
 
 class Stopwatch:
@@ -59,29 +62,35 @@ class Step:
     """Forward and backward of each part, clipping, update.
 
     module: what is called in place of the model: itself, or wrapped for DDP.
+    policy: what may give the model's layers other recipes after the update; its penalty is added to the loss.
     """
 
-    def __init__(self, model: nn.Module, module: nn.Module, optimizer: Optimizer, config: Training) -> None:
-        self.model, self.module, self.optimizer, self.config = model, module, optimizer, config
+    def __init__(
+        self, model: nn.Module, module: nn.Module, optimizer: Optimizer, config: Training, policy: Policy | None = None
+    ) -> None:
+        self.model, self.module, self.optimizer, self.config, self.policy = model, module, optimizer, config, policy
         self._called: nn.Module = torch.compile(module) if config.compile else module  # type: ignore[assignment]
         self._no_sync = getattr(module, "no_sync", nullcontext)  # DDP's: gradients are averaged with the last part only
 
-    def __call__(self, parts: Parts, *, observe: bool = False) -> Outcome:
-        """Trains on one batch. observe: measure the gradients' quantization error, in the last part.
+    def __call__(self, parts: Parts, *, observe: bool = False, epoch: float = 0.0) -> Outcome:
+        """Trains on one batch.
+
+        observe: measure the gradients' quantization error, in the last part. epoch: epochs done, for the policy.
 
         Raises TrainingError, before the weights are touched, if the loss or the norm to clip is not finite.
         """
         watch = Stopwatch(parts[0][0].device)
         results = []
+        penalty = self.policy.penalty() if self.policy else None
         for part in parts[:-1]:
             with self._no_sync():
-                results.append(self._backward(self._called, part, len(parts), watch))
+                results.append(self._backward(self._called, part, len(parts), None, watch))
         if observe:  # through hooks, which a compiled model does not run
             with fqt.observe_gradients(self.model) as gradient_error:
-                results.append(self._backward(self.module, parts[-1], len(parts), watch))
+                results.append(self._backward(self.module, parts[-1], len(parts), penalty, watch))
         else:
             gradient_error = {}
-            results.append(self._backward(self._called, parts[-1], len(parts), watch))
+            results.append(self._backward(self._called, parts[-1], len(parts), penalty, watch))
         losses, hits = zip(*results, strict=True)
 
         loss = torch.stack(losses).mean().item()
@@ -92,18 +101,24 @@ class Step:
             if not norm.isfinite():
                 raise TrainingError(f"the norm of the gradients is {norm.item()}")
         self.optimizer.step()
-        self.optimizer.zero_grad()
         watch.mark("optimizer")
+        decisions: list[Decision] = []
+        if self.policy is not None and penalty is not None:
+            decisions = self.policy.step(loss + penalty.item(), epoch=epoch)
+            watch.mark("policy")
+        self.optimizer.zero_grad()
 
         images = sum(len(y_N) for _, y_N in parts)
         ms = {**watch.ms, "step": sum(watch.ms.values())}
-        return Outcome(loss, int(torch.stack(hits).sum()), images, ms, gradient_error)
+        return Outcome(loss, int(torch.stack(hits).sum()), images, ms, gradient_error, decisions)
 
-    def _backward(self, module: nn.Module, part: tuple[Tensor, Tensor], parts: int, watch: Stopwatch) -> tuple[Tensor, Tensor]:
+    def _backward(
+        self, module: nn.Module, part: tuple[Tensor, Tensor], parts: int, penalty: Tensor | None, watch: Stopwatch
+    ) -> tuple[Tensor, Tensor]:
         """Adds one part's share to the gradients; returns its loss and how many images it recognized."""
         loss, correct = forward(module, *part, autocast=self.config.autocast)
         watch.mark("forward")
-        (loss / parts).backward()
+        (loss / parts if penalty is None else loss / parts + penalty).backward()
         watch.mark("backward")
         return loss.detach(), correct
 

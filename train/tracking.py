@@ -1,12 +1,17 @@
-"""What a run leaves to look at: TensorBoard's event file and, beside it, the same scalars as JSON lines."""
+"""What a run leaves to look at: TensorBoard's event file, the same scalars as JSON lines, a precision policy's decisions."""
 
+import csv
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
+
+DECISIONS = "precision.csv"
+"""File name, in a run's folder, of what its precision policy decided."""
 
 
 class Tracker:
@@ -17,14 +22,17 @@ class Tracker:
     """
 
     def __init__(self, folder: Path | None, *, resumed_at: int | None = None) -> None:
-        self._writer = self._lines = None
+        self._writer = self._lines = self._folder = None
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        lines = folder / "metrics.jsonl"
+        self._folder, lines, decisions = folder, folder / "metrics.jsonl", folder / DECISIONS
         if resumed_at is not None and lines.exists():
             kept = [line for line in lines.read_text().splitlines() if json.loads(line)["step"] <= resumed_at]
             lines.write_text("".join(f"{line}\n" for line in kept))
+        if resumed_at is not None and decisions.exists():
+            head, *rows = decisions.read_text().splitlines(keepends=True)
+            decisions.write_text("".join([head, *(row for row in rows if int(row.split(",")[0]) <= resumed_at)]))
         self._writer = SummaryWriter(folder, purge_step=None if resumed_at is None else resumed_at + 1)
         self._lines = lines.open("a", buffering=1)
 
@@ -37,10 +45,27 @@ class Tracker:
             self._writer.add_scalar(tag, value, step, walltime=now)
         self._lines.write(json.dumps({"step": step, "time": round(now, 3), **values}) + "\n")
 
-    def text(self, tag: str, text: str) -> None:
+    def text(self, tag: str, text: str, step: int | None = None) -> None:
         """A text, shown as it stands."""
         if self._writer is not None:
-            self._writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()))
+            self._writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
+
+    def image(self, tag: str, step: int, pixels_HWC: np.ndarray) -> None:
+        """A picture, uint8."""
+        if self._writer is not None:
+            self._writer.add_image(tag, pixels_HWC, step, dataformats="HWC")
+
+    def decisions(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """What a precision policy decided, a line each, the first column the step; floats so that they read back exactly."""
+        if self._folder is None or not rows:
+            return
+        path = self._folder / DECISIONS
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
 
     def hparams(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """The row of this run in TensorBoard's table of runs."""

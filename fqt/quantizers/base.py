@@ -114,8 +114,16 @@ class Quantizer:
         """Whether encoding draws random numbers."""
         return self.stochastic or self.prune == "bernoulli"
 
+    @property
+    def fraction_length(self) -> int | None:
+        """FL of a fixed-point grid: its step is 2^-FL. None for other grids, and for a step that is no power of two."""
+        mantissa, exponent = math.frexp(-self.limits[0])
+        return self.bits - exponent if self.grid == "fixed" and mantissa == 0.5 else None
+
     def __str__(self) -> str:
         bits = "" if self.grid in ("sign", "ternary", "e4m3", "e5m2") else str(self.bits)
+        if self.fraction_length is not None:
+            bits = f"<{self.bits},{self.fraction_length}>"
         name = f"{self.grid}{bits}/{self.granularity}"
         return name + (f" keep 1/{self.keep_one_in} {self.prune}" if self.prune else "")
 

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import accuracy, gradients, kernels, layers, pareto, readme, saved, step
+from benchmarks import accuracy, adapt, gradients, kernels, layers, pareto, readme, saved, step
 from fqt import ops, reference
 from fqt.cpu import refuses_quantize
 from fqt.formats import Format
@@ -49,6 +49,22 @@ def test_gradients(monkeypatch, tmp_path, capsys):
     assert biased["bias"] > 0.3 * biased["error"]
     assert abs(by_name["grad_input", "uint4/sample"]["bias"]) < 0.1 * by_name["grad_input", "uint4/sample"]["error"]
     assert "grad_weight" in capsys.readouterr().out
+
+
+def test_adapt_repeats_no_finished_run(monkeypatch, tmp_path, capsys):
+    arguments = ("--jobs", "lenet5", "--methods", "fp32", "adapt_int8")
+    found = rows(monkeypatch, tmp_path, adapt.main, *arguments)
+    assert [row["method"] for row in found] == ["fp32", "adapt_int8"]
+    low = found[1]
+    assert low["ms"] > 0 and low["fp32_ms"] > 0 and low["predicted_training"] > 0
+    assert low["measured_training"] == pytest.approx(low["fp32_ms"] / low["ms"])
+    assert 0 < low["size"] <= 0.25 and max(low["word_lengths"].values()) <= 8
+    assert len(low["word_length_over_time"]) >= 1
+    table = capsys.readouterr().out
+    assert "| lenet5" in table and "| the paper's | averages" in table and "+0.98" in table
+
+    monkeypatch.setattr(adapt, "train", lambda *_: pytest.fail("a finished run was repeated"))
+    assert rows(monkeypatch, tmp_path, adapt.main, *arguments) == found
 
 
 @pytest.mark.filterwarnings("ignore")  # the workers' own

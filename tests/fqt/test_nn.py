@@ -209,10 +209,10 @@ def test_repr_names_the_recipe() -> None:
 @pytest.mark.parametrize("name", [n for n in fqt.recipes() if n != "fp32"])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_quantized_weight_is_what_the_forward_multiplies_with(name: str, kind: str) -> None:
-    """Probed through the layer: an identity of inputs, whose output columns are the weight's values."""
+    """Probed through the layer in evaluation: an identity of inputs, whose output columns are the weight's values."""
     recipe = fqt.load_recipe(name).everywhere()
     recipe = Recipe("probe", Product("float", recipe.output.right), Product("float", "saved"), Product("float", "float"))
-    layer = fqt.convert(nn.Linear(6, 5, bias=False) if kind == "linear" else nn.Conv2d(6, 5, 1, bias=False), recipe)
+    layer = fqt.convert(nn.Linear(6, 5, bias=False) if kind == "linear" else nn.Conv2d(6, 5, 1, bias=False), recipe).eval()
     with torch.no_grad():
         if kind == "linear":
             probed = layer(torch.eye(6)).T

@@ -18,9 +18,10 @@ import fqt
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = [
-    "Format", "Memory", "Product", "Profile", "QTensor", "QuantConv2d", "QuantLinear", "Quantizer", "Recipe", "Rule", "Summary",
-    "convert", "count_saved_bytes", "load_recipe", "memory", "modelled_speedup", "observe_gradients", "profile",
-    "quantize", "quantized_layers", "recipes", "register", "revert", "summary",
+    "AdaPT", "Format", "Memory", "Policy", "Precision", "Product", "Profile", "QTensor", "QuantConv2d", "QuantLinear",
+    "Quantizer", "Recipe", "Rule", "Summary", "build_policy", "convert", "count_saved_bytes", "load_recipe", "memory",
+    "modelled_speedup", "observe_gradients", "profile", "quantize", "quantized_layers", "recipes", "register",
+    "register_policy", "revert", "summary",
 ]  # fmt: skip
 NOT_AT_IMPORT = ("triton", "torchvision", "timm", "train", "tensorboard", "sklearn", "torch._dynamo", "torch._inductor")
 
@@ -171,6 +172,7 @@ def test_the_length_guard_can_fail() -> None:
 
 def test_the_built_in_recipes_are_these() -> None:
     assert fqt.recipes() == [
+        "adapt", "adapt_calibrated",
         "dorefa_w1a1g4", "dorefa_w1a2g6", "dorefa_w8a8g8", "fp32", "fqt_1bit", "fqt_1bit_b1", "fqt_1bit_b2", "fqt_1bit_b8",
         "fqt_1bit_topk", "fqt_w1a1g4", "fqt_w1a1g6", "int8", "psq_b1", "psq_b2", "psq_b4", "psq_b8", "xnor",
     ]  # fmt: skip

@@ -31,6 +31,11 @@ def psq(bits: int) -> tuple[str, str]:
 
 # name: output, grad_input, grad_weight, their bits, what is kept of the gradients, rules, replace
 BUILT_IN = {
+    "adapt": ("fixed<16,8>/tensor x fixed<16,8>/tensor", "int8/sample x fixed<16,8>/tensor",
+              "int8/channel x fixed<16,8>/tensor",
+              (16, 16, 16), 1.0, (), ()),
+    "adapt_calibrated": ("int8/sample x fixed<8,7>/tensor", "int8/sample x fixed<8,7>/tensor",
+                         "int8/channel x int8/sample (folded)", (8, 8, 8), 1.0, (), ()),
     "dorefa_w1a1g4": ("uint1/tensor x sign/tensor", "uint4/sample x sign/tensor", "uint4/sample (by block) x uint1/tensor",
                       (1, 4, 4), 1.0, FORWARD_FLOAT_ENDS, ()),
     "dorefa_w1a2g6": ("uint2/tensor x sign/tensor", "uint6/sample x sign/tensor", "uint6/sample (by block) x uint2/tensor",
@@ -457,7 +462,7 @@ def test_a_file_that_is_no_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fqt_1bt", "unknown recipe 'fqt_1bt' (did you mean 'fqt_1bit'?); built-in recipes: dorefa_w1a1g4, "),
+        ("fqt_1bt", "unknown recipe 'fqt_1bt' (did you mean 'fqt_1bit'?); built-in recipes: adapt, "),
         ("", "unknown recipe ''; built-in recipes: "),
         ("FP32", "unknown recipe 'FP32'"),
         ("dorefa_w{w}a{a}g{g}", "unknown recipe 'dorefa_w{w}a{a}g{g}'"),
@@ -470,7 +475,7 @@ def test_a_file_that_is_no_text(tmp_path):
         ("psq_b0", "recipe 'psq_b0': grad_input.g: quantizer 'psq' with {'bits': 0}: grid 'uint' has 1 to 16 bits, not 0"),
         ("psq_b17", "recipe 'psq_b17': grad_input.g: quantizer 'psq' with {'bits': 17}: grid 'uint' has 1 to 16 bits, not 17"),
         ("dorefa_w1a2g40", "recipe 'dorefa_w1a2g40': grad_input.g: quantizer 'dorefa_gradient' with {'bits': 40}: "),
-        ("nowhere.yaml", "recipe file 'nowhere.yaml' does not exist; built-in recipes: dorefa_w1a1g4, "),
+        ("nowhere.yaml", "recipe file 'nowhere.yaml' does not exist; built-in recipes: adapt, "),
         ("nowhere/fqt_1bit", "recipe file 'nowhere/fqt_1bit' does not exist"),
         (Path("nowhere"), "recipe file 'nowhere' does not exist"),
         (Path("/"), "recipe file '/' does not exist"),
