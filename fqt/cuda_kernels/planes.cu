@@ -1,0 +1,82 @@
+// Codes as planes of bits, packed along the axis that a product sums over, and sums of such rows.
+#include "primitives.h"
+
+constexpr int kThreads = 256;
+
+// The code that begins at bit `at` of `row`; bytes from `end` on are not read.
+DEVICE u32 code_at(const u8* row, i64 index, int storage, i64 end) {
+  const i64 byte = index * storage / 8;
+  return byte < end ? row[byte] >> index * storage % 8 & ((1u << storage) - 1) : 0;
+}
+
+// Rows of codes as they lie: (samples * positions, row_bytes) -> (planes, slots * positions, pitch). A slot whose `index` is
+// negative is left alone. One thread a word of 32 codes.
+KERNEL(kThreads)
+planes_of_rows(const u8* codes, const int* index, u32* out, i64 rows, i64 positions, i64 row_bytes, i64 storage, i64 planes,
+               i64 length, i64 words) {
+  const i64 at = block_x() * kThreads + thread(), row = at / words, word = at % words;
+  if (row >= rows) return;
+  const i64 slot = row / positions, sample = index ? index[slot] : slot;
+  if (sample < 0) return;
+  const u8* from = codes + (sample * positions + row % positions) * row_bytes;
+  u32 plane[8] = {};
+  for (int i = 0; i < 32 && word * 32 + i < length; ++i) {
+    const u32 code = code_at(from, word * 32 + i, static_cast<int>(storage), row_bytes);
+    for (int j = 0; j < planes; ++j) plane[j] |= (code >> j & 1) << i;
+  }
+  for (int j = 0; j < planes; ++j) out[(j * rows + row) * words + word] = plane[j];
+}
+
+// Columns of codes, turned round: the bits of a channel over positions (and samples, or the samples of a slice) side by side.
+//
+// Codes (samples, in_height * in_width, row_bytes), channels packed; for every tap of a window the pixel that each of `positions`
+// outputs meets, as in tiles.h. out (planes, ...) at channel * channel_words + tap * tap_words + slice * slice_words + word; and,
+// unless inside_words is negative, at inside_words + tap * channel_words + ...: whether the pixel is in the image.
+// Slice z holds `together` samples, or the sample index[z]; a slice whose index is negative is left alone.
+// A warp turns 32 positions of one byte-aligned run of 8 / storage channels.
+KERNEL(kThreads)
+planes_of_columns(const u8* codes, const int* index, u32* out, i64 inside_words, i64 samples, i64 slices, i64 together, i64 positions,
+                  i64 row_bytes, i64 storage, i64 planes, i64 channels, i64 words, i64 plane_words, i64 channel_words,
+                  i64 tap_words, i64 slice_words, i64 taps, i64 kernel_width, i64 out_width, i64 in_height, i64 in_width,
+                  i64 mul_y, i64 mul_x, i64 step_y, i64 step_x, i64 base_y, i64 base_x) {
+  // words run fastest, so that a block's words of a channel lie side by side
+  const i64 warp = block_x() * (kThreads / 32) + thread() / 32;
+  const i64 word = warp % words, slice = warp / words % slices, byte = warp / words / slices % row_bytes;
+  const i64 tap = warp / words / slices / row_bytes;
+  if (tap >= taps) return;
+  if (index && index[slice] < 0) return;
+  const int lane = thread() % 32;
+  const i64 k = word * 32 + lane, position = k % positions;
+  const i64 sample = index ? index[slice] : slice * together + k / positions;
+  const i64 y = position / out_width * mul_y + tap / kernel_width * step_y + base_y;
+  const i64 x = position % out_width * mul_x + tap % kernel_width * step_x + base_x;
+  const bool valid = k < together * positions && sample < samples && y >= 0 && y < in_height && x >= 0 && x < in_width;
+  const u32 of_lane = valid ? codes[((sample * in_height + y) * in_width + x) * row_bytes + byte] : 0;
+  const i64 at = tap * tap_words + slice * slice_words + word;
+  const int lanes = static_cast<int>(8 / storage);
+  for (int i = 0; i < lanes; ++i) {
+    const i64 channel = byte * lanes + i;
+    for (int j = 0; j < planes; ++j) {
+      const u32 bits = ballot(of_lane >> (i * storage + j) & 1);
+      if (lane == 0 && channel < channels) out[j * plane_words + channel * channel_words + at] = bits;
+    }
+  }
+  if (inside_words >= 0 && byte == 0) {
+    const u32 bits = ballot(valid);
+    if (lane == 0) out[inside_words + tap * channel_words + slice * slice_words + word] = bits;
+  }
+}
+
+// sums[slice][row] = sum over planes j of 2^j * the bits set in words [slice * slice_words, + slice_words) of a row. One warp each.
+KERNEL(kThreads)
+sums_of_rows(const u32* bits, int* sums, i64 rows, i64 planes, i64 slices, i64 row_words, i64 slice_words) {
+  const i64 warp = block_x() * (kThreads / 32) + thread() / 32, row = warp / slices, slice = warp % slices;
+  if (row >= rows) return;
+  int sum = 0;
+  for (int j = 0; j < planes; ++j) {
+    const u32* from = bits + (j * rows + row) * row_words + slice * slice_words;
+    for (i64 word = thread() % 32; word < slice_words; word += 32) sum += popcount(from[word]) << j;
+  }
+  sum = warp_sum(sum);
+  if (thread() % 32 == 0) sums[slice * rows + row] = sum;
+}

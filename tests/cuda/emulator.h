@@ -1,0 +1,524 @@
+// A machine for the kernels of fqt/cuda_kernels that needs no GPU: the functions of primitives.h on a host.
+//
+// The threads of a block are fibers. Each runs until it meets the others (a barrier, or an instruction of its warp or warpgroup);
+// who runs next is drawn at random. Layouts are written from the PTX ISA manual (sections named below), not from the kernels.
+//
+// What a device may do at any time happens here at the worst time, and what is undefined is an error:
+//   copies land when they are waited for, and their target is filled with noise until then;
+//   wgmma reads shared memory and writes registers when it is waited for; its registers hold noise until then;
+//   of every byte of shared memory is known who wrote and who read it last, and at which barrier: two threads that meet at a
+//   byte without a barrier in between, one of them writing, are a race.
+#pragma once
+
+#include <csetjmp>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <ucontext.h>
+#include <vector>
+
+#define DEVICE inline
+#define KERNEL(threads) [[maybe_unused]] static void
+
+namespace emulator {
+
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A byte of shared memory: its writer and its latest reader (-1 none, -2 several), each with its count of barriers.
+struct Byte {
+  int writer = -1, reader = -1, written = 0, read = 0;
+  bool pending = false;   // the target of a copy that has not landed
+  bool proxied = true;    // seen by wgmma: fenced since it was written
+  int products = 0;       // of wgmma, not waited for, that read it
+};
+
+struct Copy {
+  uint32_t to;
+  int size;
+  std::vector<uint8_t> data;
+};
+
+struct Fiber {
+  ucontext_t context;
+  jmp_buf at;
+  std::vector<char> stack;
+  bool started = false, done = false, parked = false;
+  int barriers = 0;
+  std::vector<Copy> issued;               // not committed
+  std::vector<std::vector<Copy>> groups;  // committed, not waited for
+  std::vector<uint32_t> unfenced;
+  const void* meeting = nullptr;  // what it waits for the others with
+};
+
+// An instruction that several threads execute together: each brings an argument, the last one acts for all.
+struct Meeting {
+  std::string what;
+  std::vector<void*> arguments;
+  int arrived = 0;
+};
+
+struct Product {
+  uint64_t a, b;
+};
+
+struct Warpgroup {
+  std::vector<Product> issued, committed;
+  std::vector<std::vector<int>> sums;  // of each thread: what its registers will hold
+  std::vector<int*> registers;
+  bool fenced = false;
+};
+
+struct Block {
+  int threads;
+  int64_t x;
+  int z;
+  std::vector<uint8_t> memory;
+  std::vector<Byte> bytes;
+  std::vector<Fiber> fibers;
+  std::vector<Meeting> warps, groups;
+  std::vector<Warpgroup> warpgroups;
+  Meeting all;
+  int current = 0;
+  std::vector<int> ready;
+  std::mt19937 random;
+  jmp_buf scheduler;
+  ucontext_t home;
+  std::function<void()> body;
+  std::exception_ptr error;
+};
+
+inline Block* block = nullptr;
+
+inline Fiber& self() { return block->fibers[block->current]; }
+
+inline std::string who() {
+  return "thread " + std::to_string(block->current) + " of block " + std::to_string(block->x) + ", " + std::to_string(block->z);
+}
+
+inline void park() {
+  Fiber& fiber = self();
+  fiber.parked = true;
+  if (!_setjmp(fiber.at)) _longjmp(block->scheduler, 1);
+}
+
+inline void start() {
+  try {
+    block->body();
+  } catch (...) {
+    block->error = std::current_exception();
+  }
+  self().done = true;
+  _longjmp(block->scheduler, 1);
+}
+
+// `argument` joins those of the threads first .. first + count; `act` runs once, with all of them there.
+inline void meet(Meeting& meeting, const char* what, int first, int count, void* argument,
+                 const std::function<void(std::vector<void*>&)>& act) {
+  if (meeting.arrived == 0) {
+    meeting.what = what;
+    meeting.arguments.assign(count, nullptr);
+  }
+  if (meeting.what != what) throw Fault(who() + " is at " + what + ", others at " + meeting.what);
+  meeting.arguments[block->current - first] = argument;
+  if (++meeting.arrived < count) {
+    self().meeting = &meeting;
+    park();
+    return;
+  }
+  meeting.arrived = 0;
+  act(meeting.arguments);
+  for (int i = first; i < first + count; ++i) {
+    if (i != block->current) block->ready.push_back(i);
+  }
+  block->ready.push_back(block->current);
+  park();
+}
+
+inline void meet_warp(const char* what, void* argument, const std::function<void(std::vector<void*>&)>& act) {
+  const int warp = block->current / 32;
+  meet(block->warps[warp], what, warp * 32, 32, argument, act);
+}
+
+inline void meet_group(const char* what, void* argument, const std::function<void(std::vector<void*>&)>& act) {
+  const int group = block->current / 128;
+  if (group >= static_cast<int>(block->warpgroups.size())) throw Fault(who() + " belongs to no whole warpgroup");
+  meet(block->groups[group], what, group * 128, 128, argument, act);
+}
+
+[[noreturn]] inline void race(const char* what, uint32_t at, int other) {
+  throw Fault(who() + " " + what + " byte " + std::to_string(at) + " of shared memory, which thread " + std::to_string(other) +
+              " touches without a barrier in between");
+}
+
+inline void range(uint32_t at, int size, const char* what) {
+  if (at % size != 0 || at + size > block->memory.size()) {
+    throw Fault(who() + " " + what + " " + std::to_string(size) + " bytes at " + std::to_string(at) + " of " +
+                std::to_string(block->memory.size()) + " of shared memory: misaligned or beyond its end");
+  }
+}
+
+inline void on_read(uint32_t at, int size) {
+  for (uint32_t i = at; i < at + size; ++i) {
+    Byte& byte = block->bytes[i];
+    if (byte.pending) throw Fault(who() + " reads byte " + std::to_string(i) + " of shared memory before its copy has landed");
+    if (byte.writer < 0) throw Fault(who() + " reads byte " + std::to_string(i) + " of shared memory, which nobody has written");
+    if (byte.writer != block->current && byte.written >= self().barriers) race("reads", i, byte.writer);
+    if (byte.reader < 0 || byte.read < self().barriers) {
+      byte.reader = block->current;
+      byte.read = self().barriers;
+    } else if (byte.reader != block->current) {
+      byte.reader = -2;
+    }
+  }
+}
+
+inline void on_write(uint32_t at, int size) {
+  for (uint32_t i = at; i < at + size; ++i) {
+    Byte& byte = block->bytes[i];
+    if (byte.pending) throw Fault(who() + " writes byte " + std::to_string(i) + " of shared memory before its copy has landed");
+    if (byte.products > 0) throw Fault(who() + " writes byte " + std::to_string(i) + " of shared memory, which wgmma still reads");
+    const bool others_read = byte.reader != -1 && byte.reader != block->current;
+    if (others_read && byte.read >= self().barriers) race("writes", i, byte.reader);
+    if (byte.writer >= 0 && byte.writer != block->current && byte.written >= self().barriers) race("writes", i, byte.writer);
+    byte.writer = block->current;
+    byte.written = self().barriers;
+    byte.proxied = false;
+    self().unfenced.push_back(i);
+  }
+}
+
+inline void land(std::vector<Copy>& copies) {
+  for (Copy& copy : copies) {
+    for (int i = 0; i < copy.size; ++i) {
+      block->bytes[copy.to + i].pending = false;
+      block->bytes[copy.to + i].written = self().barriers;
+    }
+    std::memcpy(block->memory.data() + copy.to, copy.data.data(), copy.size);
+  }
+}
+
+// "Matrix Descriptor Format" and "Strides" of wgmma, K-major with the 128-byte swizzle (mode 1 in bits 62-63): rows of 128 bytes,
+// eight of them an atom, atoms `stride` bytes apart; of an address, bits 7-9 are added (xor) to bits 4-6. Bits 0-13 hold the
+// start and bits 32-45 the stride, both without their last four bits; bits 49-51 a base offset, 0 for atoms at multiples of 1024.
+inline std::vector<uint8_t> matrix(uint64_t descriptor, int rows) {
+  const uint32_t from = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) throw Fault("this emulator knows the 128-byte swizzle alone");
+  if (stride % 1024 != 0) throw Fault("a descriptor's stride is not whole atoms of 1024 bytes");
+  std::vector<uint8_t> bits(rows * 32);
+  for (int row = 0; row < rows; ++row) {
+    for (int byte = 0; byte < 32; ++byte) {
+      uint32_t at = from + row / 8 * stride + row % 8 * 128 + byte;
+      at ^= (at >> 7 & 7) << 4;
+      if (at >= block->memory.size()) throw Fault("a descriptor reaches beyond the shared memory");
+      bits[row * 32 + byte] = block->memory[at];
+    }
+  }
+  return bits;
+}
+
+inline void visit(uint64_t descriptor, int rows, const std::function<void(uint32_t, Byte&)>& see) {
+  const uint32_t from = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  for (int row = 0; row < rows; ++row) {
+    for (int byte = 0; byte < 32; ++byte) {
+      uint32_t at = from + row / 8 * stride + row % 8 * 128 + byte;
+      at ^= (at >> 7 & 7) << 4;
+      if (at >= block->memory.size()) throw Fault("a descriptor reaches beyond the shared memory");
+      see(at, block->bytes[at]);
+    }
+  }
+}
+
+inline int common_bits(const uint8_t* a, const uint8_t* b, int bytes) {
+  int count = 0;
+  for (int i = 0; i < bytes; ++i) count += __builtin_popcount(a[i] & b[i]);
+  return count;
+}
+
+// Runs `body` for every thread of every block.
+inline void launch(int64_t blocks, int slices, int threads, int shared, unsigned seed, const std::function<void()>& body) {
+  for (int64_t i = 0; i < blocks * slices; ++i) {
+    Block here;
+    here.threads = threads;
+    here.x = i % blocks;
+    here.z = static_cast<int>(i / blocks);
+    here.random.seed(seed + i);
+    here.memory.resize(shared);
+    for (uint8_t& byte : here.memory) byte = static_cast<uint8_t>(here.random());
+    here.bytes.resize(shared);
+    here.fibers.resize(threads);
+    here.warps.resize((threads + 31) / 32);
+    here.groups.resize(threads / 128);
+    here.warpgroups.resize(threads / 128);
+    for (Warpgroup& group : here.warpgroups) group.sums.resize(128), group.registers.resize(128);
+    here.body = body;
+    block = &here;
+    for (int t = 0; t < threads; ++t) {
+      here.fibers[t].stack.resize(1 << 16);
+      here.ready.push_back(t);
+    }
+    while (!here.ready.empty() && !here.error) {
+      const size_t next = here.random() % here.ready.size();
+      here.current = here.ready[next];
+      here.ready[next] = here.ready.back();
+      here.ready.pop_back();
+      Fiber& fiber = here.fibers[here.current];
+      if (!_setjmp(here.scheduler)) {
+        if (fiber.started) _longjmp(fiber.at, 1);
+        fiber.started = true;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        makecontext(&fiber.context, start, 0);
+        setcontext(&fiber.context);
+      }
+    }
+    if (here.error) std::rethrow_exception(here.error);
+    for (int t = 0; t < threads; ++t) {
+      block->current = t;
+      if (!here.fibers[t].done) throw Fault(who() + " waits for threads that have ended or stand elsewhere");
+      if (!here.fibers[t].issued.empty() || !here.fibers[t].groups.empty()) throw Fault(who() + " ends before its copies land");
+    }
+  }
+}
+
+}  // namespace emulator
+
+// --- the functions of primitives.h -----------------------------------------------------------------------------------
+
+inline int thread() { return emulator::block->current; }
+inline int threads() { return emulator::block->threads; }
+inline i64 block_x() { return emulator::block->x; }
+inline int block_z() { return emulator::block->z; }
+inline int popcount(u32 word) { return __builtin_popcount(word); }
+inline u32 shared_memory() { return 0; }
+
+inline void store_shared(u32 to, Int4 v) {
+  emulator::range(to, 16, "writes");
+  emulator::on_write(to, 16);
+  std::memcpy(emulator::block->memory.data() + to, &v, 16);
+}
+inline Int4 load_shared(u32 from) {
+  emulator::range(from, 16, "reads");
+  emulator::on_read(from, 16);
+  Int4 v;
+  std::memcpy(&v, emulator::block->memory.data() + from, 16);
+  return v;
+}
+inline void store_shared_int(u32 to, int v) {
+  emulator::range(to, 4, "writes");
+  emulator::on_write(to, 4);
+  std::memcpy(emulator::block->memory.data() + to, &v, 4);
+}
+inline int load_shared_int(u32 from) {
+  emulator::range(from, 4, "reads");
+  emulator::on_read(from, 4);
+  int v;
+  std::memcpy(&v, emulator::block->memory.data() + from, 4);
+  return v;
+}
+
+template <int kBytes>
+void copy_async(u32 to, const void* from, bool valid) {
+  using namespace emulator;
+  range(to, kBytes, "copies");
+  if (reinterpret_cast<uintptr_t>(from) % kBytes != 0) throw Fault(who() + " copies from a misaligned address");
+  on_write(to, kBytes);
+  Copy copy{to, kBytes, std::vector<uint8_t>(kBytes)};
+  if (valid) std::memcpy(copy.data.data(), from, kBytes);
+  for (int i = 0; i < kBytes; ++i) {
+    block->bytes[to + i].pending = true;
+    block->memory[to + i] = static_cast<uint8_t>(block->random());
+  }
+  self().issued.push_back(std::move(copy));
+}
+inline void copies_commit() {
+  emulator::self().groups.push_back(std::move(emulator::self().issued));
+  emulator::self().issued.clear();
+}
+template <int kLeft>
+void copies_landed() {
+  auto& groups = emulator::self().groups;
+  while (static_cast<int>(groups.size()) > kLeft) {
+    emulator::land(groups.front());
+    groups.erase(groups.begin());
+  }
+}
+inline void barrier() {
+  using namespace emulator;
+  meet(block->all, "barrier", 0, block->threads, nullptr, [](std::vector<void*>&) {
+    for (Fiber& fiber : block->fibers) ++fiber.barriers;
+  });
+}
+
+inline u32 ballot(bool bit) {
+  struct {
+    bool bit;
+    u32 result;
+  } mine{bit, 0};
+  emulator::meet_warp("ballot", &mine, [](std::vector<void*>& lanes) {
+    u32 word = 0;
+    for (int i = 0; i < 32; ++i) word |= static_cast<u32>(static_cast<decltype(mine)*>(lanes[i])->bit) << i;
+    for (void* lane : lanes) static_cast<decltype(mine)*>(lane)->result = word;
+  });
+  return mine.result;
+}
+inline int warp_sum(int v) {
+  int mine = v;
+  emulator::meet_warp("warp_sum", &mine, [](std::vector<void*>& lanes) {
+    int sum = 0;
+    for (void* lane : lanes) sum += *static_cast<int*>(lane);
+    for (void* lane : lanes) *static_cast<int*>(lane) = sum;
+  });
+  return mine;
+}
+
+// "ldmatrix", .x4 without .trans: threads 8i .. 8i+7 hold the addresses of the rows of matrix i, each of 16 bytes; register i of
+// thread t then holds the t % 4-th pair of 16-bit elements, hence the t % 4-th word, of row t / 4 of matrix i.
+inline void load_matrices(u32 (&r)[4], u32 from) {
+  struct {
+    u32 from;
+    u32* r;
+  } mine{from, r};
+  emulator::range(from, 16, "loads a matrix row of");
+  emulator::meet_warp("ldmatrix", &mine, [](std::vector<void*>& lanes) {
+    const int last = emulator::block->current;
+    for (int lane = 0; lane < 32; ++lane) {
+      emulator::block->current = last / 32 * 32 + lane;
+      for (int i = 0; i < 4; ++i) {
+        const u32 row = static_cast<decltype(mine)*>(lanes[i * 8 + lane / 4])->from + lane % 4 * 4;
+        emulator::on_read(row, 4);
+        std::memcpy(static_cast<decltype(mine)*>(lanes[lane])->r + i, emulator::block->memory.data() + row, 4);
+      }
+    }
+    emulator::block->current = last;
+  });
+}
+
+// "Matrix Fragments for mma.m16n8k256" with .b1: groupID = lane / 4, threadID_in_group = lane % 4. Of A's 128 bits of a thread
+// bit i stands at
+//   row = groupID (i < 32 or 64 <= i < 96), else groupID + 8;  column = threadID_in_group * 32 + i % 32, + 128 from i = 64 on;
+// of B's 64 bits at row = threadID_in_group * 32 + i % 32, + 128 from i = 32 on, column = groupID;
+// of C's four at row = groupID (i < 2), else groupID + 8; column = threadID_in_group * 2 + i % 2.
+inline void multiply_bits(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  struct {
+    int* d;
+    const u32* a;
+    u32 b[2];
+  } mine{d, a, {b0, b1}};
+  emulator::meet_warp("mma", &mine, [](std::vector<void*>& lanes) {
+    static uint8_t rows[16][32], columns[8][32];
+    std::memset(rows, 0, sizeof(rows));
+    std::memset(columns, 0, sizeof(columns));
+    const auto set = [](uint8_t* bits, int at) { bits[at / 8] |= 1 << at % 8; };
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto& of = *static_cast<decltype(mine)*>(lanes[lane]);
+      const int group = lane / 4, member = lane % 4;
+      for (int i = 0; i < 128; ++i) {
+        const int row = i < 32 || (64 <= i && i < 96) ? group : group + 8;
+        if (of.a[i / 32] >> i % 32 & 1) set(rows[row], member * 32 + i % 32 + (i < 64 ? 0 : 128));
+      }
+      for (int i = 0; i < 64; ++i) {
+        if (of.b[i / 32] >> i % 32 & 1) set(columns[group], member * 32 + i % 32 + (i < 32 ? 0 : 128));
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto& of = *static_cast<decltype(mine)*>(lanes[lane]);
+      for (int i = 0; i < 4; ++i) {
+        of.d[i] += emulator::common_bits(rows[lane / 4 + (i < 2 ? 0 : 8)], columns[lane % 4 * 2 + i % 2], 32);
+      }
+    }
+  });
+}
+
+inline void fence_shared() {
+  // of what is still on its way nothing is shown
+  std::erase_if(emulator::self().unfenced, [](uint32_t at) {
+    emulator::Byte& byte = emulator::block->bytes[at];
+    if (!byte.pending) byte.proxied = true;
+    return !byte.pending;
+  });
+}
+inline void group_fence() {
+  emulator::meet_group("wgmma.fence", nullptr, [](std::vector<void*>&) {
+    emulator::block->warpgroups[emulator::block->current / 128].fenced = true;
+  });
+}
+inline void group_commit() {
+  emulator::meet_group("wgmma.commit_group", nullptr, [](std::vector<void*>&) {
+    auto& group = emulator::block->warpgroups[emulator::block->current / 128];
+    group.committed.insert(group.committed.end(), group.issued.begin(), group.issued.end());
+    group.issued.clear();
+  });
+}
+
+// "Register Fragments", D of m64nNk256: of thread t of the warpgroup, element i stands at
+//   row = t / 32 * 16 + t % 32 / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + t % 4 * 2 + i % 2.
+template <int kCount>
+void multiply_bits_group(int (&d)[kCount], u64 a, u64 b) {
+  using namespace emulator;
+  struct {
+    int* d;
+    u64 a, b;
+  } mine{d, a, b};
+  meet_group("wgmma", &mine, [](std::vector<void*>& lanes) {
+    Warpgroup& group = block->warpgroups[block->current / 128];
+    if (!group.fenced) throw Fault("wgmma without a fence since its registers were written");
+    const auto& first = *static_cast<decltype(mine)*>(lanes[0]);
+    for (int i = 0; i < 128; ++i) {
+      const auto& of = *static_cast<decltype(mine)*>(lanes[i]);
+      if (of.a != first.a || of.b != first.b) throw Fault("the threads of a warpgroup name different descriptors");
+      if (group.registers[i] != of.d) {
+        if (group.registers[i] != nullptr) throw Fault("products into other registers before these were waited for");
+        group.registers[i] = of.d;
+        group.sums[i].assign(of.d, of.d + kCount);
+        for (int k = 0; k < kCount; ++k) of.d[k] = static_cast<int>(block->random());
+      }
+    }
+    const auto see = [](uint32_t at, Byte& byte) {
+      if (byte.pending || byte.writer < 0) throw Fault("wgmma reads byte " + std::to_string(at) + " before it is written");
+      if (!byte.proxied) throw Fault("wgmma reads byte " + std::to_string(at) + ", which no fence has shown to the async proxy");
+      if (byte.written >= self().barriers) race("reads (wgmma)", at, byte.writer);
+      ++byte.products;
+    };
+    visit(first.a, 64, see);
+    visit(first.b, kCount * 2, see);
+    group.issued.push_back({first.a, first.b});
+  });
+}
+template <int kCount>
+void group_done(int (&)[kCount]) {
+  using namespace emulator;
+  meet_group("wgmma.wait_group", nullptr, [](std::vector<void*>&) {
+    Warpgroup& group = block->warpgroups[block->current / 128];
+    if (!group.issued.empty()) throw Fault("wgmma is waited for before it is committed");
+    for (const Product& product : group.committed) {
+      const std::vector<uint8_t> a = matrix(product.a, 64), b = matrix(product.b, kCount * 2);
+      for (int t = 0; t < 128; ++t) {
+        for (int i = 0; i < kCount; ++i) {
+          const int row = t / 32 * 16 + t % 32 / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + t % 4 * 2 + i % 2;
+          group.sums[t][i] += common_bits(a.data() + row * 32, b.data() + column * 32, 32);
+        }
+      }
+      const auto has_read = [](uint32_t, Byte& byte) {
+        --byte.products;
+        byte.reader = -2;
+        byte.read = self().barriers;
+      };
+      visit(product.a, 64, has_read);
+      visit(product.b, kCount * 2, has_read);
+    }
+    for (int t = 0; t < 128; ++t) {
+      if (group.registers[t] != nullptr) std::memcpy(group.registers[t], group.sums[t].data(), kCount * sizeof(int));
+      group.registers[t] = nullptr;
+    }
+    group.committed.clear();
+    group.fenced = false;
+  });
+}
