@@ -35,7 +35,7 @@ planes_of_rows(const u8* codes, const int* index, u32* out, i64 rows, i64 positi
 // Slice z holds `together` samples, or the sample index[z]; a slice whose index is negative is left alone.
 // A warp turns 32 positions of one byte-aligned run of 8 / storage channels.
 KERNEL(kThreads)
-planes_of_columns(const u8* codes, const int* index, u32* out, i64 inside_words, i64 samples, i64 slices, i64 together, i64 positions,
+planes_of_columns(const u8* codes, const int* index, u32* out, i64 inside_words, i64 slices, i64 together, i64 positions,
                   i64 row_bytes, i64 storage, i64 planes, i64 channels, i64 words, i64 plane_words, i64 channel_words,
                   i64 tap_words, i64 slice_words, i64 taps, i64 kernel_width, i64 out_width, i64 in_height, i64 in_width,
                   i64 mul_y, i64 mul_x, i64 step_y, i64 step_x, i64 base_y, i64 base_x) {
@@ -50,7 +50,7 @@ planes_of_columns(const u8* codes, const int* index, u32* out, i64 inside_words,
   const i64 sample = index ? index[slice] : slice * together + k / positions;
   const i64 y = position / out_width * mul_y + tap / kernel_width * step_y + base_y;
   const i64 x = position % out_width * mul_x + tap % kernel_width * step_x + base_x;
-  const bool valid = k < together * positions && sample < samples && y >= 0 && y < in_height && x >= 0 && x < in_width;
+  const bool valid = k < together * positions && y >= 0 && y < in_height && x >= 0 && x < in_width;
   const u32 of_lane = valid ? codes[((sample * in_height + y) * in_width + x) * row_bytes + byte] : 0;
   const i64 at = tap * tap_words + slice * slice_words + word;
   const int lanes = static_cast<int>(8 / storage);

@@ -151,9 +151,10 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
             f"the backend 'cuda'; take a smaller batch or the backend 'reference'"
         )
     grad = g.scale.new_zeros((outputs, taps, channels))
-    if not (grad.numel() and n * size):
+    if not grad.numel() or (by_sample and n == 0):
         return grad
     slices, together = (n, 1) if by_sample else (1, n)
+    cut = (slices, together, size)
     words = plan.words_of(together * size, whole=True)
     samples = index if axes == "N" else None
     if axes in ("C", "NC"):  # each channel's codes lie side by side already
@@ -161,11 +162,9 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
         planes = _planes_of_codes(g.codes, g.format, rows, 1, index if axes == "C" else None, together * size, words)
         a = _Bits(planes.data, planes.planes, outputs, slices * words)
     else:
-        a = _planes_of_columns(g, outputs, _Window.row(size), (slices, together, size), samples, words, 0, slices * words)
+        a = _planes_of_columns(g, outputs, _Window.row(size), cut, samples, words, 0, slices * words)
     window = _Window.forward(geometry or _column(size))
-    b = _planes_of_columns(
-        x, channels, window, (slices, together, size), samples, words, channels * slices * words, slices * words, inside=True
-    )
+    b = _planes_of_columns(x, channels, window, cut, samples, words, channels * slices * words, slices * words, inside=True)
     _multiply_slices(a, b, g, x, index, words // 4, grad)
     return grad
 
@@ -223,7 +222,7 @@ def _planes_of_columns(
     codes = q.codes.contiguous()
     row_bytes = codes.shape[-1]
     arguments = [
-        codes, index, planes, rows * row_words if inside else -1, slices * together, slices, together, positions, row_bytes,
+        codes, index, planes, rows * row_words if inside else -1, slices, together, max(1, positions), row_bytes,
         q.format.storage_bits, q.format.bits, channels, words, planes.shape[1] * row_words, row_words, tap_words, words,
         window.taps, window.kernel_width, window.out_width, window.height, window.width, *window.mul, *window.step, *window.base,
     ]  # fmt: skip

@@ -10,6 +10,7 @@
 //   byte without a barrier in between, one of them writing, are a race.
 #pragma once
 
+#include <array>
 #include <csetjmp>
 #include <cstdint>
 #include <cstdio>
@@ -48,18 +49,16 @@ struct Copy {
 struct Fiber {
   ucontext_t context;
   jmp_buf at;
-  std::vector<char> stack;
-  bool started = false, done = false, parked = false;
+  bool started = false, done = false;
   int barriers = 0;
   std::vector<Copy> issued;               // not committed
   std::vector<std::vector<Copy>> groups;  // committed, not waited for
   std::vector<uint32_t> unfenced;
-  const void* meeting = nullptr;  // what it waits for the others with
 };
 
 // An instruction that several threads execute together: each brings an argument, the last one acts for all.
 struct Meeting {
-  std::string what;
+  const char* what = "";
   std::vector<void*> arguments;
   int arrived = 0;
 };
@@ -89,12 +88,14 @@ struct Block {
   std::vector<int> ready;
   std::mt19937 random;
   jmp_buf scheduler;
-  ucontext_t home;
   std::function<void()> body;
   std::exception_ptr error;
 };
 
 inline Block* block = nullptr;
+
+constexpr size_t kStack = 1 << 16;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // of a block's threads, kept from block to block
 
 inline Fiber& self() { return block->fibers[block->current]; }
 
@@ -103,9 +104,7 @@ inline std::string who() {
 }
 
 inline void park() {
-  Fiber& fiber = self();
-  fiber.parked = true;
-  if (!_setjmp(fiber.at)) _longjmp(block->scheduler, 1);
+  if (!_setjmp(self().at)) _longjmp(block->scheduler, 1);
 }
 
 inline void start() {
@@ -125,10 +124,9 @@ inline void meet(Meeting& meeting, const char* what, int first, int count, void*
     meeting.what = what;
     meeting.arguments.assign(count, nullptr);
   }
-  if (meeting.what != what) throw Fault(who() + " is at " + what + ", others at " + meeting.what);
+  if (std::strcmp(meeting.what, what) != 0) throw Fault(who() + " is at " + what + ", others at " + meeting.what);
   meeting.arguments[block->current - first] = argument;
   if (++meeting.arrived < count) {
-    self().meeting = &meeting;
     park();
     return;
   }
@@ -207,37 +205,34 @@ inline void land(std::vector<Copy>& copies) {
 // "Matrix Descriptor Format" and "Strides" of wgmma, K-major with the 128-byte swizzle (mode 1 in bits 62-63): rows of 128 bytes,
 // eight of them an atom, atoms `stride` bytes apart; of an address, bits 7-9 are added (xor) to bits 4-6. Bits 0-13 hold the
 // start and bits 32-45 the stride, both without their last four bits; bits 49-51 a base offset, 0 for atoms at multiples of 1024.
-inline std::vector<uint8_t> matrix(uint64_t descriptor, int rows) {
+inline void visit(uint64_t descriptor, int rows, const std::function<void(int, int, uint32_t)>& see) {
   const uint32_t from = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
   if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) throw Fault("this emulator knows the 128-byte swizzle alone");
   if (stride % 1024 != 0) throw Fault("a descriptor's stride is not whole atoms of 1024 bytes");
-  std::vector<uint8_t> bits(rows * 32);
   for (int row = 0; row < rows; ++row) {
     for (int byte = 0; byte < 32; ++byte) {
       uint32_t at = from + row / 8 * stride + row % 8 * 128 + byte;
       at ^= (at >> 7 & 7) << 4;
       if (at >= block->memory.size()) throw Fault("a descriptor reaches beyond the shared memory");
-      bits[row * 32 + byte] = block->memory[at];
+      see(row, byte, at);
     }
   }
+}
+
+using Bits = std::vector<std::array<uint64_t, 4>>;  // rows of 256 bits
+
+inline Bits matrix(uint64_t descriptor, int rows) {
+  Bits bits(rows);
+  visit(descriptor, rows, [&](int row, int byte, uint32_t at) {
+    reinterpret_cast<uint8_t*>(bits[row].data())[byte] = block->memory[at];
+  });
   return bits;
 }
 
-inline void visit(uint64_t descriptor, int rows, const std::function<void(uint32_t, Byte&)>& see) {
-  const uint32_t from = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  for (int row = 0; row < rows; ++row) {
-    for (int byte = 0; byte < 32; ++byte) {
-      uint32_t at = from + row / 8 * stride + row % 8 * 128 + byte;
-      at ^= (at >> 7 & 7) << 4;
-      if (at >= block->memory.size()) throw Fault("a descriptor reaches beyond the shared memory");
-      see(at, block->bytes[at]);
-    }
-  }
-}
-
-inline int common_bits(const uint8_t* a, const uint8_t* b, int bytes) {
+// Of 256 bits.
+inline int common_bits(const uint64_t* a, const uint64_t* b) {
   int count = 0;
-  for (int i = 0; i < bytes; ++i) count += __builtin_popcount(a[i] & b[i]);
+  for (int i = 0; i < 4; ++i) count += __builtin_popcountll(a[i] & b[i]);
   return count;
 }
 
@@ -259,10 +254,8 @@ inline void launch(int64_t blocks, int slices, int threads, int shared, unsigned
     for (Warpgroup& group : here.warpgroups) group.sums.resize(128), group.registers.resize(128);
     here.body = body;
     block = &here;
-    for (int t = 0; t < threads; ++t) {
-      here.fibers[t].stack.resize(1 << 16);
-      here.ready.push_back(t);
-    }
+    while (static_cast<int>(stacks.size()) < threads) stacks.push_back(std::make_unique_for_overwrite<char[]>(kStack));
+    for (int t = 0; t < threads; ++t) here.ready.push_back(t);
     while (!here.ready.empty() && !here.error) {
       const size_t next = here.random() % here.ready.size();
       here.current = here.ready[next];
@@ -273,8 +266,8 @@ inline void launch(int64_t blocks, int slices, int threads, int shared, unsigned
         if (fiber.started) _longjmp(fiber.at, 1);
         fiber.started = true;
         getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_stack.ss_sp = stacks[here.current].get();
+        fiber.context.uc_stack.ss_size = kStack;
         makecontext(&fiber.context, start, 0);
         setcontext(&fiber.context);
       }
@@ -406,6 +399,7 @@ inline void load_matrices(u32 (&r)[4], u32 from) {
 //   row = groupID (i < 32 or 64 <= i < 96), else groupID + 8;  column = threadID_in_group * 32 + i % 32, + 128 from i = 64 on;
 // of B's 64 bits at row = threadID_in_group * 32 + i % 32, + 128 from i = 32 on, column = groupID;
 // of C's four at row = groupID (i < 2), else groupID + 8; column = threadID_in_group * 2 + i % 2.
+// A register's 32 bits stand side by side, so a register is placed by its first.
 inline void multiply_bits(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   struct {
     int* d;
@@ -413,25 +407,21 @@ inline void multiply_bits(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     u32 b[2];
   } mine{d, a, {b0, b1}};
   emulator::meet_warp("mma", &mine, [](std::vector<void*>& lanes) {
-    static uint8_t rows[16][32], columns[8][32];
-    std::memset(rows, 0, sizeof(rows));
-    std::memset(columns, 0, sizeof(columns));
-    const auto set = [](uint8_t* bits, int at) { bits[at / 8] |= 1 << at % 8; };
+    static uint64_t rows[16][4], columns[8][4];
+    const auto put = [](uint64_t* bits, int at, u32 word) { std::memcpy(reinterpret_cast<u8*>(bits) + at / 8, &word, 4); };
     for (int lane = 0; lane < 32; ++lane) {
       const auto& of = *static_cast<decltype(mine)*>(lanes[lane]);
       const int group = lane / 4, member = lane % 4;
-      for (int i = 0; i < 128; ++i) {
+      for (int i = 0; i < 128; i += 32) {
         const int row = i < 32 || (64 <= i && i < 96) ? group : group + 8;
-        if (of.a[i / 32] >> i % 32 & 1) set(rows[row], member * 32 + i % 32 + (i < 64 ? 0 : 128));
+        put(rows[row], member * 32 + i % 32 + (i < 64 ? 0 : 128), of.a[i / 32]);
       }
-      for (int i = 0; i < 64; ++i) {
-        if (of.b[i / 32] >> i % 32 & 1) set(columns[group], member * 32 + i % 32 + (i < 32 ? 0 : 128));
-      }
+      for (int i = 0; i < 64; i += 32) put(columns[group], member * 32 + i % 32 + (i < 32 ? 0 : 128), of.b[i / 32]);
     }
     for (int lane = 0; lane < 32; ++lane) {
       const auto& of = *static_cast<decltype(mine)*>(lanes[lane]);
       for (int i = 0; i < 4; ++i) {
-        of.d[i] += emulator::common_bits(rows[lane / 4 + (i < 2 ? 0 : 8)], columns[lane % 4 * 2 + i % 2], 32);
+        of.d[i] += emulator::common_bits(rows[lane / 4 + (i < 2 ? 0 : 8)], columns[lane % 4 * 2 + i % 2]);
       }
     }
   });
@@ -481,7 +471,8 @@ void multiply_bits_group(int (&d)[kCount], u64 a, u64 b) {
         for (int k = 0; k < kCount; ++k) of.d[k] = static_cast<int>(block->random());
       }
     }
-    const auto see = [](uint32_t at, Byte& byte) {
+    const auto see = [](int, int, uint32_t at) {
+      Byte& byte = block->bytes[at];
       if (byte.pending || byte.writer < 0) throw Fault("wgmma reads byte " + std::to_string(at) + " before it is written");
       if (!byte.proxied) throw Fault("wgmma reads byte " + std::to_string(at) + ", which no fence has shown to the async proxy");
       if (byte.written >= self().barriers) race("reads (wgmma)", at, byte.writer);
@@ -499,14 +490,15 @@ void group_done(int (&)[kCount]) {
     Warpgroup& group = block->warpgroups[block->current / 128];
     if (!group.issued.empty()) throw Fault("wgmma is waited for before it is committed");
     for (const Product& product : group.committed) {
-      const std::vector<uint8_t> a = matrix(product.a, 64), b = matrix(product.b, kCount * 2);
+      const Bits a = matrix(product.a, 64), b = matrix(product.b, kCount * 2);
       for (int t = 0; t < 128; ++t) {
         for (int i = 0; i < kCount; ++i) {
           const int row = t / 32 * 16 + t % 32 / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + t % 4 * 2 + i % 2;
-          group.sums[t][i] += common_bits(a.data() + row * 32, b.data() + column * 32, 32);
+          group.sums[t][i] += common_bits(a[row].data(), b[column].data());
         }
       }
-      const auto has_read = [](uint32_t, Byte& byte) {
+      const auto has_read = [](int, int, uint32_t at) {
+        Byte& byte = block->bytes[at];
         --byte.products;
         byte.reader = -2;
         byte.read = self().barriers;

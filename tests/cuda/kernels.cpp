@@ -80,7 +80,10 @@ class Guarded {
     whole_ = inner_ + 2 * page;
     base_ = static_cast<uint8_t*>(mmap(nullptr, whole_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     mprotect(base_ + page, inner_, PROT_READ | PROT_WRITE);
-    for (size_t i = 0; i < inner_; ++i) base_[page + i] = static_cast<uint8_t>(random());
+    for (size_t i = 0; i < inner_; i += 4) {
+      const uint32_t noise = random();
+      std::memcpy(base_ + page + i, &noise, 4);
+    }
     data = base_ + page + (inner_ - size) / 16 * 16;
     std::memcpy(data, tensor, size);
   }
