@@ -19,7 +19,9 @@ DEVICE void gemm(const Product& p) {
   const int lane = thread() % 32, warp = thread() / 32, tiles = p.planes * w.depth;
   const int first_row = warp / 2 * kWarp, first_column = warp % 2 * kWarp;
   const auto load = [&](int tile) {
-    if (tile < tiles) load_tile<kM, kN, kStages, kUnit>(p, w, memory, tile % kStages, p.planes - 1 - tile / w.depth, tile % w.depth);
+    if (tile < tiles) {
+      load_tile<kM, kN, kStages, kUnit>(p, w, memory, tile % kStages, p.planes - 1 - tile / w.depth, tile % w.depth);
+    }
     copies_commit();  // an empty group where there is nothing left, so that groups can be counted
   };
   for (int tile = 0; tile < kStages - 1; ++tile) load(tile);

@@ -3,9 +3,11 @@
 // While the tensor cores work on one tile, the copies of a later one are asked for. Planes as in gemm_mma.cu.
 #include "tiles.h"
 
-// "Matrix Descriptor Format": start / 16, stride between groups of eight rows / 16 from bit 32 on, 128-byte swizzle. The leading
-// dimension's offset is not used by a K-major operand that is no wider than the swizzle.
-DEVICE u64 descriptor(u32 start) { return (start & 0x3ffff) >> 4 | 1ull << 16 | static_cast<u64>(8 * kRowBytes >> 4) << 32 | 1ull << 62; }
+// "Matrix Descriptor Format": start / 16, from bit 32 on the stride between groups of eight rows / 16, 128-byte swizzle. The
+// leading dimension's offset is not used by a K-major operand that is no wider than the swizzle.
+DEVICE u64 descriptor(u32 start) {
+  return (start & 0x3ffff) >> 4 | 1ull << 16 | static_cast<u64>(8 * kRowBytes >> 4) << 32 | 1ull << 62;
+}
 
 template <int kM, int kN, int kStages, int kUnit>
 DEVICE void gemm(const Product& p) {
@@ -19,7 +21,9 @@ DEVICE void gemm(const Product& p) {
 
   const int group = thread() / 128, tiles = p.planes * w.depth;
   const auto load = [&](int tile) {
-    if (tile < tiles) load_tile<kM, kN, kStages, kUnit>(p, w, memory, tile % kStages, p.planes - 1 - tile / w.depth, tile % w.depth);
+    if (tile < tiles) {
+      load_tile<kM, kN, kStages, kUnit>(p, w, memory, tile % kStages, p.planes - 1 - tile / w.depth, tile % w.depth);
+    }
     copies_commit();
   };
   for (int tile = 0; tile < kStages - 1; ++tile) load(tile);
@@ -38,7 +42,8 @@ DEVICE void gemm(const Product& p) {
     const int steps = steps_of<kUnit>(w, tile % w.depth);
     group_fence();
     for (int step = 0; step < steps; ++step) {
-      multiply_bits_group(d, descriptor(a_tile + group * 64 * kRowBytes + step * kStepBytes), descriptor(b_tile + step * kStepBytes));
+      const u32 at = step * kStepBytes;
+      multiply_bits_group(d, descriptor(a_tile + group * 64 * kRowBytes + at), descriptor(b_tile + at));
     }
     group_commit();
     load(tile + kStages - 1);

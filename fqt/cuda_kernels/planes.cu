@@ -29,11 +29,11 @@ planes_of_rows(const u8* codes, const int* index, u32* out, i64 rows, i64 positi
 
 // Columns of codes, turned round: the bits of a channel over positions (and samples, or the samples of a slice) side by side.
 //
-// Codes (samples, in_height * in_width, row_bytes), channels packed; for every tap of a window the pixel that each of `positions`
-// outputs meets, as in tiles.h. out (planes, ...) at channel * channel_words + tap * tap_words + slice * slice_words + word; and,
-// unless inside_words is negative, at inside_words + tap * channel_words + ...: whether the pixel is in the image.
-// Slice z holds `together` samples, or the sample index[z]; a slice whose index is negative is left alone.
-// A warp turns 32 positions of one byte-aligned run of 8 / storage channels.
+// Codes (samples, in_height * in_width, row_bytes), channels packed; for every tap of a window the pixel that each of
+// `positions` outputs meets, as in tiles.h. out (planes, ...) at channel * channel_words + tap * tap_words + slice *
+// slice_words + word; and, unless inside_words is negative, at inside_words + tap * channel_words + ...: whether the pixel is
+// in the image. Slice z holds `together` samples, or the sample index[z]; a slice whose index is negative is left alone. A warp
+// turns 32 positions of one byte-aligned run of 8 / storage channels.
 KERNEL(kThreads)
 planes_of_columns(const u8* codes, const int* index, u32* out, i64 inside_words, i64 slices, i64 together, i64 positions,
                   i64 row_bytes, i64 storage, i64 planes, i64 channels, i64 words, i64 plane_words, i64 channel_words,
@@ -67,7 +67,8 @@ planes_of_columns(const u8* codes, const int* index, u32* out, i64 inside_words,
   }
 }
 
-// sums[slice][row] = sum over planes j of 2^j * the bits set in words [slice * slice_words, + slice_words) of a row. One warp each.
+// sums[slice][row] = sum over planes j of 2^j * the bits set in words [slice * slice_words, + slice_words) of a row. One warp
+// each.
 KERNEL(kThreads)
 sums_of_rows(const u32* bits, int* sums, i64 rows, i64 planes, i64 slices, i64 row_words, i64 slice_words) {
   const i64 warp = block_x() * (kThreads / 32) + thread() / 32, row = warp / slices, slice = warp % slices;

@@ -1,7 +1,8 @@
-// What the kernels ask of the machine: PTX on a device (compiled by NVRTC), tests/cuda/emulator.h under the same names on a host.
+// What the kernels ask of the machine: PTX on a device (compiled by NVRTC), tests/cuda/instructions.h under the same names on a
+// host.
 //
-// Sections of the PTX ISA manual are named where a layout is relied on. Shared memory is addressed by 32-bit offsets and reached
-// through these functions alone, so that the emulator sees every access.
+// Sections of the PTX ISA manual are named where a layout is relied on. Shared memory is addressed by 32-bit offsets and
+// reached through these functions alone, so that the emulator sees every access.
 #pragma once
 
 typedef unsigned char u8;
@@ -14,11 +15,11 @@ struct alignas(16) Int4 {
 };
 
 #ifndef __CUDACC_RTC__
-#include "emulator.h"
+#include "instructions.h"
 #else
 
 #define DEVICE __device__ __forceinline__
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int threads() { return blockDim.x; }
@@ -80,7 +81,8 @@ DEVICE void load_matrices(u32 (&r)[4], u32 from) {
 // d (16 x 8) += popcount(a & b), a of 16 x 256 bits, b of 256 x 8 ("Matrix fragments for mma.m16n8k256").
 DEVICE void multiply_bits(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

@@ -31,7 +31,8 @@ def refuses(operator: str, formats: tuple[Format, ...], geometry: Geometry | Non
     signs = a.grid == "sign" and operator in ("output", "accumulate")
     if b.grid != "sign" or not (codes or signs):
         kinds = {"output": "signs or unsigned codes of 1 to 8 bits", "accumulate": "signs"}
-        return f"the kernel multiplies {kinds.get(operator, 'unsigned codes of 1 to 8 bits')} by signs, not {a.name} by {b.name}"
+        kind = kinds.get(operator, "unsigned codes of 1 to 8 bits")
+        return f"the kernel multiplies {kind} by signs, not {a.name} by {b.name}"
     a_axes = ("", "N", "C", "NC") if operator == "grad_weight" else ("", "N") if geometry else ("", "N", "NP")
     if a.axes not in a_axes or b.axes not in (("", "O") if operator in ("output", "accumulate") else ("",)):
         return f"scales {a.axes!r} of {left} and {b.axes!r} of {right} vary along the summed axes"
@@ -92,6 +93,10 @@ class _Window:
     def row(positions: int) -> _Window:
         """Positions as they lie: no window."""
         return _Window(1, positions, 1, (1, 1), (0, 0), (0, 0))
+
+    def image(self) -> tuple[int, ...]:
+        """What kernels are told of it, but for its taps and `div`."""
+        return self.out_width, self.height, self.width, *self.mul, *self.step, *self.base
 
 
 def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
@@ -179,7 +184,7 @@ def _blocks(threads: int) -> int:
 
 
 def _planes_of_rows(q: QTensor, samples: int, positions: int, index: Tensor | None, words: int) -> _Bits:
-    """Every (sample, position) of codes that are packed along their channels; of kept samples alone, where there is an index."""
+    """Every (sample, position) of codes that are packed along their channels; with an index, of kept samples alone."""
     rows = samples * positions
     bytes_as_words = q.codes.shape[-1] == words * 4 and q.codes.data_ptr() % 16 == 0
     if q.format.bits == 1 and index is None and q.codes.is_contiguous() and bytes_as_words:
@@ -224,7 +229,7 @@ def _planes_of_columns(
     arguments = [
         codes, index, planes, rows * row_words if inside else -1, slices, together, max(1, positions), row_bytes,
         q.format.storage_bits, q.format.bits, channels, words, planes.shape[1] * row_words, row_words, tap_words, words,
-        window.taps, window.kernel_width, window.out_width, window.height, window.width, *window.mul, *window.step, *window.base,
+        window.taps, window.kernel_width, *window.image(),
     ]  # fmt: skip
     runtime.launch(_COLUMNS, _blocks(window.taps * row_bytes * slices * words * 32), 1, arguments)
     return _Bits(planes, q.format.bits, planes.shape[1], row_words)
@@ -251,17 +256,17 @@ def _multiply(
     integers = y.dtype == torch.int16
     units = b.words * 4 // unit
     arguments = [
-        a.data, b.data, a.sums(), b.sums(window.taps), index, None, None if integers else y, y if integers else None, left.scale,
-        left.offset, right.scale, bias, mask, a.planes, a.plane_bytes, int(left.format.grid == "sign"), n * positions, positions,
-        columns, a.words * 4, b.words * 4, units, units, 0, units // window.taps, channels, window.kernel_width, window.taps,
-        window.out_width, window.height, window.width, *window.mul, *window.step, *window.base, *window.div, scale_sample,
-        scale_position, int(right.format.axes == "O"), -(-columns // tile.columns),
+        a.data, b.data, a.sums(), b.sums(window.taps), index, None, *((None, y) if integers else (y, None)),
+        left.scale, left.offset, right.scale, bias, mask, a.planes, a.plane_bytes, int(left.format.grid == "sign"),
+        n * positions, positions, columns, a.words * 4, b.words * 4, units, units, 0, units // window.taps, channels,
+        window.kernel_width, window.taps, *window.image(), *window.div, scale_sample, scale_position,
+        int(right.format.axes == "O"), -(-columns // tile.columns),
     ]  # fmt: skip
     runtime.launch(runtime.gemm(tile, unit), tile.blocks(n * positions, columns) if y.numel() else 0, 1, arguments)
 
 
 def _multiply_slices(a: _Bits, b: _Bits, g: QTensor, x: QTensor, index: Tensor | None, sample_units: int, grad: Tensor) -> None:
-    """`grad_weight`: integers of slices of the sum, then the float part. sample_units: 16 bytes each, of a slice with a scale."""
+    """`grad_weight`: integers of slices of the sum, then the float part. sample_units: of 16 bytes, in a sample's slice."""
     outputs, taps, channels = grad.shape
     by_sample, units = "N" in g.format.axes, a.words // 4
     device, slots = runtime.of(grad), g.shape[0] if by_sample else 1
@@ -281,9 +286,9 @@ def _multiply_slices(a: _Bits, b: _Bits, g: QTensor, x: QTensor, index: Tensor |
         a_part, b_part = (bits.data.flatten()[first * length * 4 :] for bits in (a, b))
         part = kept if samples is None else samples[first:]
         arguments = [
-            a_part, b_part, None, None, part, partial, None, None, None, None, None, None, None, a.planes, a.plane_bytes, 0,
-            outputs, 1, b.rows, a.words * 4, b.words * 4, min(count * length, units), length, int(by_sample), units, 0, 1, 1, 1,
-            1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, -(-b.rows // tile.columns),
+            a_part, b_part, None, None, part, partial, *[None] * 7, a.planes, a.plane_bytes, 0,
+            outputs, 1, b.rows, a.words * 4, b.words * 4, min(count * length, units), length, int(by_sample), units, 0,
+            1, 1, *_Window.row(1).image(), 1, 1, 0, 0, 0, -(-b.rows // tile.columns),
         ]  # fmt: skip
         runtime.launch(runtime.gemm(tile, 16), tile.blocks(outputs, b.rows), count, arguments)
         arguments = [

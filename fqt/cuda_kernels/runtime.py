@@ -72,7 +72,7 @@ def refuses() -> str | None:
 @functools.cache
 def _installed() -> bool:
     try:
-        return importlib.util.find_spec("cuda.core") is not None
+        return all(importlib.util.find_spec(name) is not None for name in ("cuda.core", "cuda.bindings"))
     except ModuleNotFoundError:  # no package of NVIDIA's at all
         return False
 
@@ -100,7 +100,6 @@ def cubin(kernel: Kernel, architecture: str) -> bytes:
         RuntimeError: NVRTC refused the source; its log is in the text.
     """
     from cuda.bindings import nvrtc
-    from cuda.core import Program, ProgramOptions
 
     headers = [(_SOURCES / name).read_text() for name in ("primitives.h", "tiles.h")]
     version = nvrtc.nvrtcVersion()[1:]
@@ -108,10 +107,10 @@ def cubin(kernel: Kernel, architecture: str) -> bytes:
     path = cache() / f"{kernel.file}-{architecture}-{digest}.cubin"
     if path.exists():
         return path.read_bytes()
+    from cuda.core import Program, ProgramOptions
+
     # floats must round as the reference's: no fused multiply-add
-    options = ProgramOptions(
-        name=f"{kernel.file}.cu", arch=architecture, fma=False, std="c++20", include_path=[str(_SOURCES)]
-    )
+    options = ProgramOptions(name=f"{kernel.file}.cu", arch=architecture, fma=False, std="c++20", include_path=[str(_SOURCES)])
     code = bytes(Program(kernel.source, "c++", options).compile("cubin").code)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # another process may be at it too

@@ -1,8 +1,9 @@
 // What the bit products share: their arguments, how a tile of an operand gets to shared memory, and how sums become floats.
 //
 // A product is S[m][n] = sum over planes j of 2^j * popcount(A_j[m] & B[n]). Row m of A is a window of an image of bits, read
-// where it lies (implicit GEMM; a matrix is an image of width 1 under a 1x1 window); row n of B lies side by side. Both operands'
-// rows are cut into units of 4, 8 or 16 bytes, none of which crosses a tap. Outside the image bits are 0, in S and in the sums.
+// where it lies (implicit GEMM; a matrix is an image of width 1 under a 1x1 window); row n of B lies side by side. Both
+// operands' rows are cut into units of 4, 8 or 16 bytes, none of which crosses a tap. Outside the image bits are 0, in S and in
+// the sums.
 //
 // With a the codes of A's row, w = +-1 those of B's, pa and pw their sums as bits and K the terms, all inside the image:
 //   a = +-1:   sum of a * w = K + 4 S - 2 pa - 2 pw
@@ -37,7 +38,7 @@ struct Product {
 };
 
 // Kernels take numbers of 64 bits, whatever their meaning: so they are passed.
-#define PRODUCT_ARGUMENTS                                                                                                       \
+#define PRODUCT_ARGUMENTS                                                                                                     \
   const u8 *a, const u8 *b, const int *a_sums, const int *b_sums, const int *index, int *partial, float *y, short *sums,      \
       const float *scale, const float *offset, const float *column_scale, const float *bias, const u8 *mask, i64 planes,      \
       i64 plane_bytes, i64 is_sign, i64 rows, i64 positions, i64 columns, i64 a_pitch, i64 b_pitch, i64 units,                \

@@ -6,9 +6,9 @@
 
 constexpr int kThreads = 256;
 
-// partial (slices, slots, taps * channels + taps), x_sums (slices or 1, taps * channels + taps) -> grad (outputs, taps * channels).
-// channel_index, sample_index: which output channel a slot, which sample a slice is; null: the same number.
-// add: to what grad holds, sample by sample; else grad is written.
+// partial (slices, slots, taps * channels + taps), x_sums (slices or 1, taps * channels + taps) -> grad (outputs, taps *
+// channels). channel_index, sample_index: which output channel a slot, which sample a slice is; null: the same number. add: to
+// what grad holds, sample by sample; else grad is written.
 KERNEL(kThreads)
 finish_weight(const int* partial, const int* x_sums, const int* channel_index, const int* sample_index, const float* scale,
               const float* offset, const float* x_scale, float* grad, i64 slices, i64 first_sample, i64 slots, i64 taps,

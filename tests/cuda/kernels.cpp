@@ -58,7 +58,8 @@ Entry entry(void (*kernel)(T...)) {
     })                                                                                               \
   }
 #define INSTANCES(family, rows, columns, stages)                                                     \
-  INSTANCE(family, rows, columns, stages, 4), INSTANCE(family, rows, columns, stages, 8), INSTANCE(family, rows, columns, stages, 16)
+  INSTANCE(family, rows, columns, stages, 4), INSTANCE(family, rows, columns, stages, 8),            \
+      INSTANCE(family, rows, columns, stages, 16)
 
 const std::map<std::string, Entry> kKernels = {
     INSTANCES(gemm_mma, 64, 64, 4),
@@ -101,9 +102,12 @@ class Guarded {
 
 }  // namespace
 
+// Instructions of the tensor cores that the last kernel needed.
+extern "C" i64 instructions() { return emulator::instructions; }
+
 // sizes[i]: bytes of the tensor that argument i points to, -1 where it is a number or null. Returns "" or what went wrong.
-extern "C" const char* run(const char* name, i64 blocks, int slices, int threads, int shared, const i64* arguments, const i64* sizes,
-                           int count, unsigned seed) {
+extern "C" const char* run(const char* name, i64 blocks, int slices, int threads, int shared, const i64* arguments,
+                           const i64* sizes, int count, unsigned seed) {
   static std::string said;
   said.clear();
   const auto kernel = kKernels.find(name);

@@ -29,19 +29,24 @@ def build(source: Path, library: Path) -> ctypes.CDLL:
 
 
 class Emulator:
-    """`launch` and the GPU's properties, as products.py asks for them. `launched`: the kernels that ran."""
+    """`launch` and the GPU's properties, as products.py asks for them.
+
+    Attributes:
+        launched: (kernel, blocks, slices, instructions of the tensor cores) of each launch.
+    """
 
     def __init__(self, library: ctypes.CDLL, seed: int):
         self.run = library.run
         self.run.restype = ctypes.c_char_p
+        self.instructions = library.instructions
+        self.instructions.restype = ctypes.c_int64
         self.seed = seed
         self.device = plan.Device((8, 0), 1, 232_448)
-        self.launched: list[runtime.Kernel] = []
+        self.launched: list[tuple[runtime.Kernel, int, int, int]] = []
 
     def launch(self, kernel: runtime.Kernel, blocks: int, slices: int, arguments: Sequence[runtime.Argument]) -> None:
         if blocks * slices == 0:
             return
-        self.launched.append(kernel)
         name = f"{kernel.file} {' '.join(map(str, kernel.instance))}" if kernel.instance else kernel.name
         numbers = ctypes.c_int64 * len(arguments)
         passed = numbers(*(runtime._passed(argument) for argument in arguments))
@@ -53,3 +58,4 @@ class Emulator:
         )  # fmt: skip
         if error:
             raise AssertionError(f"{name}: {error.decode()}")
+        self.launched.append((kernel, blocks, slices, self.instructions()))
