@@ -6,6 +6,7 @@ the table of kernels refuse with the remedy.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -159,11 +160,11 @@ def launch(kernel: Kernel, blocks: int, slices: int, arguments: Sequence[Argumen
         # torch's default stream is the handle 0, which CUDA also knows as 1 (CU_STREAM_LEGACY)
         stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream or 1)
         config = LaunchConfig(grid=(blocks, 1, slices), block=kernel.threads, shmem_size=kernel.shared)
-        launch_on(stream, config, function, *map(_passed, arguments))
+        launch_on(stream, config, function, *(ctypes.c_int64(passed(argument)) for argument in arguments))
 
 
-def _passed(argument: Argument) -> int:
-    """All of 64 bits: cuda.core passes a Python integer as an address."""
+def passed(argument: Argument) -> int:
+    """The 64 bits that a kernel gets of an argument: an address or a number."""
     if isinstance(argument, Tensor):
         return argument.data_ptr()
     return 0 if argument is None else argument

@@ -49,7 +49,7 @@ class Emulator:
             return
         name = f"{kernel.file} {' '.join(map(str, kernel.instance))}" if kernel.instance else kernel.name
         numbers = ctypes.c_int64 * len(arguments)
-        passed = numbers(*(runtime._passed(argument) for argument in arguments))
+        passed = numbers(*(runtime.passed(argument) for argument in arguments))
         sizes = numbers(*(a.numel() * a.element_size() if isinstance(a, Tensor) else -1 for a in arguments))
         self.seed += 1
         error = self.run(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fqt import reference
+from fqt import reference, selfcheck
 from fqt.cuda_kernels import plan, products, runtime
 from fqt.formats import Format
 from fqt.geometry import Geometry
@@ -143,6 +143,17 @@ def test_pruned_samples_cost_no_product(emulator: machine.Emulator, monkeypatch:
     assert_same_values(products.grad_input(g, w, None, None, (4, 64, 64)), reference.grad_input(g, w, None, None, (4, 64, 64)))
     _, blocks, _, instructions = emulator.launched[-1]
     assert (blocks, instructions) == (4, 4 * 4 * 8), "of one block in four: its planes, by 4 x 8 instructions a tile of 64 x 64"
+
+
+@pytest.mark.parametrize("operator", FORMATS)
+@pytest.mark.usefixtures("emulator")
+def test_the_check_before_a_row_first_serves_asks_something(operator: str):
+    def accepts(device: str, formats: tuple[Format, ...], geometry: Geometry | None) -> bool:
+        return products.refuses(operator, formats, geometry) is None
+
+    assert selfcheck.compare(operator, getattr(products, operator), accepts) >= 2
+    with pytest.raises(AssertionError, match="sign by sign|uint1\\+"):
+        selfcheck.compare(operator, lambda *args: -getattr(products, operator)(*args), accepts)
 
 
 def test_sums_beyond_31_bits_are_refused():
