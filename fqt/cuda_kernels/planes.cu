@@ -27,43 +27,54 @@ planes_of_rows(const u8* codes, const int* index, u32* out, i64 rows, i64 positi
   for (int j = 0; j < planes; ++j) out[(j * rows + row) * words + word] = plane[j];
 }
 
+// A 32 x 32 matrix of bits, a row a lane, turned round: lane i gets bit i of every lane. Halves of halves trade places.
+DEVICE u32 transposed(u32 row) {
+  const int lane = thread() % 32;
+  u32 low = 0x0000ffff;
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2, low ^= low << half) {
+    const u32 other = shuffle_xor(row, half);
+    row = lane & half ? (row & ~low) | (other >> half & low) : (row & low) | (other << half & ~low);
+  }
+  return row;
+}
+
 // Columns of codes, turned round: the bits of a channel over positions (and samples, or the samples of a slice) side by side.
 //
 // Codes (samples, in_height * in_width, row_bytes), channels packed; for every tap of a window the pixel that each of
-// `positions` outputs meets, as in tiles.h. out (planes, ...) at channel * channel_words + tap * tap_words + slice *
-// slice_words + word; and, unless inside_words is negative, at inside_words + tap * channel_words + ...: whether the pixel is
-// in the image. Slice z holds `together` samples, or the sample index[z]; a slice whose index is negative is left alone. A warp
-// turns 32 positions of one byte-aligned run of 8 / storage channels.
+// `positions` outputs meets, as in tiles.h. out (planes, ...) at channel * channel_words + tap * tap_words +
+// slice * slice_words + word; and, unless inside_words is negative, at inside_words + tap * channel_words + ...: whether the
+// pixel is in the image. Slice z holds `together` samples, or the sample index[z]; one whose index is negative is left alone.
+// A warp turns four bytes of 32 positions.
 KERNEL(kThreads)
 planes_of_columns(const u8* codes, const int* index, u32* out, i64 inside_words, i64 slices, i64 together, i64 positions,
                   i64 row_bytes, i64 storage, i64 planes, i64 channels, i64 words, i64 plane_words, i64 channel_words,
                   i64 tap_words, i64 slice_words, i64 taps, i64 kernel_width, i64 out_width, i64 in_height, i64 in_width,
                   i64 mul_y, i64 mul_x, i64 step_y, i64 step_x, i64 base_y, i64 base_x) {
   // words run fastest, so that a block's words of a channel lie side by side
-  const i64 warp = block_x() * (kThreads / 32) + thread() / 32;
-  const i64 word = warp % words, slice = warp / words % slices, byte = warp / words / slices % row_bytes;
-  const i64 tap = warp / words / slices / row_bytes;
+  const i64 warp = block_x() * (kThreads / 32) + thread() / 32, runs = (row_bytes + 3) / 4;
+  const i64 word = warp % words, slice = warp / words % slices, run = warp / words / slices % runs;
+  const int tap = static_cast<int>(warp / words / slices / runs), width = static_cast<int>(kernel_width);
   if (tap >= taps) return;
   if (index && index[slice] < 0) return;
   const int lane = thread() % 32;
-  const i64 k = word * 32 + lane, position = k % positions;
-  const i64 sample = index ? index[slice] : slice * together + k / positions;
-  const i64 y = position / out_width * mul_y + tap / kernel_width * step_y + base_y;
-  const i64 x = position % out_width * mul_x + tap % kernel_width * step_x + base_x;
+  const i64 k = word * 32 + lane, sample = index ? index[slice] : slice * together + k / positions;
+  const int position = static_cast<int>(k % positions), across = static_cast<int>(out_width);
+  const i64 y = position / across * mul_y + tap / width * step_y + base_y;
+  const i64 x = position % across * mul_x + tap % width * step_x + base_x;
   const bool valid = k < together * positions && y >= 0 && y < in_height && x >= 0 && x < in_width;
-  const u32 of_lane = valid ? codes[((sample * in_height + y) * in_width + x) * row_bytes + byte] : 0;
-  const i64 at = tap * tap_words + slice * slice_words + word;
-  const int lanes = static_cast<int>(8 / storage);
-  for (int i = 0; i < lanes; ++i) {
-    const i64 channel = byte * lanes + i;
-    for (int j = 0; j < planes; ++j) {
-      const u32 bits = ballot(of_lane >> (i * storage + j) & 1);
-      if (lane == 0 && channel < channels) out[j * plane_words + channel * channel_words + at] = bits;
-    }
+  const u8* from = codes + ((sample * in_height + y) * in_width + x) * row_bytes;
+  u32 bits = 0;
+  for (int i = 0; i < 4; ++i) {
+    if (valid && run * 4 + i < row_bytes) bits |= static_cast<u32>(from[run * 4 + i]) << 8 * i;
   }
-  if (inside_words >= 0 && byte == 0) {
-    const u32 bits = ballot(valid);
-    if (lane == 0) out[inside_words + tap * channel_words + slice * slice_words + word] = bits;
+  bits = transposed(bits);
+  const int wide = static_cast<int>(storage), plane = lane % wide;
+  const i64 channel = (run * 32 + lane) / wide, at = tap * tap_words + slice * slice_words + word;
+  if (plane < planes && channel < channels) out[plane * plane_words + channel * channel_words + at] = bits;
+  if (inside_words >= 0 && run == 0) {
+    const u32 meets = ballot(valid);
+    if (lane == 0) out[inside_words + tap * channel_words + slice * slice_words + word] = meets;
   }
 }
 

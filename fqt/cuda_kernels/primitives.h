@@ -67,6 +67,7 @@ DEVICE void copies_landed() {
 DEVICE void barrier() { __syncthreads(); }
 
 DEVICE u32 ballot(bool bit) { return __ballot_sync(0xffffffffu, bit); }
+DEVICE u32 shuffle_xor(u32 v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
 DEVICE int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
 
 // Four 8x8 matrices of 16 bits, here 8 rows of 128 bits: lane i names row i % 8 of matrix i / 8 and gets the word i % 4 of row

@@ -231,7 +231,7 @@ def _planes_of_columns(
         q.format.storage_bits, q.format.bits, channels, words, planes.shape[1] * row_words, row_words, tap_words, words,
         window.taps, window.kernel_width, *window.image(),
     ]  # fmt: skip
-    runtime.launch(_COLUMNS, _blocks(window.taps * row_bytes * slices * words * 32), 1, arguments)
+    runtime.launch(_COLUMNS, _blocks(window.taps * -(-row_bytes // 4) * slices * words * 32), 1, arguments)
     return _Bits(planes, q.format.bits, planes.shape[1], row_words)
 
 

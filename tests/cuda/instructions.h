@@ -118,6 +118,15 @@ inline u32 ballot(bool bit) {
   });
   return mine.result;
 }
+inline u32 shuffle_xor(u32 v, int lanes) {
+  u32 mine = v;
+  emulator::meet_warp("shuffle_xor", &mine, [lanes](std::vector<void*>& all) {
+    u32 before[32];
+    for (int i = 0; i < 32; ++i) before[i] = *static_cast<u32*>(all[i]);
+    for (int i = 0; i < 32; ++i) *static_cast<u32*>(all[i]) = before[i ^ lanes];
+  });
+  return mine;
+}
 inline int warp_sum(int v) {
   int mine = v;
   emulator::meet_warp("warp_sum", &mine, [](std::vector<void*>& lanes) {
