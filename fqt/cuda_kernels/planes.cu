@@ -3,28 +3,54 @@
 
 constexpr int kThreads = 256;
 
-// The code that begins at bit `at` of `row`; bytes from `end` on are not read.
-DEVICE u32 code_at(const u8* row, i64 index, int storage, i64 end) {
-  const i64 byte = index * storage / 8;
-  return byte < end ? row[byte] >> index * storage % 8 & ((1u << storage) - 1) : 0;
+// Every storage-th bit of a word, from bit 0 on, side by side: the lowest bit of each of its codes.
+DEVICE u32 lowest_bits(u32 word, int storage) {
+  if (storage == 1) return word;
+  if (storage == 2) {
+    word &= 0x55555555;
+    word = (word | word >> 1) & 0x33333333;
+    word = (word | word >> 2) & 0x0f0f0f0f;
+    word = (word | word >> 4) & 0x00ff00ff;
+    return (word | word >> 8) & 0xffff;
+  }
+  if (storage == 4) {
+    word &= 0x11111111;
+    word = (word | word >> 3) & 0x03030303;
+    word = (word | word >> 6) & 0x000f000f;
+    return (word | word >> 12) & 0xff;
+  }
+  word &= 0x01010101;
+  word = (word | word >> 7) & 0x00030003;
+  return (word | word >> 14) & 0xf;
 }
 
-// Rows of codes as they lie: (samples * positions, row_bytes) -> (planes, slots * positions, pitch). A slot whose `index` is
-// negative is left alone. One thread a word of 32 codes.
+// Rows of codes as they lie: (samples * positions, row_bytes) -> (planes, slots * positions, words). A slot whose `index` is
+// negative is left alone. One thread a word of 32 codes; bits beyond a row's last code are 0 in it already.
 KERNEL(kThreads)
 planes_of_rows(const u8* codes, const int* index, u32* out, i64 rows, i64 positions, i64 row_bytes, i64 storage, i64 planes,
-               i64 length, i64 words) {
+               i64 words) {
   const i64 at = block_x() * kThreads + thread(), row = at / words, word = at % words;
   if (row >= rows) return;
   const i64 slot = row / positions, sample = index ? index[slot] : slot;
   if (sample < 0) return;
   const u8* from = codes + (sample * positions + row % positions) * row_bytes;
+  const int wide = static_cast<int>(storage);
   u32 plane[8] = {};
-  for (int i = 0; i < 32 && word * 32 + i < length; ++i) {
-    const u32 code = code_at(from, word * 32 + i, static_cast<int>(storage), row_bytes);
-    for (int j = 0; j < planes; ++j) plane[j] |= (code >> j & 1) << i;
+  for (int i = 0; i < wide; ++i) {
+    const i64 first = (word * wide + i) * 4;
+    u32 packed = 0;
+    for (int byte = 0; byte < 4; ++byte) {
+      if (first + byte < row_bytes) packed |= static_cast<u32>(from[first + byte]) << 8 * byte;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (j < planes) plane[j] |= lowest_bits(packed >> j, wide) << i * (32 / wide);
+    }
   }
-  for (int j = 0; j < planes; ++j) out[(j * rows + row) * words + word] = plane[j];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if (j < planes) out[(j * rows + row) * words + word] = plane[j];
+  }
 }
 
 // A 32 x 32 matrix of bits, a row a lane, turned round: lane i gets bit i of every lane. Halves of halves trade places.

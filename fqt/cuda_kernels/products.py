@@ -164,7 +164,7 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
     samples = index if axes == "N" else None
     if axes in ("C", "NC"):  # each channel's codes lie side by side already
         rows = outputs * slices
-        planes = _planes_of_codes(g.codes, g.format, rows, 1, index if axes == "C" else None, together * size, words)
+        planes = _planes_of_codes(g.codes, g.format, rows, 1, index if axes == "C" else None, words)
         a = _Bits(planes.data, planes.planes, outputs, slices * words)
     else:
         a = _planes_of_columns(g, outputs, _Window.row(size), cut, samples, words, 0, slices * words)
@@ -189,15 +189,13 @@ def _planes_of_rows(q: QTensor, samples: int, positions: int, index: Tensor | No
     bytes_as_words = q.codes.shape[-1] == words * 4 and q.codes.data_ptr() % 16 == 0
     if q.format.bits == 1 and index is None and q.codes.is_contiguous() and bytes_as_words:
         return _Bits(q.codes, 1, rows, words)
-    return _planes_of_codes(q.codes, q.format, rows, positions, index, q.shape[2], words)
+    return _planes_of_codes(q.codes, q.format, rows, positions, index, words)
 
 
-def _planes_of_codes(
-    codes: Tensor, format: Format, rows: int, positions: int, index: Tensor | None, length: int, words: int
-) -> _Bits:
+def _planes_of_codes(codes: Tensor, format: Format, rows: int, positions: int, index: Tensor | None, words: int) -> _Bits:
     planes = codes.new_empty((format.bits, rows, words), dtype=torch.int32)
     arguments = [
-        codes.contiguous(), index, planes, rows, positions, codes.shape[-1], format.storage_bits, format.bits, length, words,
+        codes.contiguous(), index, planes, rows, positions, codes.shape[-1], format.storage_bits, format.bits, words,
     ]  # fmt: skip
     runtime.launch(_ROWS, _blocks(rows * words), 1, arguments)
     return _Bits(planes, format.bits, rows, words)

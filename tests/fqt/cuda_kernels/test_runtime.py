@@ -75,13 +75,17 @@ def test_products_are_tensor_core_instructions_on_bits(
 @pytest.mark.parametrize("kernel", [products._ROWS, products._COLUMNS, products._SUMS, products._WEIGHT], ids=lambda k: k.name)
 @pytest.mark.usefixtures("compiler")
 def test_the_other_kernels_compile(kernel: runtime.Kernel, tmp_path: Path):
-    code = runtime.cubin(kernel, "sm_80")
-    assert f"Function : {kernel.name}" in disassembled(code, tmp_path, "-sass")
-    assert "FFMA" not in disassembled(code, tmp_path, "-sass")
+    text = disassembled(runtime.cubin(kernel, "sm_80"), tmp_path, "-sass")
+    assert f"Function : {kernel.name}" in text
+    assert not re.search(r"\b(FFMA|STL|LDL)\b", text)
 
 
 def test_an_emulated_instruction_would_be_found(compiler: Path, tmp_path: Path):
     """On sm_100 the same source multiplies bits by 8-bit instructions: that is why such GPUs are refused."""
+    from cuda.bindings import nvrtc
+
+    if 100 not in nvrtc.nvrtcGetSupportedArchs()[1]:
+        pytest.skip("this NVRTC does not know sm_100")
     text = disassembled(runtime.cubin(runtime.gemm(AMPERE[1], 16), "sm_100"), tmp_path, "-sass")
     assert not re.search(r"\bBMMA\b", text) and re.search(r"\bIMMA\b", text)
 
