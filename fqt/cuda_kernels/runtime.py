@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib
 import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +73,12 @@ def refuses() -> str | None:
 
 
 @functools.cache
+def _module(name: str) -> Any:
+    """A module of NVIDIA's, which no type checker knows: it may be missing, and has no stubs."""
+    return importlib.import_module(name)
+
+
+@functools.cache
 def _installed() -> bool:
     try:
         return all(importlib.util.find_spec(name) is not None for name in ("cuda.core", "cuda.bindings"))
@@ -97,22 +105,20 @@ def cubin(kernel: Kernel, architecture: str) -> bytes:
     contents depend on: sources, architecture, compiler.
 
     Raises:
-        ImportError: cuda.core is not installed.
-        RuntimeError: NVRTC refused the source; its log is in the text.
+        ImportError: cuda.core is not installed. What NVRTC refuses is an error of cuda.core's, with the compiler's log.
     """
-    from cuda.bindings import nvrtc
-
     headers = [(_SOURCES / name).read_text() for name in ("primitives.h", "tiles.h")]
-    version = nvrtc.nvrtcVersion()[1:]
+    version = _module("cuda.bindings.nvrtc").nvrtcVersion()[1:]
     digest = hashlib.sha256(repr((kernel.source, headers, architecture, version)).encode()).hexdigest()[:32]
     path = cache() / f"{kernel.file}-{architecture}-{digest}.cubin"
     if path.exists():
         return path.read_bytes()
-    from cuda.core import Program, ProgramOptions
-
+    core = _module("cuda.core")
     # floats must round as the reference's: no fused multiply-add
-    options = ProgramOptions(name=f"{kernel.file}.cu", arch=architecture, fma=False, std="c++20", include_path=[str(_SOURCES)])
-    code = bytes(Program(kernel.source, "c++", options).compile("cubin").code)
+    options = core.ProgramOptions(
+        name=f"{kernel.file}.cu", arch=architecture, fma=False, std="c++20", include_path=[str(_SOURCES)]
+    )
+    code = bytes(core.Program(kernel.source, "c++", options).compile("cubin").code)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # another process may be at it too
         file.write(code)
@@ -129,11 +135,9 @@ def cache() -> Path:
 @functools.cache
 def _loaded(kernel: Kernel, index: int):
     """The kernel on a GPU, allowed its shared memory."""
-    from cuda.bindings import driver
-    from cuda.core import Device, ObjectCode
-
-    Device(index).set_current()
-    function = ObjectCode.from_cubin(cubin(kernel, device(index).architecture)).get_kernel(kernel.name)
+    core, driver = _module("cuda.core"), _module("cuda.bindings.driver")
+    core.Device(index).set_current()
+    function = core.ObjectCode.from_cubin(cubin(kernel, device(index).architecture)).get_kernel(kernel.name)
     if kernel.shared > 48 << 10:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         (error,) = driver.cuKernelSetAttribute(attribute, kernel.shared, function.handle, driver.CUdevice(index))
@@ -150,17 +154,15 @@ def launch(kernel: Kernel, blocks: int, slices: int, arguments: Sequence[Argumen
     """
     if blocks * slices == 0:
         return
-    from cuda.core import Device, LaunchConfig, Stream
-    from cuda.core import launch as launch_on
-
+    core = _module("cuda.core")
     tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device(tensor.device):
-        Device(tensor.get_device()).set_current()  # cuda.core has a notion of it of its own
+        core.Device(tensor.get_device()).set_current()  # cuda.core has a notion of it of its own
         function = _loaded(kernel, tensor.get_device())
         # torch's default stream is the handle 0, which CUDA also knows as 1 (CU_STREAM_LEGACY)
-        stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream or 1)
-        config = LaunchConfig(grid=(blocks, 1, slices), block=kernel.threads, shmem_size=kernel.shared)
-        launch_on(stream, config, function, *(ctypes.c_int64(passed(argument)) for argument in arguments))
+        stream = core.Stream.from_handle(torch.cuda.current_stream().cuda_stream or 1)
+        config = core.LaunchConfig(grid=(blocks, 1, slices), block=kernel.threads, shmem_size=kernel.shared)
+        core.launch(stream, config, function, *(ctypes.c_int64(passed(argument)) for argument in arguments))
 
 
 def passed(argument: Argument) -> int:
