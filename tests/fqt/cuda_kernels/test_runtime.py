@@ -1,8 +1,11 @@
 """Compiling CUDA C++ without a GPU: the machine code holds the instruction that a kernel is for; cubins are kept; messages."""
 
+import contextlib
+import ctypes
 import importlib.util
 import re
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
@@ -175,3 +178,46 @@ def test_a_gpu_of_the_right_generation_is_served(monkeypatch: pytest.MonkeyPatch
         assert (kernel.backend, reasons) == ("cuda b1", [])
         assert ops.select(operator, Request("cuda", (Format.parse(left), SIGN), backend="cuda"))[0] is kernel
         assert ops.select(operator, Request("cpu", (Format.parse(left), SIGN)))[0].device != "cuda"
+
+
+class Recorder:
+    """cuda.core and the driver as far as `launch` asks: what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple] = []
+
+    def __getattr__(self, name: str):
+        if name in ("CUfunction_attribute", "CUresult", "Stream", "ObjectCode"):
+            return self
+        if name.startswith("CU_FUNC") or name == "CUDA_SUCCESS":
+            return name
+
+        def call(*args, **kwargs):
+            self.asked.append((name, *args, *kwargs.values()))
+            return ("CUDA_SUCCESS",) if name == "cuKernelSetAttribute" else self
+
+        return call
+
+
+def test_a_launch_names_stream_grid_shared_memory_and_arguments_of_64_bits(monkeypatch: pytest.MonkeyPatch):
+    recorder = Recorder()
+    monkeypatch.setattr(runtime, "_module", lambda name: recorder)
+    monkeypatch.setattr(runtime, "device", lambda index: plan.Device((9, 0), 132, 232_448))
+    monkeypatch.setattr(runtime, "cubin", lambda kernel, architecture: f"{kernel.file} for {architecture}".encode())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    runtime._loaded.cache_clear()
+    numbers = torch.arange(4)
+    kernel = runtime.gemm(plan.WGMMA[0], 16)
+    runtime.launch(kernel, 6, 2, [None, numbers, -3, 1 << 40])
+    runtime.launch(kernel, 0, 2, [numbers])
+    runtime._loaded.cache_clear()
+    asked = {name: args for name, *args in recorder.asked}
+    assert asked["from_cubin"] == [b"gemm_wgmma for sm_90a"] and asked["get_kernel"] == ["gemm_entry"]
+    assert asked["cuKernelSetAttribute"][:2] == ["CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", plan.WGMMA[0].shared]
+    assert asked["from_handle"] == [1], "torch's default stream, by the number that CUDA has for it"
+    assert asked["LaunchConfig"] == [(6, 1, 2), 256, plan.WGMMA[0].shared]
+    passed = asked["launch"][3:]
+    assert all(type(argument) is ctypes.c_int64 for argument in passed)
+    assert [argument.value for argument in passed] == [0, numbers.data_ptr(), -3, 1 << 40]
+    assert sum(name == "launch" for name, *_ in recorder.asked) == 1, "an empty grid is no launch"
