@@ -80,10 +80,8 @@ def _module(name: str) -> Any:
 
 @functools.cache
 def _installed() -> bool:
-    try:
-        return all(importlib.util.find_spec(name) is not None for name in ("cuda.core", "cuda.bindings"))
-    except ModuleNotFoundError:  # no package of NVIDIA's at all
-        return False
+    parts = ("cuda", "cuda.core", "cuda.bindings")  # of the first alone it can be asked whether it is there at all
+    return all(importlib.util.find_spec(name) is not None for name in parts)
 
 
 @functools.cache
