@@ -24,7 +24,10 @@ from torch import Tensor
 from fqt.cuda_kernels import plan
 
 _SOURCES = Path(__file__).parent
-MISSING = "the package cuda-core is not installed: pip install 'fqt[cuda]'"
+_NEEDED = {
+    "cuda.core": "the package cuda-core is not installed: pip install 'fqt[cuda]'",
+    "cuda.bindings": "the package cuda-bindings is not installed: torch's CUDA wheels bring it, those for CPUs do not",
+}
 CACHE = "FQT_CUDA_CACHE"
 
 Argument = Tensor | int | None
@@ -65,8 +68,8 @@ def gemm(tile: plan.Tile, unit: int) -> Kernel:
 
 def refuses() -> str | None:
     """Why this machine cannot serve, or None. Asked with every call: cheap."""
-    if not _installed():
-        return MISSING
+    if reason := missing():
+        return reason
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     return plan.refuses(device(torch.cuda.current_device()).capability)
@@ -79,9 +82,13 @@ def _module(name: str) -> Any:
 
 
 @functools.cache
-def _installed() -> bool:
-    parts = ("cuda", "cuda.core", "cuda.bindings")  # of the first alone it can be asked whether it is there at all
-    return all(importlib.util.find_spec(name) is not None for name in parts)
+def missing() -> str | None:
+    """Which package that compiles and launches is not installed, or None."""
+    for name, reason in _NEEDED.items():
+        # of the first part alone it can be asked whether it is there at all
+        if importlib.util.find_spec("cuda") is None or importlib.util.find_spec(name) is None:
+            return reason
+    return None
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ HOPPER, AMPERE = plan.WGMMA, plan.MMA
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """NVRTC behind cuda.core, and an empty cache."""
-    if not runtime._installed():
-        pytest.skip(runtime.MISSING)
+    if reason := runtime.missing():
+        pytest.skip(reason)
     from cuda.bindings import nvrtc
 
     try:
@@ -149,12 +150,26 @@ def test_products_refuse_with_a_reason(operator: str, formats: tuple[str, str], 
     assert any(text.startswith("cuda b1: ") and reason in text for text in reasons), reasons
 
 
+@pytest.fixture
+def _asked_anew() -> Iterator[None]:
+    yield
+    runtime.missing.cache_clear()
+
+
+@pytest.mark.usefixtures("_asked_anew")
 def test_the_rows_refuse_what_this_machine_lacks(monkeypatch: pytest.MonkeyPatch):
     request = Request("cuda", (SIGN, SIGN))
-    monkeypatch.setattr(runtime, "_installed", lambda: False)
-    _, reasons = ops.select("output", request)
-    assert "cuda b1: the package cuda-core is not installed: pip install 'fqt[cuda]'" in reasons
-    monkeypatch.setattr(runtime, "_installed", lambda: True)
+    found = {"cuda"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in found else None)
+    for package, reason in (
+        ("cuda.core", "the package cuda-core is not installed: pip install 'fqt[cuda]'"),
+        ("cuda.bindings", "the package cuda-bindings is not installed: torch's CUDA wheels bring it, those for CPUs do not"),
+    ):
+        runtime.missing.cache_clear()
+        _, reasons = ops.select("output", request)
+        assert f"cuda b1: {reason}" in reasons
+        found.add(package)
+    runtime.missing.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     _, reasons = ops.select("output", request)
     assert "cuda b1: torch sees no GPU" in reasons
