@@ -14,6 +14,7 @@ import torch
 
 import fqt
 from fqt import cpu, ops, selfcheck
+from fqt.cuda_kernels import runtime
 from fqt.ops import KERNELS, Kernel, Request
 
 
@@ -33,7 +34,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything, in the order in which it is shown. Loads the native libraries and compares them with the reference."""
-    return [*_software(), *_backend(), *_libraries(), *_gpu(), *_extras()]
+    return [*_software(), *_backend(), *_libraries(), *_gpu(), *_cuda_kernels(), *_extras()]
 
 
 def _software() -> Iterator[Finding]:
@@ -83,10 +84,12 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _row(row: Kernel) -> Finding:
-    name, reason = f"  {row.operator}{row.backend.removeprefix('cpu')}", ops.broken(row)
+    name, reason = f"  {row.operator}{row.backend.removeprefix(row.device)}", ops.broken(row)
     if reason is not None:
         return Finding("broken", name, reason, "until then this row refuses, and the reference serves")
-    cases = selfcheck.compare(row.operator, ops.load(row.function), lambda *asked: row.refuses(Request(*asked)) is None)
+    cases = selfcheck.compare(
+        row.operator, ops.load(row.function), lambda *asked: row.refuses(Request(*asked)) is None, row.device
+    )
     return Finding("ok", name, f"equals the reference in {cases} random cases")
 
 
@@ -98,6 +101,19 @@ def _gpu() -> Iterator[Finding]:
         yield Finding("ok", "GPU", f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}: the reference serves there")
     found = importlib.util.find_spec("triton") is not None
     yield Finding("ok" if found else "absent", "triton", "installed; fqt has no kernel in it yet" if found else "not installed")
+
+
+def _cuda_kernels() -> Iterator[Finding]:
+    """A line for the compiler, and one for each native row of the table of kernels, where there is a GPU that they serve."""
+    reason = runtime.refuses()
+    if reason is not None:
+        yield Finding("absent", "cuda kernels", reason)
+        return
+    architecture = runtime.device(torch.cuda.current_device()).architecture
+    yield Finding("ok", "cuda kernels", f"compiled for {architecture} when first used, kept in {runtime.cache()}")
+    for row in KERNELS:
+        if row.native and row.device == "cuda":
+            yield _row(row)
 
 
 def _extras() -> Iterator[Finding]:

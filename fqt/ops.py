@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fqt import cpu, selfcheck
+from fqt.cuda_kernels import products as bits
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
@@ -107,6 +108,17 @@ KERNELS: list[Kernel] = [
         for operator in PRODUCTS
     ),
     *(
+        Kernel(
+            operator,
+            "cuda b1",
+            "cuda",
+            f"fqt.cuda_kernels.products:{operator}",
+            lambda request, operator=operator: bits.refuses(operator, request.formats, request.geometry),
+            native=True,
+        )
+        for operator in (*PRODUCTS, "accumulate")
+    ),
+    *(
         Kernel(operator, "reference", "", f"fqt.{'norm' if operator in NORM else 'reference'}:{operator}", lambda request: None)
         for operator in OPERATORS
     ),
@@ -164,11 +176,14 @@ def broken(kernel: Kernel) -> str | None:
     """Why a native kernel cannot be used: its library does not load, or it is not the reference's equal. Asked once a
     process; said once in the log."""
     try:
-        selfcheck.compare(kernel.operator, load(kernel.function), lambda *asked: not kernel.refuses(Request(*asked)))
+        selfcheck.compare(
+            kernel.operator, load(kernel.function), lambda *asked: not kernel.refuses(Request(*asked)), kernel.device
+        )
     except (OSError, AttributeError, RuntimeError, AssertionError) as error:  # what loading and comparing raise, no more
         what = "differs from the reference" if isinstance(error, AssertionError) else "cannot be used"
         said = " ".join(str(error.__cause__ or error).split())  # torch hides the loader's words behind its own
-        reason = f"the native {kernel.operator} {what} ({said}): build it anew, {cpu.BUILD}"
+        remedy = f"build it anew, {cpu.BUILD}" if kernel.device == "cpu" else "python -m pytest -m gpu says more"
+        reason = f"the native {kernel.operator} {what} ({said}): {remedy}"
         logging.getLogger("fqt").warning("%s: %s; see python -m fqt doctor", kernel.backend, reason)
         return reason
     return None

@@ -5,6 +5,7 @@ The tests ask far more (tests/fqt/test_kernels.py). This is for the machine that
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -41,10 +42,11 @@ Accepts = Callable[[str, tuple[Format, ...], Geometry | None], bool]
 """Whether the kernel says that it serves: device, formats, geometry."""
 
 
-def compare(operator: str, function: Callable, accepts: Accepts) -> int:
+def compare(operator: str, function: Callable, accepts: Accepts, device: str = "cpu") -> int:
     """Raise AssertionError unless a kernel equals the reference in every case that it accepts; return how many those are.
 
-    Whatever the kernel raises surfaces. Neither torch's generators nor its modes have a part in it.
+    The kernel runs on `device`, the reference on the CPU. Whatever the kernel raises surfaces. Neither torch's generators nor
+    its modes have a part in it.
     """
     cases = _norm_cases(operator)
     if operator in ("quantize", *_PRODUCTS):
@@ -52,11 +54,13 @@ def compare(operator: str, function: Callable, accepts: Accepts) -> int:
     count = 0
     with _disable_current_modes(), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
         for formats, geometry, make in cases:
-            if not accepts("cpu", formats, geometry):
+            if not accepts(device, formats, geometry):
                 continue
             args, options = make(torch.Generator().manual_seed(count))
             specification = norm if operator not in ("quantize", *_PRODUCTS) else reference
-            actual, expected = function(*args, **options), getattr(specification, operator)(*args, **options)
+            expected = getattr(specification, operator)(*args, **options)
+            moved = {name: _moved(value, device) for name, value in options.items()}
+            actual = _moved(function(*(_moved(value, device) for value in args), **moved), "cpu")
             try:
                 _assert_same(actual, expected)
             except AssertionError as error:
@@ -64,6 +68,16 @@ def compare(operator: str, function: Callable, accepts: Accepts) -> int:
                 raise AssertionError(f"{names}{' under a window' if geometry else ''}: {error}") from None
             count += 1
     return count
+
+
+def _moved(value, device: str):
+    """Tensors, and what holds some, on a device; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device) for part in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _moved(getattr(value, field.name), device) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _assert_same(actual, expected) -> None:
