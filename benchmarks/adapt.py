@@ -117,10 +117,11 @@ def show(rows: list[dict]) -> str:
         def mean(key: str, mine=mine) -> str:
             return f"{statistics.mean(row[key] for row in mine):.2f}" if key in mine[0] else ""
 
-        lines.append([job, method, len(mine), mean("test"), gain, *map(mean, COLUMNS)])
+        trained = f"{mine[0]['images']:,} x {mine[0]['epochs']}"
+        lines.append([job, method, trained, len(mine), mean("test"), gain, *map(mean, COLUMNS)])
     paper = [PAPER.get(key, "") for key in COLUMNS]
-    lines.append(["the paper's", "averages", "", "", f"{PAPER['accuracy']:+}", *paper])
-    head = ["model", "method", "seeds", "test accuracy, %", "against fp32", *COLUMNS.values()]
+    lines.append(["the paper's", "averages", "", "", "", f"{PAPER['accuracy']:+}", *paper])
+    head = ["model", "method", "images x epochs", "seeds", "test accuracy, %", "against fp32", *COLUMNS.values()]
     return table(head, lines)
 
 
