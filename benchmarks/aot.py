@@ -1,6 +1,6 @@
 """What do the Triton kernels become, without a GPU?
 
-    python -m benchmarks.aot [--capability 80 89 90 100] [--quick] [--json F]
+    python -m benchmarks.aot [--capability 80 89 90 100] [--only WORDS] [--quick] [--json F]
 
 Every launch that a set of calls makes is recorded and compiled ahead of time for each capability, at every tile of the search
 space that fits the chip, and taken apart: registers, shared memory, the tensor-core instructions. The command fails if a kernel
@@ -11,6 +11,7 @@ spills registers to local memory, needs more shared memory than the chip has, or
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import subprocess
 import sys
@@ -118,8 +119,9 @@ def calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"quantize {name} NCHW", lambda f=format, o=options: quantize.quantize(channels_first, f, key=key, **o)
 
     products = [
-        ("output", "sign", "sign:O", False), ("grad_input", "uint4+:N", "sign", True), ("grad_weight", "uint4+:C", "sign", True),
-        ("grad_weight", "uint4+:NC", "sign", False), ("output", "int8:N", "int8:O", False), ("output", "e4m3", "e4m3", False),
+        ("output", "sign", "sign:O", False), ("grad_input", "uint4+:N", "sign", True),
+        ("grad_weight", "uint4+:C", "sign", True), ("grad_weight", "uint4+:NC", "sign", False),
+        ("output", "int8:N", "int8:O", False), ("output", "e4m3", "e4m3", False),
     ]  # fmt: skip
     if not quick:
         products += [
@@ -132,10 +134,8 @@ def calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     for operator, left, right, pruned in products:
         for geometry in (_WINDOW, None) if not quick else (_WINDOW if left != "int8:N" else None,):
             where = "3x3" if geometry else "linear"
-            yield (
-                f"{operator} {left} {right} {where}",
-                lambda o=operator, a=left, b=right, g=geometry, p=pruned: product(o, a, b, g, p),
-            )
+            run = functools.partial(product, operator, left, right, geometry, pruned)
+            yield f"{operator} {left} {right} {where}", run
 
     affine, windows = torch.zeros(4, 128), Windows(16, 16, (2, 2))
     source = Source(torch.zeros(8, 256, 128, dtype=torch.int16), torch.zeros(128), torch.zeros(128))
@@ -189,10 +189,7 @@ def examined(launch: Launch, capability: int) -> dict[str, object]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [_TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        code = subprocess.run([_TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        usage, code = _told("cuobjdump", "-res-usage", file.name), _told("nvdisasm", "-c", file.name)
     local = len(re.findall(r"\b(?:STL|LDL)\b", code))
     row = {
         "kernel": launch.kernel.fn.__name__,
@@ -217,7 +214,11 @@ def examined(launch: Launch, capability: int) -> dict[str, object]:
     return row
 
 
-def measure(capabilities: list[int], quick: bool) -> tuple[list[dict[str, object]], list[str]]:
+def _told(tool: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def measure(capabilities: list[int], quick: bool, only: str = "") -> tuple[list[dict[str, object]], list[str]]:
     """Rows of everything that compiled as it should, and what did not."""
     rows: list[dict[str, object]] = []
     failures: list[str] = []
@@ -226,6 +227,8 @@ def measure(capabilities: list[int], quick: bool) -> tuple[list[dict[str, object
         chip = (capability // 10, capability % 10)
         fitting = [t for t in plan.TILES if t.bytes <= plan.shared_bytes(chip)]
         for name, function in calls(quick):
+            if only not in name:
+                continue
             if capability < 89 and ("e4m3" in name or "e5m2" in name) and not name.startswith("quantize"):
                 continue  # refused there
             for launch in launches(name, function, chip, [None] if quick else fitting):
@@ -235,6 +238,7 @@ def measure(capabilities: list[int], quick: bool) -> tuple[list[dict[str, object
                 seen.add(key)
                 try:
                     rows.append(examined(launch, capability))
+                    print(".", end="", file=sys.stderr, flush=True)
                 except Exception as error:  # noqa: BLE001  the rest of the table is worth having
                     failures.append(" ".join(f"sm_{capability}, {name}: {type(error).__name__}: {error}".split())[:600])
     return rows, failures
@@ -260,10 +264,11 @@ def launches(name: str, function: Callable[[], object], chip: tuple[int, int], t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES))
+    parser.add_argument("--only", default="", help='calls whose name holds this, such as "grad_weight" or "sign:O 3x3"')
     parser.add_argument("--quick", action="store_true", help="a few calls, at the tiles that are picked")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
-    rows, failures = measure(args.capability, args.quick)
+    rows, failures = measure(args.capability, args.quick, args.only)
     head = ["kernel", "call", "sm", "tile", "warps", "stages", "registers", "shared", "tensor cores"]
     print(
         table(

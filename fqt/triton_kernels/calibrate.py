@@ -1,5 +1,6 @@
 """The range of each group, and scale, inverse and offset from it, as `fqt.reference.calibrate_groups` computes them."""
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import functools

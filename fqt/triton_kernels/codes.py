@@ -3,6 +3,7 @@
 A byte holds 8 / bits codes, the first in its lowest bits. In registers a code is a signed byte (an 8-bit float: itself).
 """
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import torch

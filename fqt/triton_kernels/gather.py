@@ -5,6 +5,7 @@ within each the channels that are summed. Both operands are read along k. A line
 What a window adds outside the image is nothing: sums of codes, which offsets and centres need, are added over the taps inside.
 """
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import torch

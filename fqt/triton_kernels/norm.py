@@ -4,6 +4,7 @@ Sums are float64 in the stated order: a program adds the rows of a block one aft
 Signs and masks leave packed; neither z nor the accumulators' float values are written.
 """
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import torch

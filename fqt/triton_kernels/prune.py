@@ -4,6 +4,7 @@ Sorting is counting: a group's rank is the number of those that go before it. On
 few sums over the groups in order.
 """
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import torch

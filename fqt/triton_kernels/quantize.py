@@ -7,6 +7,7 @@ All of them see the tensor in stored order, as rows of which some on end make a 
 only a NaN can spoil a group, which is seen after others of its codes are written: `_encode` flags it, `_settle` clears it.
 """
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import torch

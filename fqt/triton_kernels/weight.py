@@ -6,6 +6,7 @@ both within a sample and adds the samples in ascending order; where tiles are fe
 terms written down, and `_add` adds those in order.
 """
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import torch
