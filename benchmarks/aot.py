@@ -249,9 +249,9 @@ def launches(name: str, function: Callable[[], object], chip: tuple[int, int], t
     picked, found = plan.tile, []
     for forced in tiles:
 
-        def pick(*args, turned: bool = False, forced=forced, **options) -> plan.Tile:
-            own = picked(args[0], args[1], args[2], chip, *args[4:], turned=turned, **options)
-            return own if forced is None or (turned and not plan.turnable(forced)) else forced
+        def pick(m, n, k, _, programs=1, *, forced=forced, **needs) -> plan.Tile:
+            takes = forced is not None and plan.fits_registers(forced, **needs)
+            return forced if takes else picked(m, n, k, chip, programs, **needs)
 
         try:
             plan.tile = pick

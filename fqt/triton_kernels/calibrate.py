@@ -137,7 +137,7 @@ def _tree(
     divisor, FIRST: tl.constexpr, LAST: tl.constexpr, FOLD: tl.constexpr, LEVEL: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
     """LEVEL values of a group to one, by pairs: (groups, blocks) float64; the LAST time divided, to the mean in float32."""
-    group, block = tl.program_id(0), tl.program_id(1)
+    group, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     e = block * LEVEL + tl.arange(0, LEVEL)
     ok = e < elements
     if FIRST:
@@ -177,7 +177,7 @@ def calibrate_groups(
     if ranges is not None:
         low, high = (v.contiguous() for v in ranges)
     elif calibrate == "absmean" and not format.offset and not prune:  # the mean tells whether a group is finite
-        low = high = x
+        low = high = None
         chunks = 0
     else:
         cut = plan.reduction(lie)
@@ -190,6 +190,8 @@ def calibrate_groups(
     mean = low
     if calibrate == "absmean":
         mean = _absmean(x, folded, where, lie, groups, fold)
+    if low is None:
+        low = high = mean
     out = torch.empty(5, groups, device=x.device)
     low_code, high_code = format.code_range
     steps = float(high_code if low_code < 0 else high_code - low_code)
@@ -210,7 +212,7 @@ def _absmean(x: Tensor, folded: Tensor, where: tuple[int, ...], lie: plan.Stored
         last = blocks == 1
         out = torch.empty(groups, blocks, dtype=torch.float32 if last else torch.float64, device=x.device)
         launch(
-            _tree, (groups, blocks), x, folded, sums, out, elements, blocks, lie.length, lie.group_rows, *where, whole,
+            _tree, (groups * blocks,), x, folded, sums, out, elements, blocks, lie.length, lie.group_rows, *where, whole,
             FIRST=first, LAST=last, FOLD=fold, LEVEL=_LEVEL, LOG=_LEVEL.bit_length() - 1,
         )  # fmt: skip
         if last:

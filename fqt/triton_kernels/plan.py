@@ -202,16 +202,18 @@ TILES = (
 PROCESSORS = 132
 
 
-def tile(m: int, n: int, k: int, capability: tuple[int, int], programs: int = 1, *, turned: bool = False) -> Tile:
+def tile(
+    m: int, n: int, k: int, capability: tuple[int, int], programs: int = 1, *, turned: bool = False, rich: bool = False
+) -> Tile:
     """The largest tile that fits shared memory, wastes no half of itself and gives each processor work (else the smallest fit).
 
     Args:
         k: terms that lie on end.
         programs: into how many programs the sum itself is cut, conv groups included.
-        turned: an operand is read across k and turned in registers, of which large tiles then have not enough.
+        turned, rich: see `fits_registers`.
     """
     limit = shared_bytes(capability)
-    tiles = [t for t in TILES if not turned or turnable(t)]
+    tiles = [t for t in TILES if fits_registers(t, turned=turned, rich=rich)]
     fits = [t for t in tiles if t.bytes <= limit and t.m < 2 * m and t.n < 2 * n and t.k < 2 * max(k, 17)]
     fits = fits or [tiles[-1]]
     for candidate in fits:
@@ -220,9 +222,14 @@ def tile(m: int, n: int, k: int, capability: tuple[int, int], programs: int = 1,
     return min(fits, key=lambda t: (t.m * t.n, -t.k))
 
 
-def turnable(t: Tile) -> bool:
-    """Whether a tile's operand can be turned in registers, without keeping it in memory."""
-    return t.m * t.n * t.k <= 128 * 128 * 64
+def fits_registers(t: Tile, *, turned: bool = False, rich: bool = False) -> bool:
+    """Whether a tile's product keeps out of local memory, as `benchmarks.aot` shows.
+
+    Args:
+        turned: an operand is read across k and turned in registers.
+        rich: offsets, centres or a mask are in the epilogue.
+    """
+    return (not turned or t.m * t.n * t.k <= 128 * 128 * 64) and (not rich or t.m * t.n <= 128 * 128)
 
 
 EXPAND_FROM = 3
@@ -281,4 +288,4 @@ def samples_apart(tiles: int, samples: int, size: int) -> bool:
 
     It does where the tiles leave most processors without work, and the terms take at most 256 MiB.
     """
-    return samples > 1 and tiles < PROCESSORS // 2 and samples * size * 4 <= 1 << 28
+    return 1 < samples < 1 << 16 and tiles < PROCESSORS // 2 and samples * size * 4 <= 1 << 28
