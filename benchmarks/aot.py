@@ -250,7 +250,7 @@ def launches(name: str, function: Callable[[], object], chip: tuple[int, int], t
     for forced in tiles:
 
         def pick(m, n, k, _, programs=1, *, forced=forced, **needs) -> plan.Tile:
-            takes = forced is not None and plan.fits_registers(forced, **needs)
+            takes = forced is not None and plan.fits_registers(forced, chip, **needs)
             return forced if takes else picked(m, n, k, chip, programs, **needs)
 
         try:

@@ -191,10 +191,10 @@ def _forward(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | N
     y = torch.empty(n, height * width, w.shape[0], dtype=dtype, device=x.codes.device)
     rows = n * height * width
     columns, taps, depth = w.shape[0] // window.groups, w.shape[1], w.shape[2]
-    sums = _needs_sums(x, w)
-    t = plan.tile(rows, columns, depth, capability(y), window.groups, rich=sums)
-    x_bytes = sums or plan.expands(x.format, taps * plan.ceil_div(columns, t.n), window.groups)
-    w_bytes = sums or plan.expands(w.format, plan.ceil_div(rows, t.m), window.groups)
+    extras = _extras(x, w, window)
+    t = plan.tile(rows, columns, depth, capability(y), window.groups, extras=extras)
+    x_bytes = extras > 0 or plan.expands(x.format, taps * plan.ceil_div(columns, t.n), window.groups)
+    w_bytes = extras > 0 or plan.expands(w.format, plan.ceil_div(rows, t.m), window.groups)
     bias = None if bias is None else bias.float().contiguous()
     a = expanded(x) if x_bytes else x.codes
     b = expanded(w) if w_bytes else w.codes
@@ -212,10 +212,10 @@ def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry |
     index = g.index if g.index is not None and g.format.axes == "N" else None
     make = torch.empty if index is None else torch.zeros
     grad = make(n, positions, channels, device=g.codes.device)
-    sums = _needs_sums(g, w)
-    rich = sums or mask is not None
-    t = plan.tile(n * positions, columns, depth, capability(grad), window.groups, rich=rich)
-    g_bytes = sums or plan.expands(g.format, taps * plan.ceil_div(columns, t.n), window.groups)
+    extras = _extras(g, w, window)
+    at_least = max(extras, int(mask is not None))
+    t = plan.tile(n * positions, columns, depth, capability(grad), window.groups, extras=at_least)
+    g_bytes = extras > 0 or plan.expands(g.format, taps * plan.ceil_div(columns, t.n), window.groups)
     a = expanded(g) if g_bytes else g.codes
     if window.groups == 1:
         b = expanded(w, (2, 1, 0))  # (I, K, O): the summed channels on end
@@ -228,8 +228,10 @@ def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry |
     return grad
 
 
-def _needs_sums(a: QTensor, b: QTensor) -> bool:
-    return any(q.offset is not None or plan.centre(q.format) != 0 for q in (a, b))
+def _extras(a: QTensor, b: QTensor, window: Geometry) -> int:
+    """See `plan.fits_registers`: 0 where no sums of codes are needed."""
+    operands = sum(q.offset is not None or plan.centre(q.format) != 0 for q in (a, b))
+    return min(operands, 1) if plan.is_linear(window) else operands
 
 
 def _launch(

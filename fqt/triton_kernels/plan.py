@@ -195,7 +195,6 @@ TILES = (
     Tile(128, 128, 64, 8, 4),
     Tile(64, 128, 64, 4, 4),
     Tile(64, 64, 64, 4, 4),
-    Tile(64, 64, 32, 4, 3),
     Tile(32, 32, 32, 4, 2),
 )
 """The space that is searched, from large to small; `tile` picks by rule, `benchmarks.gpu_check` times them all."""
@@ -203,17 +202,17 @@ PROCESSORS = 132
 
 
 def tile(
-    m: int, n: int, k: int, capability: tuple[int, int], programs: int = 1, *, turned: bool = False, rich: bool = False
+    m: int, n: int, k: int, capability: tuple[int, int], programs: int = 1, *, turned: bool = False, extras: int = 0
 ) -> Tile:
     """The largest tile that fits shared memory, wastes no half of itself and gives each processor work (else the smallest fit).
 
     Args:
         k: terms that lie on end.
         programs: into how many programs the sum itself is cut, conv groups included.
-        turned, rich: see `fits_registers`.
+        turned, extras: see `fits_registers`.
     """
     limit = shared_bytes(capability)
-    tiles = [t for t in TILES if fits_registers(t, turned=turned, rich=rich)]
+    tiles = [t for t in TILES if fits_registers(t, capability, turned=turned, extras=extras)]
     fits = [t for t in tiles if t.bytes <= limit and t.m < 2 * m and t.n < 2 * n and t.k < 2 * max(k, 17)]
     fits = fits or [tiles[-1]]
     for candidate in fits:
@@ -222,14 +221,19 @@ def tile(
     return min(fits, key=lambda t: (t.m * t.n, -t.k))
 
 
-def fits_registers(t: Tile, *, turned: bool = False, rich: bool = False) -> bool:
-    """Whether a tile's product keeps out of local memory, as `benchmarks.aot` shows.
+def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False, extras: int = 0) -> bool:
+    """Whether a tile's product keeps out of local memory, as `benchmarks.aot` shows. Before Hopper operands, too, are in registers.
 
     Args:
         turned: an operand is read across k and turned in registers.
-        rich: offsets, centres or a mask are in the epilogue.
+        extras: how much the epilogue holds beside the sums: 1 for a mask, or an offset or a centre of one operand, 2 for both
+            operands' under a window.
     """
-    return (not turned or t.m * t.n * t.k <= 128 * 128 * 64) and (not rich or t.m * t.n <= 128 * 128)
+    hopper = capability >= (9, 0)
+    sums = t.m * t.n // (32 * t.warps)  # of a thread
+    if turned and t.m * t.n * t.k > (128 * 128 * 64 if hopper else 64 * 64 * 64):
+        return False
+    return sums <= (128, 64, 32)[extras] and (hopper or extras == 0 or t.k <= 64)
 
 
 EXPAND_FROM = 3
