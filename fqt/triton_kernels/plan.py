@@ -222,7 +222,9 @@ def tile(
 
 
 def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False, extras: int = 0) -> bool:
-    """Whether a tile's product keeps out of local memory, as `benchmarks.aot` shows. Before Hopper operands, too, are in registers.
+    """Whether a tile's product keeps out of local memory, as `benchmarks.aot` shows.
+
+    Before Hopper the tensor cores' operands are in registers too.
 
     Args:
         turned: an operand is read across k and turned in registers.
@@ -233,7 +235,7 @@ def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False
     sums = t.m * t.n // (32 * t.warps)  # of a thread
     if turned and t.m * t.n * t.k > (128 * 128 * 64 if hopper else 64 * 64 * 64):
         return False
-    return sums <= (128, 64, 32)[extras] and (hopper or extras == 0 or t.k <= 64)
+    return sums <= (128, 64, 32)[extras] and (extras == 0 or t.k <= 64)
 
 
 EXPAND_FROM = 3
