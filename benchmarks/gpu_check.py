@@ -48,18 +48,8 @@ def tested() -> Iterator[Row]:
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         build = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "gpu",
-            "-W",
-            "default",
-            "--continue-on-collection-errors",
-            "tests/fqt",
-        ]
+        options = ["-q", "-m", "gpu", "-W", "default", "--continue-on-collection-errors"]
+        command = [sys.executable, "-m", "pytest", *options, "tests/fqt"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     finally:
         if build is not None:

@@ -274,7 +274,7 @@ def norm_grad(
     """As `fqt.norm.norm_grad`."""
     y, scale, offset, there = _source(source)
     (n, _, channels), positions, c = y.shape, g.shape[1], _channels(y.shape[2])
-    rows = 1024 // c
+    rows = 512 // c
     span = plan.span(positions, rows, n * plan.ceil_div(channels, c))
     chunks = max(plan.ceil_div(positions, span), 1)
     dy = torch.empty_like(y, dtype=torch.float32)
