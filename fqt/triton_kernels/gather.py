@@ -191,10 +191,10 @@ def _forward(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | N
     y = torch.empty(n, height * width, w.shape[0], dtype=dtype, device=x.codes.device)
     rows = n * height * width
     columns, taps, depth = w.shape[0] // window.groups, w.shape[1], w.shape[2]
-    extras = _extras(x, w, window)
-    t = plan.tile(rows, columns, depth, capability(y), window.groups, extras=extras)
-    x_bytes = extras > 0 or plan.expands(x.format, taps * plan.ceil_div(columns, t.n), window.groups)
-    w_bytes = extras > 0 or plan.expands(w.format, plan.ceil_div(rows, t.m), window.groups)
+    shifted = _shifted(x, w)
+    t = plan.tile(rows, columns, depth, capability(y), window.groups, holds=_holds(shifted, window))
+    x_bytes = shifted > 0 or plan.expands(x.format, taps * plan.ceil_div(columns, t.n), window.groups)
+    w_bytes = shifted > 0 or plan.expands(w.format, plan.ceil_div(rows, t.m), window.groups)
     bias = None if bias is None else bias.float().contiguous()
     a = expanded(x) if x_bytes else x.codes
     b = expanded(w) if w_bytes else w.codes
@@ -212,10 +212,10 @@ def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry |
     index = g.index if g.index is not None and g.format.axes == "N" else None
     make = torch.empty if index is None else torch.zeros
     grad = make(n, positions, channels, device=g.codes.device)
-    extras = _extras(g, w, window)
-    at_least = max(extras, int(mask is not None))
-    t = plan.tile(n * positions, columns, depth, capability(grad), window.groups, extras=at_least)
-    g_bytes = extras > 0 or plan.expands(g.format, taps * plan.ceil_div(columns, t.n), window.groups)
+    shifted = _shifted(g, w)
+    holds = _holds(max(shifted, int(mask is not None)), window)
+    t = plan.tile(n * positions, columns, depth, capability(grad), window.groups, holds=holds)
+    g_bytes = shifted > 0 or plan.expands(g.format, taps * plan.ceil_div(columns, t.n), window.groups)
     a = expanded(g) if g_bytes else g.codes
     if window.groups == 1:
         b = expanded(w, (2, 1, 0))  # (I, K, O): the summed channels on end
@@ -228,10 +228,17 @@ def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry |
     return grad
 
 
-def _extras(a: QTensor, b: QTensor, window: Geometry) -> int:
-    """See `plan.fits_registers`: 0 where no sums of codes are needed."""
-    operands = sum(q.offset is not None or plan.centre(q.format) != 0 for q in (a, b))
-    return min(operands, 1) if plan.is_linear(window) else operands
+def _shifted(a: QTensor, b: QTensor) -> int:
+    """Of how many operands the offset or centre needs sums of the other's codes."""
+    return sum(q.offset is not None or plan.centre(q.format) != 0 for q in (a, b))
+
+
+def _holds(extras: int, window: Geometry) -> str:
+    """See `plan.fits_registers`."""
+    linear = plan.is_linear(window)
+    if extras == 0:
+        return "" if linear else "places"
+    return "offset" if linear or extras == 1 else "offsets"
 
 
 def _launch(

@@ -202,17 +202,17 @@ PROCESSORS = 132
 
 
 def tile(
-    m: int, n: int, k: int, capability: tuple[int, int], programs: int = 1, *, turned: bool = False, extras: int = 0
+    m: int, n: int, k: int, capability: tuple[int, int], programs: int = 1, *, turned: bool = False, holds: str = ""
 ) -> Tile:
     """The largest tile that fits shared memory, wastes no half of itself and gives each processor work (else the smallest fit).
 
     Args:
         k: terms that lie on end.
         programs: into how many programs the sum itself is cut, conv groups included.
-        turned, extras: see `fits_registers`.
+        turned, holds: see `fits_registers`.
     """
     limit = shared_bytes(capability)
-    tiles = [t for t in TILES if fits_registers(t, capability, turned=turned, extras=extras)]
+    tiles = [t for t in TILES if fits_registers(t, capability, turned=turned, holds=holds)]
     fits = [t for t in tiles if t.bytes <= limit and t.m < 2 * m and t.n < 2 * n and t.k < 2 * max(k, 17)]
     fits = fits or [tiles[-1]]
     for candidate in fits:
@@ -221,21 +221,25 @@ def tile(
     return min(fits, key=lambda t: (t.m * t.n, -t.k))
 
 
-def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False, extras: int = 0) -> bool:
+HOLDS = {"": (128, 128), "places": (64, 128), "offset": (64, 64), "offsets": (32, 64)}
+"""What a thread holds beside its sums of codes -> the most sums, and terms at a time, that then fit its registers."""
+
+
+def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False, holds: str = "") -> bool:
     """Whether a tile's product keeps out of local memory, as `benchmarks.aot` shows.
 
     Before Hopper the tensor cores' operands are in registers too.
 
     Args:
         turned: an operand is read across k and turned in registers.
-        extras: how much the epilogue holds beside the sums: 1 for a mask, or an offset or a centre of one operand, 2 for both
-            operands' under a window.
+        holds: "places": of pixels under a window, or of sums to be added to; "offset": an operand's offset, centre or mask; "offsets": of both, and a window.
     """
     hopper = capability >= (9, 0)
     sums = t.m * t.n // (32 * t.warps)  # of a thread
     if turned and t.m * t.n * t.k > (128 * 128 * 64 if hopper else 64 * 64 * 64):
         return False
-    return sums <= (128, 64, 32)[extras] and (extras == 0 or t.k <= 64)
+    most, terms = HOLDS[holds]
+    return sums <= most and t.k <= terms
 
 
 EXPAND_FROM = 3

@@ -58,11 +58,9 @@ def test_a_reduction_covers_every_element_once(rng: np.random.Generator):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_tiles_fit_their_chip_and_the_product(chip: tuple[int, int]):
     for m, n, k in itertools.product((1, 16, 64, 100, 512, 16384), repeat=3):
-        for turned, extras in itertools.product((False, True), range(3)):
-            t = plan.tile(m, n, k, chip, turned=turned, extras=extras)
-            assert (
-                t.bytes <= plan.shared_bytes(chip) and t.k >= 32 and plan.fits_registers(t, chip, turned=turned, extras=extras)
-            )
+        for turned, holds in itertools.product((False, True), plan.HOLDS):
+            t = plan.tile(m, n, k, chip, turned=turned, holds=holds)
+            assert t.bytes <= plan.shared_bytes(chip) and t.k >= 32 and plan.fits_registers(t, chip, turned=turned, holds=holds)
             assert t == plan.TILES[-1] or (t.m < 2 * m and t.n < 2 * n)
     assert plan.tile(8192, 8192, 8192, (9, 0)) == plan.TILES[0]
 
