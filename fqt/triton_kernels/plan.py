@@ -232,7 +232,8 @@ def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False
 
     Args:
         turned: an operand is read across k and turned in registers.
-        holds: "places": of pixels under a window, or of sums to be added to; "offset": an operand's offset, centre or mask; "offsets": of both, and a window.
+        holds: "places": of pixels under a window, or of sums to be added to; "offset": an operand's offset, centre or mask;
+            "offsets": of both, and a window.
     """
     hopper = capability >= (9, 0)
     sums = t.m * t.n // (32 * t.warps)  # of a thread
