@@ -10,7 +10,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: help train test test-native test-arm lint sanitize data clean
+.PHONY: help train test test-native test-arm gpu-check lint sanitize data clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -49,6 +49,10 @@ endef
 $(eval $(call check,build/check,$(CXX),-O3))
 $(eval $(call check,build/check-quick,$(CXX),-O1))
 $(eval $(call check,build/check-arm,$(ARM_CXX),-O3 -static))
+
+# not in .venv: a GPU host has a torch of its own, which PYTHON names
+gpu-check: ## on a GPU: build, pytest -m gpu, compare every kernel with the reference, time them; ARGS="--json F"
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 lint: .venv/linted ## ruff, pyright, import-linter
 	$(BIN)/ruff check

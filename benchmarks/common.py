@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
@@ -16,9 +17,10 @@ from fqt.doctor import processor
 
 def where() -> dict[str, object]:
     """The machine and the code that a row of results belongs to."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
+    command = ["git", "describe", "--always", "--dirty"]
+    git = shutil.which("git")  # a machine that only measures may have none
+    here = Path(__file__).parent
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip() if git else ""
     return {
         "date": date.today().isoformat(),
         "commit": commit or "unknown",

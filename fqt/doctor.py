@@ -98,9 +98,9 @@ def _gpu() -> Iterator[Finding]:
         why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees none (nvidia-smi, driver)"
         yield Finding("absent", "GPU", why)
     else:
-        yield Finding("ok", "GPU", f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}: the reference serves there")
+        yield Finding("ok", "GPU", f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}: Triton's kernels serve there")
     found = importlib.util.find_spec("triton") is not None
-    yield Finding("ok" if found else "absent", "triton", "installed; fqt has no kernel in it yet" if found else "not installed")
+    yield Finding("ok" if found else "absent", "triton", "installed" if found else "not installed: GPUs use the reference")
 
 
 def _cuda_kernels() -> Iterator[Finding]:

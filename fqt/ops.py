@@ -22,6 +22,7 @@ from fqt.cuda_kernels import products as bits
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
+from fqt.triton_kernels import plan as triton
 from fqt.wording import nearest
 
 ENVIRONMENT = "FQT_BACKEND"
@@ -51,6 +52,7 @@ class Kernel:
         function: "module:name", imported when it is first used; its signature is that of the reference's function.
         refuses: the reason why it cannot serve a request, None if it can.
         native: whether it is compiled code, which is compared with the reference before it first serves (`broken`).
+        exact: whether its floats equal the reference's bit for bit; only those of 8-bit floats on tensor cores do not.
     """
 
     operator: str
@@ -59,6 +61,7 @@ class Kernel:
     function: str
     refuses: Callable[[Request], str | None]
     native: bool = False
+    exact: bool = True
 
 
 KERNELS: list[Kernel] = [
@@ -117,6 +120,33 @@ KERNELS: list[Kernel] = [
             native=True,
         )
         for operator in (*PRODUCTS, "accumulate")
+    ),
+    # not native: Triton compiles on the machine itself, for minutes if every format were compared before the first step
+    Kernel(
+        "quantize",
+        "triton",
+        "cuda",
+        "fqt.triton_kernels.quantize:quantize",
+        lambda request: triton.refuses_quantize(request.formats),
+    ),
+    *(
+        Kernel(
+            operator,
+            f"triton{' float8' * float8}",
+            "cuda",
+            f"fqt.triton_kernels.{'weight' if operator == 'grad_weight' else 'gather'}:{operator}",
+            lambda request, operator=operator, float8=float8: triton.refuses_product(
+                operator, request.formats, request.geometry, float8
+            ),
+            exact=not float8,
+        )
+        for operator in (*PRODUCTS, "accumulate")
+        for float8 in (False, True)
+        if not (operator == "accumulate" and float8)
+    ),
+    *(
+        Kernel(operator, "triton", "cuda", f"fqt.triton_kernels.norm:{operator}", lambda _: triton.refuses_norm())
+        for operator in NORM
     ),
     *(
         Kernel(operator, "reference", "", f"fqt.{'norm' if operator in NORM else 'reference'}:{operator}", lambda request: None)

@@ -99,9 +99,8 @@ def test_the_environment_is_the_default_and_the_argument_beats_it(monkeypatch: p
 
 def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
     model = nn.Linear(4, 3)
-    with pytest.raises(
-        ValueError, match=r"unknown backend 'referense' \(did you mean 'reference'\?\); known: cpu, cuda, reference"
-    ):
+    known = "cpu, cuda, triton, reference"
+    with pytest.raises(ValueError, match=rf"unknown backend 'referense' \(did you mean 'reference'\?\); known: {known}"):
         fqt.convert(model, ONE_BIT, backend="referense")
     with pytest.raises(ValueError, match="unknown backend 'gpu'"):
         fqt.convert(model, "fp32", backend="gpu")
@@ -173,7 +172,7 @@ def test_a_backend_is_named_by_its_first_word(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ops, "KERNELS", [*ops.KERNELS, *rows])
     row = fqt.summary(fqt.convert(nn.Linear(4, 3), INT8, backend="mine")).rows[0]
     assert row.served == {product: f"mine {product}" for product in ops.PRODUCTS}
-    with pytest.raises(ValueError, match="unknown backend 'mine output'; known: cpu, cuda, reference, mine"):
+    with pytest.raises(ValueError, match="unknown backend 'mine output'; known: cpu, cuda, triton, reference, mine"):
         fqt.convert(nn.Linear(4, 3), INT8, backend="mine output")
 
 

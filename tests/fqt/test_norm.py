@@ -11,7 +11,7 @@ from fqt import norm, ops
 from fqt.norm import Source, Windows
 from fqt.ops import KERNELS, NORM, Request
 
-CPU = [row for row in KERNELS if row.operator in NORM and row.backend != "reference"]
+CPU = [row for row in KERNELS if row.operator in NORM and row.device == "cpu"]
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 CHANNELS = (0, 1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129)
 KERNEL_SIZES = ((1, 1), (2, 2), (2, 2), (3, 3), (1, 2), (3, 1))

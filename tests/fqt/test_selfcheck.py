@@ -42,8 +42,9 @@ def test_every_native_row_passes_and_is_asked_something(row: Kernel) -> None:
     assert selfcheck.compare(row.operator, ops.load(row.function), accepts(row)) >= 2
 
 
-def test_every_row_but_the_references_is_checked() -> None:
-    assert [row.backend for row in KERNELS if not row.native] == ["reference"] * len(ops.OPERATORS)
+def test_every_row_compiled_beforehand_is_checked() -> None:
+    """Triton compiles a kernel for each format on the machine itself; the reference is what the others are checked against."""
+    assert {row.backend.split()[0] for row in KERNELS if not row.native} == {"triton", "reference"}
 
 
 @pytest.mark.parametrize("operator", ["quantize", *ops.PRODUCTS])

@@ -146,7 +146,7 @@ def test_products_refuse_with_a_reason(operator: str, formats: tuple[str, str], 
     geometry = Geometry(3, 3, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1), groups)
     request = Request("cuda", (Format.parse(formats[0]), Format.parse(formats[1])), geometry)
     kernel, reasons = ops.select(operator, request)
-    assert kernel.backend == "reference"
+    assert kernel.backend.split()[0] != "cuda"
     assert any(text.startswith("cuda b1: ") and reason in text for text in reasons), reasons
 
 

@@ -1,0 +1,302 @@
+"""What the Triton kernels serve, and how they are launched: plain Python, without Triton and without a device."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from fqt.formats import FLOAT8_MAX, Format, Shape3
+from fqt.geometry import Geometry
+
+SHARED_BYTES = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (12, 0): 101_376, (12, 1): 101_376}
+"""Shared memory of a block by compute capability, where it is less than the 232,448 bytes of Hopper and Blackwell."""
+FLOAT8_CAPABILITY = (8, 9)
+WIDE = 1 << 31
+"""Sums from here on are kept in 64 bits."""
+_NO_TRITON = "Triton is not installed: pip install triton"
+
+
+def shared_bytes(capability: tuple[int, int]) -> int:
+    """Shared memory that a block may use."""
+    return SHARED_BYTES.get(capability, 232_448)
+
+
+# --- what is served --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+
+
+def refuses_quantize(formats: tuple[Format, ...]) -> str | None:
+    """Why `quantize` cannot serve a request, or None."""
+    (format,) = formats
+    if not _installed():
+        return _NO_TRITON
+    return "codes of more than 16 bits need float64 arithmetic" if format.bits > 16 else None
+
+
+def refuses_norm() -> str | None:
+    """Why the operators of `fqt.norm` cannot be served, or None."""
+    return None if _installed() else _NO_TRITON
+
+
+def refuses_product(operator: str, formats: tuple[Format, ...], geometry: Geometry | None, float8: bool) -> str | None:
+    """Why a product cannot serve a request, or None: of two integer formats, or with `float8` of two float8 formats."""
+    if not _installed():
+        return _NO_TRITON
+    a, b = formats
+    grids = [format.grid in FLOAT8_MAX for format in formats]
+    if float8:
+        if not all(grids):
+            return f"the kernel multiplies two 8-bit floats, not {a.name} by {b.name}"
+        if _capability() < FLOAT8_CAPABILITY:
+            return "8-bit floats need compute capability 8.9"
+    elif any(grids) or max(a.bits, b.bits) > 8:
+        return f"the kernel multiplies integers of at most 8 bits, not {a.name} by {b.name}"
+    leaving = ("", "N", "NP") if geometry is None else ("", "N")  # a window mixes positions
+    a_axes = ("", "N", "C", "NC") if operator == "grad_weight" else leaving
+    if a.axes not in a_axes or b.axes not in (("", "O") if operator in ("output", "accumulate") else ("",)):
+        left, right = {"grad_input": "gw", "grad_weight": "gx"}.get(operator, "xw")
+        return f"scales {a.axes!r} of {left} and {b.axes!r} of {right} vary along the summed axes"
+    if operator == "accumulate" and not a.grid == b.grid == "sign":
+        return f"accumulators of 16 bits hold products of signs, not {a.name} by {b.name}"
+    return None
+
+
+# --- how tensors lie -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor (N, P, C) as rows of codes in stored order, see `fqt.formats`. A group is `group_rows` rows on end.
+
+    Element `i` of row `r` is the tensor's element at (r // row_split, r % row_split) and (i // split, i % split), along the
+    axes that `strides` gives strides for, in this order.
+    """
+
+    rows: int
+    length: int
+    group_rows: int
+    row_split: int
+    split: int
+    axes: str
+
+    def strides(self, n: int, p: int, c: int) -> tuple[int, int, int, int]:
+        """Strides of the four coordinates, from those of (N, P, C)."""
+        return {"C": (c, 0, n, p), "NC": (c, n, 0, p)}.get(self.axes, (n, p, 0, c))
+
+
+def stored(format: Format, shape: Shape3) -> Stored:
+    """How a tensor of logical `shape` lies in a format."""
+    n, p, c = shape
+    if format.axes == "C":
+        return Stored(c, n * p, 1, 1, max(p, 1), "C")
+    if format.axes == "NC":
+        return Stored(c * n, p, 1, max(n, 1), max(p, 1), "NC")
+    group_rows = {"": n * p, "NP": 1}.get(format.axes, p)
+    return Stored(n * p, c, max(group_rows, 1), max(p, 1), max(c, 1), format.axes)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Tiles of an elementwise pass over stored rows."""
+
+    rows: int
+    columns: int
+
+
+def elementwise(of: Stored, elements: int = 2048) -> Pass:
+    """Tiles of a pass that packs along the rows: at least 8 codes, so that a tile ends at a byte."""
+    columns = min(max(power_of_two(of.length), 8), 128 if of.group_rows == 1 and of.axes != "NP" else 256)
+    return Pass(min(elements // columns, power_of_two(of.rows)), columns)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How the range of groups is found: programs of `rows` x `columns`, each over `span` rows (or columns) of a group.
+
+    `each_row`: a row is a group, so the tile's rows are reduced one by one and `span` counts columns.
+    """
+
+    each_row: bool
+    rows: int
+    columns: int
+    span: int
+    chunks: int
+
+    def grid(self, of: Stored) -> tuple[int, int]:
+        return ceil_div(of.rows, self.rows) if self.each_row else of.rows // of.group_rows, self.chunks
+
+
+_PROGRAMS = 1024  # about what fills a large GPU several times over
+
+
+def span(elements: int, step: int, programs: int) -> int:
+    """How many elements a program takes, in steps, where `programs` of them would take all elements of their own group."""
+    chunks = ceil_div(_PROGRAMS, max(programs, 1))
+    return step * max(1, ceil_div(ceil_div(elements, step), chunks))
+
+
+def reduction(of: Stored) -> Reduction:
+    """Chunks such that some `_PROGRAMS` programs share the work, or fewer of at least a few tiles each."""
+    tile = elementwise(of)
+    if of.group_rows == 1:
+        wanted = ceil_div(_PROGRAMS, ceil_div(of.rows, tile.rows))
+        span = tile.columns * max(4, ceil_div(ceil_div(of.length, tile.columns), wanted))
+        return Reduction(True, tile.rows, tile.columns, span, ceil_div(of.length, span))
+    rows = min(tile.rows, power_of_two(of.group_rows))
+    wanted = ceil_div(_PROGRAMS, of.rows // of.group_rows)
+    span = rows * max(4, ceil_div(ceil_div(of.group_rows, rows), wanted))
+    return Reduction(False, rows, tile.columns, span, ceil_div(of.group_rows, span))
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile of a product (m x n, k terms at a time), its warps, and how many tiles of operands are under way."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    @property
+    def bytes(self) -> int:
+        """Shared memory of the operands, one byte a code."""
+        return (self.m + self.n) * self.k * self.stages
+
+
+TILES = (
+    Tile(128, 256, 128, 8, 4),
+    Tile(128, 256, 128, 8, 3),
+    Tile(128, 128, 128, 8, 3),
+    Tile(128, 128, 64, 8, 4),
+    Tile(64, 128, 64, 4, 4),
+    Tile(64, 64, 64, 4, 4),
+    Tile(32, 32, 32, 4, 2),
+)
+"""The space that is searched, from large to small; `tile` picks by rule, `benchmarks.gpu_check` times them all."""
+PROCESSORS = 132
+
+
+def tile(
+    m: int, n: int, k: int, capability: tuple[int, int], programs: int = 1, *, turned: bool = False, holds: str = ""
+) -> Tile:
+    """The largest tile that fits shared memory, wastes no half of itself and gives each processor work (else the smallest fit).
+
+    Args:
+        k: terms that lie on end.
+        programs: into how many programs the sum itself is cut, conv groups included.
+        turned, holds: see `fits_registers`.
+    """
+    limit = shared_bytes(capability)
+    tiles = [t for t in TILES if fits_registers(t, capability, turned=turned, holds=holds)]
+    fits = [t for t in tiles if t.bytes <= limit and t.m < 2 * m and t.n < 2 * n and t.k < 2 * max(k, 17)]
+    fits = fits or [tiles[-1]]
+    for candidate in fits:
+        if ceil_div(m, candidate.m) * ceil_div(n, candidate.n) * programs >= PROCESSORS:
+            return candidate
+    return min(fits, key=lambda t: (t.m * t.n, -t.k))
+
+
+HOLDS = {"": (128, 128), "places": (64, 128), "offset": (64, 64), "offsets": (32, 64)}
+"""What a thread holds beside its sums of codes -> the most sums, and terms at a time, that then fit its registers."""
+
+
+def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False, holds: str = "") -> bool:
+    """Whether a tile's product keeps out of local memory, as `benchmarks.aot` shows.
+
+    Before Hopper the tensor cores' operands are in registers too.
+
+    Args:
+        turned: an operand is read across k and turned in registers.
+        holds: "places": of pixels under a window, or of sums to be added to; "offset": an operand's offset, centre or mask;
+            "offsets": of both, and a window.
+    """
+    hopper = capability >= (9, 0)
+    sums = t.m * t.n // (32 * t.warps)  # of a thread
+    if turned and t.m * t.n * t.k > (128 * 128 * 64 if hopper else 64 * 64 * 64):
+        return False
+    most, terms = HOLDS[holds]
+    return sums <= most and t.k <= terms
+
+
+EXPAND_FROM = 3
+"""A packed operand that at least so many tiles read is unpacked once, in memory; below, each tile unpacks it in registers."""
+
+
+def expands(format: Format, reads: int, groups: int) -> bool:
+    """Whether an operand is unpacked to a byte a code before the product.
+
+    A tile unpacks some four instructions a code, as long as the tensor cores take for 64 multiply-adds of it. Conv groups need
+    not begin at a byte, and a byte of 8 unsigned bits is centred to fit the signed tensor cores: both take this way. Other
+    bytes are as they should be, and nothing is done.
+    """
+    return format.storage_bits == 8 or groups > 1 or reads >= EXPAND_FROM
+
+
+def centre(format: Format) -> int:
+    """What is subtracted from codes to make them signed bytes."""
+    return 128 if format.grid == "uint" and format.bits == 8 else 0
+
+
+def bound(terms: int, *formats: Format) -> int:
+    """The largest magnitude of a sum of products, centred or not, while it is corrected."""
+    for format in formats:
+        terms *= max(max(abs(code) for code in format.code_range), 2 * centre(format))
+    return terms
+
+
+def is_linear(geometry: Geometry | None) -> bool:
+    """Whether a product is one of matrices: a linear layer, or windows of one pixel that meet each pixel once."""
+    return geometry is None or (
+        geometry.kernel == (1, 1) and geometry.stride == (1, 1) and not any(geometry.padding) and geometry.groups == 1
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    """The terms of grad_weight cut among programs: `chunk` terms each."""
+
+    chunk: int
+    splits: int
+
+
+def split(tiles: int, terms: int, t: Tile, *formats: Format) -> Split:
+    """Cuts such that every processor has work, none less than 8 steps, and no 32-bit sum overflows."""
+    most = (WIDE - 1) // max(bound(1, *formats), 1) // t.k * t.k
+    wanted = max(1, PROCESSORS * 2 // max(tiles, 1))
+    chunk = max(ceil_div(ceil_div(terms, wanted), t.k) * t.k, 8 * t.k)
+    chunk = min(chunk, most)
+    return Split(chunk, ceil_div(terms, chunk))
+
+
+def samples_apart(tiles: int, samples: int, size: int) -> bool:
+    """Whether a product with a scale for each sample works samples off side by side and writes down their terms of
+    `size` floats.
+
+    It does where the tiles leave most processors without work, and the terms take at most 256 MiB.
+    """
+    return 1 < samples < 1 << 16 and tiles < PROCESSORS // 2 and samples * size * 4 <= 1 << 28

@@ -1,0 +1,94 @@
+"""gpu_check's logic, run on the CPU's kernels with a clock that always says one millisecond."""
+
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, gpu_models, gpu_parts
+from fqt import cpu, ops, reference
+from fqt.formats import Format
+from fqt.ops import Kernel
+
+SMALL = (64,)
+
+
+def bench(function) -> float:
+    function()
+    return 1.0
+
+
+@pytest.fixture(autouse=True)
+def _built() -> None:
+    if cpu.refuses_quantize((Format("sign", 1),)) is not None:
+        pytest.skip("the C++ kernels are not built")
+
+
+def test_every_row_that_serves_is_compared_and_timed():
+    rows = [*gpu_parts.quantizers("cpu", bench, (4, 16, 16)), *gpu_parts.matmuls("cpu", bench, SMALL)]
+    rows += gpu_parts.layers("cpu", bench, 2, (("VGG-16", 8, 16, 8, 3, 1), ("ResNet-50", 8, 8, 8, 1, 2)))
+    assert not [row for row in rows if "wrong" in row]
+    assert {row["backend"] for row in rows if row.get("formats") == "sign x sign:O"} == {"cpu", "cpu int8"}
+    assert sum(row["part"] == "layers" for row in rows) == 2 * (3 * 2 + 3), "the 1-bit products have two rows, int8's one"
+    text = gpu_check.show(rows, SMALL)
+    for words in ("agp uint4+:C", "bf16 x bf16", "torch._int_mm", "uint4+:N x sign kept 0.25", "ResNet-50 1x1 8->8 @8 /2"):
+        assert words in text
+    assert "int8 output 8192^3 over bf16: open; must 1.4, aim 1.8" in text
+
+
+def test_a_wrong_kernel_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch):
+    module = type(sys)("a_wrong_kernel")
+    module.output = lambda *args: 2 * reference.output(*args)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    wrong = Kernel("output", "wrong", "cpu", f"{module.__name__}:output", lambda request: None)
+    monkeypatch.setattr(ops, "KERNELS", [wrong, *ops.KERNELS])
+    rows = [row for row in gpu_parts.matmuls("cpu", bench, SMALL) if row["backend"] == "wrong"]
+    assert rows and all("differ" in str(row["wrong"]) and "ms" not in row for row in rows)
+    assert "wrong: values:" in gpu_check.show(rows, SMALL)
+
+
+def test_a_part_that_fails_or_runs_out_of_time_keeps_its_rows():
+    def failing():
+        yield {"part": "layers", "name": "one"}
+        raise RuntimeError("no such thing")
+
+    def slow():
+        yield {"part": "layers", "name": "one"}
+        time.sleep(5)
+
+    assert gpu_check.collect("layers", failing(), 10)[-1]["failed"] == "RuntimeError: no such thing"
+    start = time.monotonic()
+    rows = gpu_check.collect("layers", slow(), 0.2)
+    assert [row["name"] for row in rows] == ["one", "layers"] and rows[-1]["failed"] == "TimeoutError: no time left"
+    assert time.monotonic() - start < 4
+
+
+def test_steps_of_models_that_are_there_and_of_one_that_is_absent(monkeypatch: pytest.MonkeyPatch):
+    def absent():
+        raise ImportError("No module named 'torchvision'")
+
+    monkeypatch.setitem(gpu_models.MODELS, "small", lambda: gpu_models.gpt2_stack(32, 2, 1, 2, 8))
+    monkeypatch.setitem(gpu_models.MODELS, "absent", absent)
+    rows = list(gpu_parts.steps("cpu", bench, ("small", "absent"), ("int8",)))
+    assert [row.get("recipe") for row in rows] == ["bf16 autocast", "int8", None]
+    assert rows[1]["backend"] == "cpu int8" and rows[2]["failed"] == "absent: No module named 'torchvision'"
+    assert "small" in gpu_check.show(rows)
+
+
+def test_the_table_has_at_most_60_lines():
+    rows: list[dict] = [{"part": "tests", "name": "t", "failed": str(i)} for i in range(20)]
+    rows += [
+        {"part": part, "name": str(i), "ms": 1.0, "recipe": "r"} for part in ("quantize", "layers", "steps") for i in range(40)
+    ]
+    rows += [{"part": "products", "formats": str(i), "size": 1024, "ms": 1.0, "ratio": 1.0} for i in range(60)]
+    assert len(gpu_check.show(rows).splitlines()) <= 60
+
+
+def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_check"])
+    with pytest.raises(SystemExit) as stopped:
+        gpu_check.main()
+    assert stopped.value.code == 2
+    assert "no CUDA device: nothing to time" in capsys.readouterr().out

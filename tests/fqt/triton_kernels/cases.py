@@ -1,0 +1,261 @@
+"""Random cases of the Triton kernels against the reference on the CPU, on a device: "cpu" under the interpreter, or "cuda".
+
+    TRITON_INTERPRET=1 python -m tests.fqt.triton_kernels.cases SEED quantize=COUNT ...
+
+Triton decides when it is imported whether it interprets, so the interpreter has a process of its own. It computes with numpy:
+rounding, wrapping and Philox are the same; races, alignment, registers and 8-bit tensor cores are not seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fqt import norm, reference
+from fqt.formats import Format
+from fqt.norm import Source, Windows
+from fqt.ops import NORM, PRODUCTS
+from fqt.qtensor import QTensor
+from fqt.quantizers import build
+from fqt.testing import assert_same_codes, assert_same_values
+from fqt.triton_kernels import gather, plan, weight
+from fqt.triton_kernels import norm as norm_kernels
+from fqt.triton_kernels.quantize import quantize
+from tests.fqt import test_kernels, test_norm
+
+_SMALL = (plan.Tile(16, 16, 32, 4, 2), plan.Tile(32, 16, 32, 4, 2))
+"""Tiles of which small operands take several."""
+
+
+def _quantizers() -> list:
+    """The recipes' and the uniform ones, as the C++ kernels are tested with, and those that these have not."""
+    found = [(quantizer, quantizer.format(operand)) for operand, quantizer in test_kernels.built_in()]
+    wide = [
+        build("uniform", "g", bits=12, granularity="sample", stochastic=True),
+        build("affine", "g", bits=16, granularity="channel"),
+    ]
+    floats = [
+        build("float8", "g", grid=grid, granularity=granularity, stochastic=stochastic)
+        for grid, granularity, stochastic in itertools.product(("e4m3", "e5m2"), ("tensor", "channel", "sample"), (False, True))
+    ]
+    return found + [(quantizer, quantizer.format("g")) for quantizer in wide + 3 * floats]
+
+
+def fuzz_quantize(device: str, seed: int, count: int) -> None:
+    """Random quantizers, shapes, values, layouts, folds, masks and given ranges."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    quantizers = _quantizers()
+    for case in range(count):
+        quantizer, format = draw.choice(quantizers)
+        shape = (draw.choice((0, 1, 2, 5, 9)), draw.choice((0, 1, 2, 7, 9, 33)), draw.choice((0, 1, 3, 4, 8, 17, 65, 130)))
+        x = test_kernels.tensor(shape, draw.choice(test_kernels.FILLS), draw.choice(test_kernels.LAYOUTS), generator)
+        fold_shape = draw.choice([None, None, (1, 1, shape[2]), (shape[0], 1, 1), (shape[0], shape[1], 1)])
+        options = {
+            "calibrate": quantizer.calibrate,
+            "limits": quantizer.limits,
+            "stochastic": quantizer.stochastic,
+            "prune": quantizer.prune,
+            "keep_one_in": quantizer.keep_one_in,
+            "pass_range": draw.choice([None, (-1.0, 1.0), (0.0, 0.5)]),
+            "fold": None if fold_shape is None else torch.rand(fold_shape, generator=generator),
+            "key": torch.randint(-(2**63), 2**63 - 1, (), generator=generator),
+            "stream": draw.randrange(0, 16, 2),
+        }
+        if fold_shape is None and draw.random() < 0.3:
+            options["ranges"] = reference.group_range(reference.group_rows(x.float(), format))
+        expected, expected_mask = reference.quantize(x, format, **options)
+        with _told(f"case {case}: {format.name}, {shape} {x.stride()} {x.dtype}, {options}"):
+            actual, mask = quantize(x.to(device), format, **{name: _to(value, device) for name, value in options.items()})
+            assert_same_codes(actual, expected)
+            assert (mask is None) == (expected_mask is None)
+            assert expected_mask is None or torch.equal(mask.cpu(), expected_mask), "masks differ"
+
+
+def fuzz_prune(device: str, seed: int, count: int) -> None:
+    """Pruning of few and many groups: equal ranges, a few wide ones, ranges of 0 and such that are not finite."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    for case in range(count):
+        groups, mode, b = draw.choice((1, 2, 7, 64, 65, 1100)), draw.choice(("bernoulli", "topk")), draw.choice((2, 3, 4, 8))
+        kind = draw.choice(("heavy tails", "equal", "zeros", "infinite"))
+        x = torch.randn(groups, 1, 3, generator=generator)
+        if kind == "heavy tails":
+            x = x * torch.randn(groups, 1, 1, generator=generator).mul(3).exp()
+        elif kind == "equal":
+            x = torch.ones_like(x)
+        elif kind == "zeros":
+            x[: groups // 2] = 0.0
+        else:
+            x[:: groups // 3 + 1] = float("inf")
+        format, key = Format("uint", 4, "N", True), torch.tensor(case)
+        options = {"calibrate": "minmax", "prune": mode, "keep_one_in": b, "stream": 4}
+        with _told(f"case {case}: {groups} groups, {mode}, one in {b}, {kind}"):
+            actual, _ = quantize(x.to(device), format, key=key.to(device), **options)
+            assert_same_codes(actual, reference.quantize(x, format, key=key, **options)[0])
+
+
+def fuzz_products(device: str, seed: int, count: int) -> None:
+    """Random layers, formats, pruning, masks and biases; tiles, cuts and sums of 64 bits where they would not be needed."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    defaults = plan.TILES, plan.EXPAND_FROM, plan.PROCESSORS, plan.WIDE
+    served = 0
+    while served < count:
+        x_shape, w_shape, g_shape, geometry = test_kernels.layer(draw)
+        operator = draw.choice((*PRODUCTS, "accumulate"))
+        left, right = Format("sign", 1), Format("sign", 1, draw.choice(("", "O")))
+        if operator != "accumulate":
+            axes = test_kernels.PRODUCT_AXES[operator]
+            left, right = (replace(draw.choice(test_kernels.INTEGERS), axes=draw.choice(choices)) for choices in axes)
+        if plan.refuses_product(operator, (left, right), geometry, False) is not None:
+            continue
+        terms = g_shape[1] * w_shape[1] * w_shape[2] * g_shape[2]
+        if x_shape[0] * terms > 3e5:
+            continue
+        pruned = draw.random() < 0.4
+        if operator == "grad_input":
+            mask_shape = Format("sign", 1).packed_shape(x_shape)
+            mask = draw.choice((None, torch.randint(256, mask_shape, generator=generator, dtype=torch.uint8)))
+            coded = (
+                test_kernels.coded(left, g_shape, draw, generator, pruned),
+                test_kernels.coded(right, w_shape, draw, generator),
+            )
+            args = (*coded, mask, geometry, x_shape)
+        elif operator == "grad_weight":
+            coded = (
+                test_kernels.coded(left, g_shape, draw, generator, pruned),
+                test_kernels.coded(right, x_shape, draw, generator),
+            )
+            args = (*coded, geometry)
+        else:
+            bias = draw.choice((None, torch.randn(w_shape[0], generator=generator)))
+            coded = test_kernels.coded(left, x_shape, draw, generator), test_kernels.coded(right, w_shape, draw, generator)
+            args = (*coded, bias, geometry) if operator == "output" else (*coded, geometry)
+        expected = getattr(reference, operator)(*args)
+        plan.TILES = draw.choice((_SMALL[:1], _SMALL[1:], defaults[0]))
+        plan.EXPAND_FROM, plan.PROCESSORS, plan.WIDE = (
+            draw.choice((0, 3, 10**9)),
+            draw.choice((1, 132)),
+            draw.choice((2**31, 2**22)),
+        )
+        where = f"case {served}: {operator} {left.name} x {right.name}, {x_shape}, {w_shape}, {geometry}, pruned {pruned}, "
+        try:
+            with _told(f"{where}{plan.TILES[0]}, {plan.EXPAND_FROM}, {plan.PROCESSORS}, {plan.WIDE}"):
+                kernel = getattr(weight if operator == "grad_weight" else gather, operator)
+                assert_same_values(kernel(*(_to(arg, device) for arg in args)), expected)
+        finally:
+            plan.TILES, plan.EXPAND_FROM, plan.PROCESSORS, plan.WIDE = defaults
+        served += 1
+
+
+def fuzz_float8(device: str, seed: int, count: int) -> None:
+    """Products of 8-bit floats: exact where every sum fits a float16's mantissa, else within 2^-10 of the sum of magnitudes."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    for case in range(count):
+        x_shape, w_shape, g_shape, geometry = test_kernels.layer(draw)
+        if 0 in (*x_shape, *w_shape, *g_shape) or x_shape[0] * g_shape[1] * w_shape[1] * w_shape[2] * g_shape[2] > 3e5:
+            continue
+        small = draw.random() < 0.5 and max(w_shape[1] * max(w_shape[2], w_shape[0]), g_shape[0] * g_shape[1]) < 1000
+        formats = Format(draw.choice(("e4m3", "e5m2")), 8), Format(draw.choice(("e4m3", "e5m2")), 8)
+        x, w, g = (_float8(formats[i], shape, small, generator) for i, shape in ((0, x_shape), (1, w_shape), (0, g_shape)))
+        x_right = _float8(formats[1], x_shape, small, generator)
+        calls = {
+            "output": (x, w, None, geometry),
+            "grad_input": (g, w, None, geometry, x_shape),
+            "grad_weight": (g, x_right, geometry),
+        }
+        for operator, args in calls.items():
+            kernel = getattr(weight if operator == "grad_weight" else gather, operator)
+            with _told(
+                f"case {case}: {operator} {formats[0].name} x {formats[1].name}, {x_shape}, {w_shape}, {geometry}, {small}"
+            ):
+                actual, expected = kernel(*(_to(arg, device) for arg in args)).cpu(), getattr(reference, operator)(*args)
+                if small:
+                    assert_same_values(actual, expected)
+                else:
+                    magnitudes = getattr(reference, operator)(*(_magnitude(arg) for arg in args))
+                    assert bool(((actual - expected).abs() <= magnitudes * 2.0**-10).all()), (actual - expected).abs().max()
+
+
+def _float8(format: Format, shape: tuple[int, int, int], small: bool, generator: torch.Generator) -> QTensor:
+    x = torch.randn(shape, generator=generator)
+    x = x.sign() * (x.abs() > 0.5) if small else x
+    limits = (-1.0, 1.0) if small else (-4.0, 4.0)
+    q, _ = reference.quantize(x, format, calibrate="none", limits=tuple(limit * format.code_range[1] for limit in limits))
+    return replace(q, scale=torch.ones_like(q.scale))
+
+
+def _magnitude(value: object) -> object:
+    if not isinstance(value, QTensor):
+        return value
+    return replace(value, codes=value.codes & 127)
+
+
+def fuzz_norm(device: str, seed: int, count: int) -> None:
+    """Random sizes, values, codes and floats, windows, and samples that pruning emptied."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    for case in range(count):
+        operator = NORM[case % len(NORM)]
+        height, width = draw.choice((1, 2, 3, 5, 8)), draw.choice((1, 2, 3, 4, 7))
+        shape = (draw.choice((0, 1, 2, 3, 7)), height * width, draw.choice(test_norm.CHANNELS))
+        source = test_norm.source(draw, shape, generator)
+        affine, means = torch.randn(4, shape[2], generator=generator), torch.randn(2, shape[2], generator=generator)
+        windows = Windows(height, width, draw.choice(test_norm.KERNEL_SIZES))
+        down, across = windows.pooled_size
+        g, kept = torch.randn(shape[0], down * across, shape[2], generator=generator), None
+        if draw.random() < 0.5:
+            kept = torch.rand(shape[0], generator=generator) < 0.5
+            g[~kept] = 0.0
+        args = {
+            "norm_sums": (source,),
+            "norm_value": (source, affine, windows),
+            "norm_sign": (source, affine, windows, -1.0, draw.choice((1.0, 0.5))),
+            "norm_grad_sums": (g, kept, source, affine, windows),
+            "norm_grad": (g, kept, source, affine, windows, means),
+        }[operator]
+        expected = getattr(norm, operator)(*args)
+        with _told(f"case {case}: {operator}, {shape}, {windows}, {source.y.dtype}"):
+            actual = getattr(norm_kernels, operator)(*(_to(arg, device) for arg in args))
+            for one, other in zip(*(v if isinstance(v, tuple) else (v,) for v in (actual, expected)), strict=True):
+                assert_same_values(one, other)
+
+
+@contextmanager
+def _told(text: str) -> Iterator[None]:
+    """Adds what was asked to an error."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(text)
+        raise
+
+
+def _to(value: object, device: str) -> object:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, QTensor):
+        tensors = (None if t is None else t.to(device) for t in (value.codes, value.scale, value.offset, value.index))
+        return QTensor(*tensors, value.format, value.shape)  # type: ignore[arg-type]
+    if isinstance(value, Source):
+        return Source(*(None if t is None else t.to(device) for t in value.tensors()))  # type: ignore[arg-type]
+    if isinstance(value, tuple):
+        return tuple(_to(part, device) for part in value)
+    return value
+
+
+FAMILIES = {
+    "quantize": fuzz_quantize, "prune": fuzz_prune, "products": fuzz_products, "float8": fuzz_float8, "norm": fuzz_norm,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    seed_ = int(sys.argv[1])
+    for asked in sys.argv[2:]:
+        family, _, count_ = asked.partition("=")
+        FAMILIES[family]("cpu", seed_, int(count_))
+        print(f"{family}: {count_} cases equal the reference", flush=True)

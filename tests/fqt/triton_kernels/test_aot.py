@@ -1,0 +1,61 @@
+"""Kernels compiled ahead of time, without a GPU; `python -m benchmarks.aot` compiles them all, for every chip and tile."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+# Triton decides when it is imported whether it interprets, and keeps the driver that it is given: a process of its own
+_PROGRAM = """
+from benchmarks import aot
+for name, function in aot.calls(True):
+    if name in {names!r}:
+        for launch in aot.recorded(name, function):
+            row = aot.examined(launch, {capability})
+            print(row["kernel"], *row["tensor_cores"])
+"""
+
+
+def examined(capability: int, *names: str) -> list[str]:
+    program = _PROGRAM.format(names=set(names), capability=capability)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(autouse=True)
+def _triton() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def test_products_become_tensor_core_instructions_without_spills():
+    lines = examined(90, "grad_input uint4+:N sign 3x3")
+    (product,) = (line for line in lines if line.startswith("_gather"))
+    assert "IGMMA" in product and {"_expand", "_inside_sums"} <= {line.split()[0] for line in lines}
+    (ampere,) = (line for line in examined(80, "output int8:N int8:O linear") if line.startswith("_gather"))
+    assert "IMMA" in ampere and "IGMMA" not in ampere
+
+
+def test_a_kernel_that_is_not_as_it_should_be_is_refused(monkeypatch: pytest.MonkeyPatch):
+    from benchmarks import aot
+
+    compiled = SimpleNamespace(asm={"cubin": b""}, metadata=SimpleNamespace(shared=300_000))
+    kernel = SimpleNamespace(fn=SimpleNamespace(__name__="kernel"), warmup=lambda *args, **options: compiled)
+    constants = {"M": 64, "N": 64, "K": 64, "num_warps": 4, "num_stages": 2}
+    launch = aot.Launch("a call", kernel, (1,), (), constants)  # type: ignore[arg-type]
+    code = {"text": "STL R1; IMMA.16832.S8.S8 R4"}
+    monkeypatch.setattr(aot.driver, "set_active", lambda driver: None)
+    monkeypatch.setattr(aot, "_told", lambda tool, *_: "REG:64 " if tool == "cuobjdump" else code["text"])
+    with pytest.raises(RuntimeError, match="kernel 64x64x64 of a call for sm_90 spills registers: 1 accesses"):
+        aot.examined(launch, 90)
+    code["text"] = "IMMA.16832.S8.S8 R4"
+    with pytest.raises(RuntimeError, match="needs 300,000 bytes of shared memory, the chip has 232,448"):
+        aot.examined(launch, 90)
+    compiled.metadata.shared = 1000
+    assert aot.examined(launch, 90)["tensor_cores"] == ["IMMA.16832.S8.S8"]
+    code["text"] = "FFMA R1"
+    with pytest.raises(RuntimeError, match="holds no tensor-core instruction"):
+        aot.examined(launch, 90)
