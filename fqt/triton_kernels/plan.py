@@ -240,7 +240,7 @@ def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False
     if turned and t.m * t.n * t.k > (128 * 128 * 64 if hopper else 64 * 64 * 64):
         return False
     most, terms = HOLDS[holds]
-    return sums <= (most if hopper else min(most, 64)) and t.k <= terms
+    return sums <= (most if capability[0] == 9 else min(most, 64)) and t.k <= terms
 
 
 EXPAND_FROM = 3
