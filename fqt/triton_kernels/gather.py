@@ -192,7 +192,7 @@ def _forward(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | N
     rows = n * height * width
     columns, taps, depth = w.shape[0] // window.groups, w.shape[1], w.shape[2]
     shifted = _shifted(x, w)
-    t = plan.tile(rows, columns, depth, capability(y), window.groups, holds=_holds(shifted, window))
+    t = plan.tile(rows, columns, depth, capability(y), window.groups, holds=_holds(x, shifted, window))
     x_bytes = shifted > 0 or plan.expands(x.format, taps * plan.ceil_div(columns, t.n), window.groups)
     w_bytes = shifted > 0 or plan.expands(w.format, plan.ceil_div(rows, t.m), window.groups)
     bias = None if bias is None else bias.float().contiguous()
@@ -213,7 +213,7 @@ def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry |
     make = torch.empty if index is None else torch.zeros
     grad = make(n, positions, channels, device=g.codes.device)
     shifted = _shifted(g, w)
-    holds = _holds(max(shifted, int(mask is not None)), window)
+    holds = _holds(g, max(shifted, int(mask is not None)), window)
     t = plan.tile(n * positions, columns, depth, capability(grad), window.groups, holds=holds)
     g_bytes = shifted > 0 or plan.expands(g.format, taps * plan.ceil_div(columns, t.n), window.groups)
     a = expanded(g) if g_bytes else g.codes
@@ -233,11 +233,11 @@ def _shifted(a: QTensor, b: QTensor) -> int:
     return sum(q.offset is not None or plan.centre(q.format) != 0 for q in (a, b))
 
 
-def _holds(extras: int, window: Geometry) -> str:
+def _holds(a: QTensor, extras: int, window: Geometry) -> str:
     """See `plan.fits_registers`."""
     linear = plan.is_linear(window)
     if extras == 0:
-        return "" if linear else "places"
+        return "" if linear and a.format.grid not in FLOAT8_MAX else "places"
     return "offset" if linear or extras == 1 else "offsets"
 
 

@@ -232,15 +232,15 @@ def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False
 
     Args:
         turned: an operand is read across k and turned in registers.
-        holds: "places": of pixels under a window, or of sums to be added to; "offset": an operand's offset, centre or mask;
-            "offsets": of both, and a window.
+        holds: "places": of pixels under a window, of sums to be added to, or a second set of sums (8-bit floats);
+            "offset": an operand's offset, centre or mask; "offsets": of both, and a window.
     """
     hopper = capability >= (9, 0)
     sums = t.m * t.n // (32 * t.warps)  # of a thread
     if turned and t.m * t.n * t.k > (128 * 128 * 64 if hopper else 64 * 64 * 64):
         return False
     most, terms = HOLDS[holds]
-    return sums <= most and t.k <= terms
+    return sums <= (most if capability[0] == 9 else min(most, 64)) and t.k <= terms
 
 
 EXPAND_FROM = 3

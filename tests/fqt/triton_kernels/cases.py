@@ -16,14 +16,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fqt import norm, reference
+from fqt import convert, load_recipe, norm, ops, reference
 from fqt.formats import Format
 from fqt.norm import Source, Windows
 from fqt.ops import NORM, PRODUCTS
 from fqt.qtensor import QTensor
 from fqt.quantizers import build
+from fqt.recipe import recipes
 from fqt.testing import assert_same_codes, assert_same_values
 from fqt.triton_kernels import gather, plan, weight
 from fqt.triton_kernels import norm as norm_kernels
@@ -225,6 +226,37 @@ def fuzz_norm(device: str, seed: int, count: int) -> None:
                 assert_same_values(one, other)
 
 
+def fuzz_steps(device: str, seed: int, count: int) -> None:
+    """Steps of a small network by random recipes, fused or not, through the operators: every gradient, bit for bit.
+
+    Only under the interpreter: the rows of the table are taken for ones of the CPU.
+    """
+    assert device == "cpu"
+    draw, rows = random.Random(seed), list(ops.KERNELS)
+    ops.KERNELS[:] = [replace(row, device="cpu") if row.backend.startswith("triton") else row for row in rows]
+    try:
+        for _ in range(count):
+            name, fuse = draw.choice([name for name in recipes() if name != "fp32"]), draw.random() < 0.5
+            actual, expected = (_step(name, backend, fuse) for backend in ("triton", "reference"))
+            for one, other in zip(actual, expected, strict=True):
+                with _told(f"{name}, fuse={fuse}"):
+                    assert_same_values(one, other)
+    finally:
+        ops.KERNELS[:] = rows
+
+
+def _step(name: str, backend: str, fuse: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.MaxPool2d(2), nn.Conv2d(16, 24, 1)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(24 * 9, 10))
+    x = torch.randn(3, 8, 6, 6).requires_grad_()
+    model = convert(model, load_recipe(name).everywhere(), backend=backend, fuse=fuse)
+    y = model(x)
+    y.square().sum().backward()
+    assert x.grad is not None
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
 @contextmanager
 def _told(text: str) -> Iterator[None]:
     """Adds what was asked to an error."""
@@ -250,6 +282,7 @@ def _to(value: object, device: str) -> object:
 
 FAMILIES = {
     "quantize": fuzz_quantize, "prune": fuzz_prune, "products": fuzz_products, "float8": fuzz_float8, "norm": fuzz_norm,
+    "steps": fuzz_steps,
 }  # fmt: skip
 
 if __name__ == "__main__":
