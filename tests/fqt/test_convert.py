@@ -316,7 +316,7 @@ def test_downsample_is_a_strided_1x1_convolution(conv: nn.Conv2d, stays: bool) -
     ],
     ids=str,
 )
-@pytest.mark.parametrize("recipe", [name for name in fqt.recipes() if name != "fp32"])
+@pytest.mark.parametrize("recipe", [name for name in fqt.recipes() if fqt.load_recipe(name).rules])
 def test_depthwise_convolutions_stay_in_float(recipe: str, conv: nn.Conv2d, stays: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), copy.deepcopy(conv), nn.Linear(4, 4))
     assert recipes_of(fqt.convert(model, recipe)) == ({"1": recipe} if stays else {"1": recipe, "2": recipe})
