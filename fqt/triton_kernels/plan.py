@@ -197,7 +197,7 @@ TILES = (
     Tile(64, 64, 64, 4, 4),
     Tile(32, 32, 32, 4, 2),
 )
-"""The space that is searched, from large to small; `tile` picks by rule, `benchmarks.gpu_check` times them all."""
+"""The space of tiles, from large to small; `tile` picks one by rule."""
 PROCESSORS = 132
 
 

@@ -334,8 +334,8 @@ def test_recipes_equal_products_of_decoded_codes(layer: Layer, name: str) -> Non
     w_transformed = w.detach()
     if w_quantizer.transform:
         w_transformed = torch.tanh(w_transformed) / torch.tanh(w_transformed).abs().max()
-    x_codes, _ = quantize(layer.canonical(x.detach()), x_quantizer, "x")
-    w_codes, _ = quantize(layer.canonical(w_transformed), w_quantizer, "w")
+    x_codes, _ = quantize(layer.canonical(x.detach()), x_quantizer, "x", key=key, stream=STREAM["output.x"])
+    w_codes, _ = quantize(layer.canonical(w_transformed), w_quantizer, "w", key=key, stream=STREAM["output.w"])
     x_value = layer.plain(x_codes.decode(), x).double()
     w_value = layer.plain(w_codes.decode(), w).double()
     assert_close(y.detach(), layer.float_run(x_value, w_value, b.detach().double()))
