@@ -66,38 +66,12 @@ class Kernel:
 
 KERNELS: list[Kernel] = [
     Kernel("quantize", "cpu", "cpu", "fqt.cpu:quantize", lambda request: cpu.refuses_quantize(request.formats), native=True),
+    Kernel("output", "cpu", "cpu", "fqt.cpu:output", lambda r: cpu.refuses_output(r.formats, r.geometry), native=True),
     Kernel(
-        "output",
-        "cpu",
-        "cpu",
-        "fqt.cpu:output",
-        lambda request: cpu.refuses_output(request.formats, request.geometry),
-        native=True,
+        "grad_input", "cpu", "cpu", "fqt.cpu:grad_input", lambda r: cpu.refuses_grad_input(r.formats, r.geometry), native=True
     ),
-    Kernel(
-        "grad_input",
-        "cpu",
-        "cpu",
-        "fqt.cpu:grad_input",
-        lambda request: cpu.refuses_grad_input(request.formats, request.geometry),
-        native=True,
-    ),
-    Kernel(
-        "grad_weight",
-        "cpu",
-        "cpu",
-        "fqt.cpu:grad_weight",
-        lambda request: cpu.refuses_grad_weight(request.formats),
-        native=True,
-    ),
-    Kernel(
-        "accumulate",
-        "cpu",
-        "cpu",
-        "fqt.cpu:accumulate",
-        lambda request: cpu.refuses_output(request.formats, request.geometry),
-        native=True,
-    ),
+    Kernel("grad_weight", "cpu", "cpu", "fqt.cpu:grad_weight", lambda r: cpu.refuses_grad_weight(r.formats), native=True),
+    Kernel("accumulate", "cpu", "cpu", "fqt.cpu:accumulate", lambda r: cpu.refuses_output(r.formats, r.geometry), native=True),
     *(Kernel(operator, "cpu", "cpu", f"fqt.cpu:{operator}", lambda _: cpu.refuses_norm(), native=True) for operator in NORM),
     *(
         Kernel(
