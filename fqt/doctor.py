@@ -28,8 +28,8 @@ class Finding:
     remedy: str = ""
 
     def __str__(self) -> str:
-        remedy = f"\n{'':26}-> {self.remedy}" if self.remedy else ""
-        return f"{self.state:8}{self.name:18}{self.text}{remedy}"
+        remedy = f"\n{'':27}-> {self.remedy}" if self.remedy else ""
+        return f"{self.state:8}{self.name:19}{self.text}{remedy}"
 
 
 def examine() -> list[Finding]:
