@@ -99,6 +99,28 @@ def assert_quantizes_as_the_reference(row: Kernel, x: Tensor, format: Format, op
         raise
 
 
+def quantize_options(
+    draw: random.Random, generator: torch.Generator, quantizer: Quantizer, x: torch.Tensor, format: Format
+) -> dict:
+    """Random keywords of `reference.quantize` beside the quantizer's own."""
+    shape = x.shape
+    fold_shape = draw.choice([None, None, (1, 1, shape[2]), (shape[0], 1, 1), (shape[0], shape[1], 1)])
+    options = {
+        "calibrate": quantizer.calibrate,
+        "limits": quantizer.limits,
+        "stochastic": quantizer.stochastic,
+        "prune": quantizer.prune,
+        "keep_one_in": quantizer.keep_one_in,
+        "pass_range": draw.choice([None, (-1.0, 1.0), (0.0, 0.5)]),
+        "fold": None if fold_shape is None else torch.rand(fold_shape, generator=generator),
+        "key": torch.randint(-(2**63), 2**63 - 1, (), generator=generator),
+        "stream": draw.randrange(0, 16, 2),
+    }
+    if fold_shape is None and draw.random() < 0.3:
+        options["ranges"] = reference.group_range(reference.group_rows(x.float(), format))
+    return options
+
+
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("row", QUANTIZE, ids=lambda row: row.backend)
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
@@ -114,20 +136,7 @@ def test_quantize_equals_the_reference(row: Kernel, rng: np.random.Generator):
         if row.refuses(Request("cpu", (format,))) is not None or shape[0] * shape[1] * shape[2] > 60_000:
             continue
         x = tensor(shape, draw.choice(FILLS), draw.choice(LAYOUTS), generator)
-        fold_shape = draw.choice([None, None, (1, 1, shape[2]), (shape[0], 1, 1), (shape[0], shape[1], 1)])
-        options = {
-            "calibrate": quantizer.calibrate,
-            "limits": quantizer.limits,
-            "stochastic": quantizer.stochastic,
-            "prune": quantizer.prune,
-            "keep_one_in": quantizer.keep_one_in,
-            "pass_range": draw.choice([None, (-1.0, 1.0), (0.0, 0.5)]),
-            "fold": None if fold_shape is None else torch.rand(fold_shape, generator=generator),
-            "key": torch.randint(-(2**63), 2**63 - 1, (), generator=generator),
-            "stream": draw.randrange(0, 16, 2),
-        }
-        if fold_shape is None and draw.random() < 0.3:
-            options["ranges"] = reference.group_range(reference.group_rows(x.float(), format))
+        options = quantize_options(draw, generator, quantizer, x, format)
         torch.set_num_threads(draw.choice((1, 1, 1, 1, 2, 3, 8)))
         assert_quantizes_as_the_reference(row, x, format, options)
         served += 1

@@ -57,20 +57,7 @@ def fuzz_quantize(device: str, seed: int, count: int) -> None:
         quantizer, format = draw.choice(quantizers)
         shape = (draw.choice((0, 1, 2, 5, 9)), draw.choice((0, 1, 2, 7, 9, 33)), draw.choice((0, 1, 3, 4, 8, 17, 65, 130)))
         x = test_kernels.tensor(shape, draw.choice(test_kernels.FILLS), draw.choice(test_kernels.LAYOUTS), generator)
-        fold_shape = draw.choice([None, None, (1, 1, shape[2]), (shape[0], 1, 1), (shape[0], shape[1], 1)])
-        options = {
-            "calibrate": quantizer.calibrate,
-            "limits": quantizer.limits,
-            "stochastic": quantizer.stochastic,
-            "prune": quantizer.prune,
-            "keep_one_in": quantizer.keep_one_in,
-            "pass_range": draw.choice([None, (-1.0, 1.0), (0.0, 0.5)]),
-            "fold": None if fold_shape is None else torch.rand(fold_shape, generator=generator),
-            "key": torch.randint(-(2**63), 2**63 - 1, (), generator=generator),
-            "stream": draw.randrange(0, 16, 2),
-        }
-        if fold_shape is None and draw.random() < 0.3:
-            options["ranges"] = reference.group_range(reference.group_rows(x.float(), format))
+        options = test_kernels.quantize_options(draw, generator, quantizer, x, format)
         expected, expected_mask = reference.quantize(x, format, **options)
         with _told(f"case {case}: {format.name}, {shape} {x.stride()} {x.dtype}, {options}"):
             actual, mask = quantize(x.to(device), format, **{name: _to(value, device) for name, value in options.items()})
