@@ -19,12 +19,13 @@ from fqt.formats import FLOAT8_MAX, Format, Shape3
 from fqt.geometry import Geometry
 from fqt.native import refuse_truncated
 from fqt.norm import Source, Windows
-from fqt.qtensor import QTensor
+from fqt.qtensor import QTensor, codes_dtype
 from fqt.reference import spread
 
 _LIBRARY = Path(__file__).parent / "_cpu.so"
 _BIT = Format("sign", 1)
 _FEWEST_ZERO_ROWS = 4
+_MOST_WEIGHT_BITS = 30
 _large: float = 1 << 20  # bytes from which page faults are felt
 
 BUILD = "python setup.py build_ext --inplace"
@@ -37,13 +38,13 @@ def _exists(library: Path) -> bool:
     return library.exists()
 
 
-def refuses_quantize(formats: tuple[Format, ...]) -> str | None:
-    """Why `quantize` cannot serve a request, or None."""
+def refuses_codes(formats: tuple[Format, ...]) -> str | None:
+    """Why `quantize` or `decode` cannot serve a request, or None."""
     if not _exists(_LIBRARY):
         return _NOT_BUILT
     (format,) = formats
-    if format.bits > 8 or format.grid in FLOAT8_MAX:
-        return "codes of more than 8 bits and float8 are not vectorized"
+    if format.grid in FLOAT8_MAX:
+        return "codes of 8-bit floats are not vectorized"
     return None
 
 
@@ -91,14 +92,20 @@ def _refuses_gradient(g: Format, other: Format, axes: tuple[str, ...]) -> str | 
     return None
 
 
-def refuses_integers(operator: str, formats: tuple[Format, ...], geometry: Geometry | None) -> str | None:
-    """Why a product of integers cannot serve a request, or None."""
+def refuses_integers(operator: str, formats: tuple[Format, ...], geometry: Geometry | None, bits: int) -> str | None:
+    """Why a product of integers of at most `bits` bits, 8 or 16, cannot serve a request, or None."""
     if not _exists(_LIBRARY):
         return _NOT_BUILT
     a, b = formats
     for format in formats:
-        if format.bits > 8 or format.grid in FLOAT8_MAX:
-            return f"the kernel multiplies integers of at most 8 bits, not {a.name} by {b.name}"
+        if format.bits > bits or format.grid in FLOAT8_MAX:
+            return f"the kernel multiplies integers of at most {bits} bits, not {a.name} by {b.name}"
+        if format.grid == "uint" and format.bits > 8:
+            return f"the kernel multiplies 9 to 16 bits in two's complement, not {a.name} by {b.name}"
+    if bits > 8 and max(a.bits, b.bits) <= 8:
+        return f"the kernel is for words of 9 to {bits} bits, not {a.name} by {b.name}"
+    if operator == "grad_weight" and a.bits + b.bits > _MOST_WEIGHT_BITS:
+        return f"sums of {a.name} by {b.name} overflow 32 bits at once: {_MOST_WEIGHT_BITS} bits in both together"
     a_axes = ("", "N", "C", "NC") if operator == "grad_weight" else _leaving(geometry)
     if a.axes not in a_axes or b.axes not in (("", "O") if operator == "output" else ("",)):
         left, right = {"output": "xw", "grad_input": "gw", "grad_weight": "gx"}[operator]
@@ -132,7 +139,7 @@ def quantize(
     """As `fqt.reference.quantize`."""
     shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     groups = format.groups(shape)
-    codes = torch.empty(format.packed_shape(shape), dtype=torch.uint8)
+    codes = torch.empty(format.packed_shape(shape), dtype=codes_dtype(format))
     scale = torch.empty(groups)
     offset = torch.empty(groups) if format.offset else None
     index = torch.empty(groups, dtype=torch.int32) if prune else None
@@ -145,6 +152,14 @@ def quantize(
         *(pass_range or (0.0, 0.0)), codes, scale, offset, index, mask,
     )  # fmt: skip
     return QTensor(codes, scale, offset, index, format, shape), mask
+
+
+def decode(q: QTensor) -> Tensor:
+    """As `fqt.reference.decode`."""
+    values = _empty(*q.shape)
+    offset = None if q.offset is None else q.offset.contiguous()
+    operators().decode(*_coded(q), q.format.axes, q.scale.contiguous(), offset, values)
+    return values
 
 
 def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
@@ -283,7 +298,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def output_integers(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
-    """As `fqt.reference.output`, of any integers of at most 8 bits."""
+    """As `fqt.reference.output`, of any integers of at most 8 bits, or 16 in two's complement."""
     n, positions, channels = x.shape
     height, width = geometry.output_size if geometry else (positions, 1)
     busy = busy_rows(w, geometry)
@@ -300,9 +315,9 @@ def output_integers(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geome
 
 
 def grad_input_integers(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry | None, x_shape: Shape3) -> Tensor:
-    """As `fqt.reference.grad_input`, of any integers of at most 8 bits."""
+    """As `fqt.reference.grad_input`, of the integers of `output_integers`."""
     n, positions, channels = x_shape
-    busy = busy_rows(w, geometry) if g.format.storage_bits == 8 and "C" not in g.format.axes else None
+    busy = busy_rows(w, geometry) if g.format.storage_bits >= 8 and "C" not in g.format.axes else None
     if busy is not None:
         short = (g.shape[0], g.shape[1], busy.numel())
         g, w = replace(g, codes=g.codes[..., busy], shape=short), _rows(w, busy)
@@ -317,7 +332,7 @@ def grad_input_integers(g: QTensor, w: QTensor, mask: Tensor | None, geometry: G
 
 
 def grad_weight_integers(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
-    """As `fqt.reference.grad_weight`, of any integers of at most 8 bits."""
+    """As `fqt.reference.grad_weight`, of the integers of `output_integers`, of at most 30 bits in both operands together."""
     n, positions, out = g.shape
     geometry = geometry or _column(positions)
     grad = _empty(out, geometry.kernel[0] * geometry.kernel[1], x.shape[2] // geometry.groups)

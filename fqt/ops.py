@@ -21,7 +21,7 @@ from fqt import cpu, selfcheck
 from fqt.cuda_kernels import products as bits
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
-from fqt.qtensor import QTensor
+from fqt.qtensor import QTensor, codes_dtype
 from fqt.triton_kernels import plan as triton
 from fqt.wording import nearest
 
@@ -65,7 +65,8 @@ class Kernel:
 
 
 KERNELS: list[Kernel] = [
-    Kernel("quantize", "cpu", "cpu", "fqt.cpu:quantize", lambda request: cpu.refuses_quantize(request.formats), native=True),
+    Kernel("quantize", "cpu", "cpu", "fqt.cpu:quantize", lambda request: cpu.refuses_codes(request.formats), native=True),
+    Kernel("decode", "cpu", "cpu", "fqt.cpu:decode", lambda request: cpu.refuses_codes(request.formats), native=True),
     Kernel("output", "cpu", "cpu", "fqt.cpu:output", lambda r: cpu.refuses_output(r.formats, r.geometry), native=True),
     Kernel(
         "grad_input", "cpu", "cpu", "fqt.cpu:grad_input", lambda r: cpu.refuses_grad_input(r.formats, r.geometry), native=True
@@ -76,13 +77,14 @@ KERNELS: list[Kernel] = [
     *(
         Kernel(
             operator,
-            "cpu int8",
+            f"cpu int{bits}",
             "cpu",
             f"fqt.cpu:{operator}_integers",
-            lambda request, operator=operator: cpu.refuses_integers(operator, request.formats, request.geometry),
+            lambda r, operator=operator, bits=bits: cpu.refuses_integers(operator, r.formats, r.geometry, bits),
             native=True,
         )
         for operator in PRODUCTS
+        for bits in (8, 16)
     ),
     *(
         Kernel(
@@ -283,10 +285,9 @@ def _quantize(
 def _(x, fold, key, low, high, format, calibrate, limits, stochastic, prune, keep_one_in, stream, pass_range, backend=""):
     parsed, shape = Format.parse(format), _shape3(x.shape)
     groups = parsed.groups(shape)
-    dtype = {16: torch.int16, 32: torch.int32}.get(parsed.storage_bits, torch.uint8)
     mask_shape = Format("sign", 1).packed_shape(shape) if pass_range else (0,)
     return (
-        x.new_empty(parsed.packed_shape(shape), dtype=dtype),
+        x.new_empty(parsed.packed_shape(shape), dtype=codes_dtype(parsed)),
         x.new_empty(groups, dtype=torch.float32),
         x.new_empty(groups if parsed.offset else 0, dtype=torch.float32),
         x.new_empty(groups if prune else 0, dtype=torch.int32),

@@ -59,11 +59,15 @@ class QTensor:
         return torch.ops.fqt.decode(self.tensors(), self.format.name, self.shape)
 
 
+def codes_dtype(format: Format) -> torch.dtype:
+    """In which codes are stored: uint8 up to 8 bits, else int16 or int32."""
+    return {16: torch.int16, 32: torch.int32}.get(format.storage_bits, torch.uint8)
+
+
 def check(q: QTensor) -> None:
     """Raise AssertionError unless `q` keeps the invariants that its docstring states."""
     f, groups = q.format, q.format.groups(q.shape)
-    dtype = {16: torch.int16, 32: torch.int32}.get(f.storage_bits, torch.uint8)
-    assert q.codes.dtype == dtype and tuple(q.codes.shape) == f.packed_shape(q.shape), (q.codes.dtype, q.codes.shape)
+    assert q.codes.dtype == codes_dtype(f) and tuple(q.codes.shape) == f.packed_shape(q.shape), (q.codes.dtype, q.codes.shape)
     assert q.scale.dtype == torch.float32 and q.scale.shape == (groups,), (q.scale.dtype, q.scale.shape)
     assert (q.offset is not None) == f.offset
     if q.offset is not None:

@@ -32,7 +32,7 @@ from torch import Tensor
 from fqt.formats import FLOAT8_MAX, Format, Shape3
 from fqt.geometry import Geometry
 from fqt.philox import uniform_u24
-from fqt.qtensor import QTensor
+from fqt.qtensor import QTensor, codes_dtype
 
 MIN_RANGE = 2.0**-100
 _ONE = 1 << 24  # the probability 1, in the integers that decide
@@ -265,7 +265,7 @@ def _stored(codes_GE: Tensor, format: Format, scale: Tensor) -> Tensor:
         return codes_GE.to(_FLOAT8_DTYPE[format.grid]).view(torch.uint8)
     bits = format.storage_bits
     if bits > 8:
-        return codes_GE.to(torch.int64).to(torch.int16 if bits == 16 else torch.int32)
+        return codes_GE.to(torch.int64).to(codes_dtype(format))
     if format.grid == "uint":
         return codes_GE.to(torch.uint8)
     return (codes_GE.to(torch.int32) & (2**bits - 1)).to(torch.uint8)

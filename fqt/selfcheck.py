@@ -27,11 +27,14 @@ _QUANTIZE = (
     ("uint4+:C", {"calibrate": "minmax", "stochastic": True}),
     ("uint6+:NC", {"calibrate": "minmax", "stochastic": True}),
     ("int8:N", {"calibrate": "absmax", "stochastic": True}),
+    ("fixed14", {"calibrate": "none", "limits": (-2.0, 2.0 - 2.0**-12), "stochastic": True}),
+    ("fixed29", {"calibrate": "none", "limits": (-2.0, 2.0 - 2.0**-27), "stochastic": True}),
 )
+_DECODE = ("sign:O", "ternary", "int4:NC", "uint6+:N", "int8:C", "int13:NP", "fixed21", "fixed29")
 _GRADIENTS = ("uint1+:{}", "uint4+:{}", "uint6+:{}", "int8:{}")
-_OTHERS = ("sign", "uint2", "int4", "int8")
+_OTHERS = ("sign", "uint2", "int4", "int8", "fixed12")
 _PRODUCTS = {
-    "output": ((*_OTHERS, "sign:N", "int8:N"), (*_OTHERS, "sign:O", "int8:O")),
+    "output": ((*_OTHERS, "sign:N", "int8:N", "fixed16"), (*_OTHERS, "sign:O", "int8:O", "fixed16")),
     "accumulate": (("sign",), ("sign:O",)),
     "grad_input": ([name.format("N") for name in _GRADIENTS], _OTHERS),
     "grad_weight": ([name.format(axes) for name in _GRADIENTS for axes in ("C", "NC")], _OTHERS),
@@ -48,16 +51,18 @@ def compare(operator: str, function: Callable, accepts: Accepts, device: str = "
     The kernel runs on `device`, the reference on the CPU. Whatever the kernel raises surfaces. Neither torch's generators nor
     its modes have a part in it.
     """
-    cases = _norm_cases(operator)
-    if operator in ("quantize", *_PRODUCTS):
-        cases = _quantize_cases() if operator == "quantize" else _product_cases(operator)
+    specification = norm if operator.startswith("norm") else reference
+    if operator in _PRODUCTS:
+        cases = _product_cases(operator)
+    else:
+        made = {"quantize": _quantize_cases, "decode": _decode_cases}.get(operator)
+        cases = _norm_cases(operator) if made is None else made()
     count = 0
     with _disable_current_modes(), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
         for formats, geometry, make in cases:
             if not accepts(device, formats, geometry):
                 continue
             args, options = make(torch.Generator().manual_seed(count))
-            specification = norm if operator not in ("quantize", *_PRODUCTS) else reference
             expected = getattr(specification, operator)(*args, **options)
             moved = {name: _moved(value, device) for name, value in options.items()}
             actual = _moved(function(*(_moved(value, device) for value in args), **moved), "cpu")
@@ -103,6 +108,11 @@ def _quantize_cases() -> Iterator:
         yield (format,), None, make
 
 
+def _decode_cases() -> Iterator:
+    for format in map(Format.parse, _DECODE):
+        yield (format,), None, lambda generator, format=format: ((_coded(format, (5, 19, 37), generator),), {})
+
+
 def _product_cases(operator: str) -> Iterator:
     for (left, right), geometry in itertools.product(itertools.product(*_PRODUCTS[operator]), (None, _WINDOW)):
         formats = (Format.parse(left), Format.parse(right))
@@ -142,5 +152,5 @@ def _coded(format: Format, shape: Shape3, generator: torch.Generator) -> QTensor
     """Codes of random numbers, as the reference makes them."""
     x_NPC = torch.randn(shape, generator=generator, dtype=torch.float32)
     calibrate = {"sign": "absmean", "int": "absmax"}.get(format.grid, "minmax" if format.offset else "none")
-    limits = (0.0, 1.0) if calibrate == "none" else (-1.0, 1.0)
+    limits = (0.0, 1.0) if calibrate == "none" and format.grid == "uint" else (-1.0, 1.0)
     return reference.quantize(x_NPC, format, calibrate=calibrate, limits=limits)[0]

@@ -21,7 +21,7 @@ def bench(function) -> float:
 
 @pytest.fixture(autouse=True)
 def _built() -> None:
-    if cpu.refuses_quantize((Format("sign", 1),)) is not None:
+    if cpu.refuses_codes((Format("sign", 1),)) is not None:
         pytest.skip("the C++ kernels are not built")
 
 

@@ -14,13 +14,14 @@ from fqt import ops, reference
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.ops import KERNELS, PRODUCTS, Kernel, Request
-from fqt.qtensor import QTensor
+from fqt.qtensor import QTensor, codes_dtype
 from fqt.quantizers import Quantizer, build, quantize
 from fqt.recipe import LEFT_RIGHT, load_recipe, recipes
 from fqt.reference import pack
 from fqt.testing import assert_same_codes, assert_same_values
 
 QUANTIZE = [row for row in KERNELS if row.operator == "quantize" and row.device == "cpu"]
+DECODE = [row for row in KERNELS if row.operator == "decode" and row.device == "cpu"]
 MULTIPLY = [row for row in KERNELS if row.operator in PRODUCTS and row.device == "cpu"]
 INSTRUCTION_SETS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65)
@@ -32,7 +33,7 @@ LAYOUTS = ("contiguous", "channels_first", "one position", "one channel", "slice
 @pytest.fixture
 def instruction_set(request: pytest.FixtureRequest):
     """The kernels limited to one instruction set, where they are built and the machine has it."""
-    reason = ops.cpu.refuses_quantize((Format("sign", 1),))
+    reason = ops.cpu.refuses_codes((Format("sign", 1),))
     if reason is not None:
         pytest.skip(reason)
     level = INSTRUCTION_SETS.index(request.param)
@@ -60,8 +61,14 @@ def built_in() -> list[tuple[str, Quantizer]]:
     ):
         if (name, bits) != ("uniform", 1):
             found.add(("g", build(name, "g", bits=bits, granularity=granularity, stochastic=stochastic)))
-    for word_length, stochastic in ((1, False), (5, True), (8, True), (8, False)):
-        found.add(("x", build("fixed_point", "x", word_length=word_length, fraction_length=3, stochastic=stochastic)))
+    for name, bits, granularity, stochastic in itertools.product(
+        ("uniform", "affine"), (9, 12, 16), granularities, (False, True)
+    ):
+        found.add(("g", build(name, "g", bits=bits, granularity=granularity, stochastic=stochastic)))
+    for word_length, stochastic in itertools.product((1, 5, 8, 9, 13, 16, 17, 22, 23, 24, 25, 31, 32), (False, True)):
+        for fraction_length in (3, word_length - 2):
+            x = {"word_length": word_length, "fraction_length": fraction_length, "stochastic": stochastic}
+            found.add(("x", build("fixed_point", "x", **x)))
     found.add(("w", build("ternary_weight", "w")))
     return sorted(found, key=str)
 
@@ -125,12 +132,12 @@ def quantize_options(
 @pytest.mark.parametrize("row", QUANTIZE, ids=lambda row: row.backend)
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
 def test_quantize_equals_the_reference(row: Kernel, rng: np.random.Generator):
-    """Random quantizers, sizes, values, layouts, folds, masks, given ranges and thread counts, 1,100 an instruction set."""
+    """Random quantizers, sizes, values, layouts, folds, masks, given ranges and thread counts, 1,300 an instruction set."""
     draw = random.Random(int(rng.integers(2**62)))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     quantizers = [(quantizer, quantizer.format(operand)) for operand, quantizer in built_in()]
     served = 0
-    while served < 1100:
+    while served < 1300:
         quantizer, format = draw.choice(quantizers)
         shape = (draw.choice((0, 1, 2, 5, 16, 33)), draw.choice(QUANTIZE_SIZES), draw.choice(QUANTIZE_SIZES))
         if row.refuses(Request("cpu", (format,))) is not None or shape[0] * shape[1] * shape[2] > 60_000:
@@ -227,6 +234,7 @@ INTEGERS = (
     *(Format("uint", bits, "", offset) for bits in range(1, 9) for offset in (False, True)),
     *(Format("fixed", bits) for bits in range(1, 9)),
 )
+WORDS = tuple(Format(grid, bits) for grid in ("fixed", "int") for bits in (9, 10, 12, 13, 14, 15, 16))
 
 
 def formats(row: Kernel, draw: random.Random) -> tuple[Format, Format]:
@@ -234,8 +242,12 @@ def formats(row: Kernel, draw: random.Random) -> tuple[Format, Format]:
     if row.backend == "cpu":
         names = [draw.choice(choices) for choices in PRODUCT_FORMATS[row.operator]]
         left, right = (Format.parse(name.format(b=draw.choice((4, 4, 4, *range(1, 9))))) for name in names)
-    else:
-        left, right = (replace(draw.choice(INTEGERS), axes=draw.choice(axes)) for axes in PRODUCT_AXES[row.operator])
+        return left, right
+    narrow = row.backend == "cpu int8" or draw.random() < 0.3
+    pair = [draw.choice(INTEGERS), draw.choice(INTEGERS if narrow else WORDS)]
+    if row.backend == "cpu int16":
+        pair = draw.sample([draw.choice(WORDS), pair[1]], 2)
+    left, right = (replace(format, axes=draw.choice(axes)) for format, axes in zip(pair, PRODUCT_AXES[row.operator], strict=True))
     return left, right
 
 
@@ -247,7 +259,8 @@ def coded(format: Format, shape: Shape3, draw: random.Random, generator: torch.G
     codes = torch.randint(low, high + 1, (groups, elements), generator=generator)
     if draw.random() < 0.3:
         codes = torch.where(codes < (low + high) / 2, low, high)
-    stored = ((codes + 1) // 2 if format.grid == "sign" else codes % 2**format.storage_bits).to(torch.uint8)
+    stored = (codes + 1) // 2 if format.grid == "sign" else codes % 2 ** min(format.storage_bits, 8)
+    stored = (codes if format.storage_bits > 8 else stored).to(codes_dtype(format))
     scale = torch.rand(groups, generator=generator) + 0.1
     offset = torch.randn(groups, generator=generator) if format.offset else None
     if groups and draw.random() < 0.1:
@@ -328,6 +341,28 @@ def test_products_equal_the_reference(row: Kernel, rng: np.random.Generator):
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("row", DECODE, ids=lambda row: row.backend)
+@pytest.mark.usefixtures("instruction_set", "poisoned_memory")
+def test_decode_equals_the_reference(row: Kernel, rng: np.random.Generator):
+    """Random formats, granularities, sizes and thread counts."""
+    draw = random.Random(int(rng.integers(2**62)))
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    wide = tuple(Format("fixed", bits) for bits in (17, 23, 24, 25, 31, 32))
+    for _ in range(600):
+        format = replace(draw.choice((*INTEGERS, *WORDS, *wide)), axes=draw.choice(("", "N", "O", "NP", "C", "NC")))
+        shape = (draw.choice((0, 1, 2, 5, 33)), draw.choice(QUANTIZE_SIZES), draw.choice(QUANTIZE_SIZES))
+        shape = draw.choice((shape, shape, shape, (3, 700, 33), (1, 1, 40_000)))
+        assert row.refuses(Request("cpu", (format,))) is None
+        torch.set_num_threads(draw.choice((1, 1, 3)))
+        q = coded(format, shape, draw, generator)
+        try:
+            assert_same_values(ops.load(row.function)(q), reference.decode(q))
+        except AssertionError as error:
+            error.add_note(f"{format.name}, {shape}")
+            raise
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_narrow_sums_do_not_overflow(bits: int):
@@ -354,16 +389,18 @@ def test_narrow_sums_do_not_overflow(bits: int):
 @pytest.mark.parametrize(
     ("left", "right"),
     [("uint8", "uint8"), ("fixed8", "uint8"), ("uint8", "fixed8"), ("fixed8", "fixed8"), ("int8", "int8"), ("uint8", "sign"),
-     ("sign", "uint8"), ("uint4", "fixed4"), ("fixed4", "uint4"), ("uint8", "fixed2"), ("uint2", "uint8"), ("int4", "int8")],
+     ("sign", "uint8"), ("uint4", "fixed4"), ("fixed4", "uint4"), ("uint8", "fixed2"), ("uint2", "uint8"), ("int4", "int8"),
+     ("fixed16", "fixed16"), ("fixed8", "fixed16"), ("uint8", "fixed16"), ("fixed16", "uint8"), ("fixed16", "fixed14"),
+     ("fixed14", "fixed15"), ("fixed15", "fixed14"), ("sign", "fixed16"), ("fixed9", "fixed10")],
 )  # fmt: skip
 def test_sums_of_integers_do_not_overflow(left: str, right: str):
     """Extreme codes, all of one sign: about the terms that 16 bits, 32 bits of bytes and 32 bits of codes hold, and beyond."""
 
     def filled(name: str, code: int, shape: Shape3, axes: str = "") -> QTensor:
         format = replace(Format.parse(name), axes=axes)
-        stored = (code + 1) // 2 if format.grid == "sign" else code % 2**format.storage_bits
+        stored = (code + 1) // 2 if format.grid == "sign" else code if format.bits > 8 else code % 2**format.storage_bits
         groups = format.groups(shape)
-        rows = torch.full((groups, shape[0] * shape[1] * shape[2] // groups), stored, dtype=torch.uint8)
+        rows = torch.full((groups, shape[0] * shape[1] * shape[2] // groups), stored, dtype=codes_dtype(format))
         return QTensor(pack(rows, format, shape), torch.ones(groups), None, None, format, shape)
 
     for terms in (255, 256, 257, 545, 2200, 32767, 32768, 32769, 33026, 65_800, 140_000):
@@ -373,6 +410,8 @@ def test_sums_of_integers_do_not_overflow(left: str, right: str):
             assert output.item() == expected, (terms, a, b)
             g, w = filled(left, a, (1, 1, terms)), filled(right, b, (terms, 1, 1))
             assert ops.cpu.grad_input_integers(g, w, None, None, (1, 1, 1)).item() == expected, (terms, a, b)
+            if Format.parse(left).bits + Format.parse(right).bits > 30:
+                continue  # refused
             for axes, shape in (("", (terms, 1, 1)), ("N", (1, terms, 1)), ("C", (1, terms, 1))):
                 g, x = filled(left, a, shape, axes), filled(right, b, shape)
                 assert ops.cpu.grad_weight_integers(g, x, None).item() == expected, (terms, a, b, axes)
@@ -418,8 +457,12 @@ def test_sums_over_a_batch_pass_32_bits():
     ("operator", "formats", "convolution", "reason"),
     [
         ("output", ("sign:NP", "sign"), True, "cpu: scales 'NP' of x and '' of w vary"),
-        ("output", ("int9", "sign"), False, "cpu: the kernel multiplies signs by signs, not int9 by sign"),
-        ("output", ("int9", "sign"), False, "cpu int8: the kernel multiplies integers of at most 8 bits, not int9 by sign"),
+        ("output", ("uint9", "sign"), False, "cpu: the kernel multiplies signs by signs, not uint9 by sign"),
+        ("output", ("uint9", "sign"), False, "cpu int8: the kernel multiplies integers of at most 8 bits, not uint9 by sign"),
+        ("output", ("fixed17", "sign"), False, "cpu int16: the kernel multiplies integers of at most 16 bits, not fixed17"),
+        ("output", ("uint9", "sign"), False, "cpu int16: the kernel multiplies 9 to 16 bits in two's complement, not uint9"),
+        ("output", ("int8:NP", "int8:O"), True, "cpu int16: the kernel is for words of 9 to 16 bits, not int8:NP by int8:O"),
+        ("grad_weight", ("int16", "fixed15"), False, "cpu int16: sums of int16 by fixed15 overflow 32 bits at once: 30 bits"),
         ("output", ("int8", "e4m3"), False, "integers of at most 8 bits, not int8 by e4m3"),
         ("output", ("int8:NP", "int8:O"), True, "cpu int8: scales 'NP' of x and 'O' of w vary"),
         ("grad_input", ("uint9:N", "sign"), False, "cpu: the kernel multiplies unsigned codes of 1 to 8 bits"),

@@ -1,4 +1,4 @@
-// The three products of any two integer formats of at most 8 bits.
+// The three products of any two integer formats of at most 8 bits, or with one or both in two's complement of 9 to 16 bits.
 //
 // Codes that are summed lie side by side in words of 32 bits: four bytes, or two 16-bit integers where the machine has no
 // multiply-add of bytes. A tile is some rows of one operand, whose words are broadcast, by a panel of columns of the other,
@@ -10,11 +10,14 @@
 //   sum of codes = (sum of a * b) + c * (sum of a) - r * (sum of b) - r * c * terms.
 // 16-bit integers are the codes themselves.
 //
-// Bounds: a term is at most 255 * 255, so 32 bits hold kMostTerms of them, with any shift, and sums of more are of 64 bits.
+// Bounds: a term of bytes is at most 255 * 255, so 32 bits hold kMostTerms of them, with any shift. Of wider codes they hold
+// fewer, `most_terms`, down to one: then the columns are taken as two bytes, 256 * high + low, and multiplied twice. Sums of
+// more terms are of 64 bits.
 
 namespace {
 
 constexpr int64_t kMostTerms = 32768;
+constexpr int64_t kFewTerms = 6;  // to add up so few at a time costs more than to multiply twice
 #if defined(FQT_AVX512)
 constexpr int kTile = 6, kVectors = 4;  // rows of a tile, vectors of a panel
 #elif defined(FQT_AVX2)
@@ -33,9 +36,22 @@ struct Run {
   int64_t row, column, words;
 };
 
+// The magnitude that a code may have.
+inline int64_t largest(const Integers& q) {
+  return q.meaning == Meaning::sign ? 1 : q.meaning == Meaning::natural ? (1 << q.bits) - 1 : 1 << (q.bits - 1);
+}
+
+// How many products of codes 32 bits hold, shifts included; whether the columns must be taken apart for that.
+inline bool apart(const Integers& row, const Integers& column) {
+  return column.storage > 8 && INT32_MAX / (largest(row) * largest(column)) < kFewTerms;
+}
+inline int64_t most_terms(const Integers& row, const Integers& column) {
+  if (row.storage <= 8 && column.storage <= 8) return kMostTerms;
+  return least(kMostTerms, INT32_MAX / (largest(row) * (apart(row, column) ? 255 : largest(column))));
+}
+
 // Appends a run: joined to the one before where both operands go on, no longer than 32 bits hold.
-inline void append(std::vector<Run>& runs, size_t first, Run run) {
-  constexpr int64_t most_words = kMostTerms / 4;
+inline void append(std::vector<Run>& runs, size_t first, int64_t most_words, Run run) {
   while (run.words > 0) {
     Run* last = runs.size() > first ? &runs.back() : nullptr;
     const bool joined = last && last->words < most_words && last->row + 4 * last->words == run.row &&
@@ -61,6 +77,9 @@ void multiply(const uint8_t* const* rows, const Run* runs, int64_t count, const 
     return w;
   };
 #if defined(FQT_AVX512)
+  const auto add_products = [](__m512i sum, __m512i r, __m512i c) {
+    return sizeof(Code) == 1 ? _mm512_dpbusd_epi32(sum, r, c) : _mm512_dpwssd_epi32(sum, r, c);
+  };
   __m512i sum[M][V];
   for (int m = 0; m < M; ++m) {
     for (int v = 0; v < V; ++v) sum[m][v] = _mm512_setzero_si512();
@@ -72,7 +91,7 @@ void multiply(const uint8_t* const* rows, const Run* runs, int64_t count, const 
       for (int v = 0; v < V; ++v) c[v] = _mm512_load_si512(column + v * kInts);
       for (int m = 0; m < M; ++m) {
         const __m512i r = _mm512_set1_epi32(word(rows[m] + at));
-        for (int v = 0; v < V; ++v) sum[m][v] = _mm512_dpbusd_epi32(sum[m][v], r, c[v]);
+        for (int v = 0; v < V; ++v) sum[m][v] = add_products(sum[m][v], r, c[v]);
       }
     }
   }
@@ -165,12 +184,16 @@ Multiply multiply_of(int64_t rows, int64_t width) {
   return of[rows == 1 ? 0 : rows <= kHalf ? 1 : 2][width / kInts - 1];
 }
 
+// Of codes of 16 bits: what is decoded, 256 * high + low.
+enum class Part { whole, high, low };
+
 // Packed codes as bytes or 16-bit integers, `shift` added.
 template <class Code>
 class Decoder {
  public:
-  Decoder(const Integers& q, int shift) : storage_(q.storage), shift_(shift), negative_(q.meaning == Meaning::complement) {
-    if (storage_ == 8) return;
+  Decoder(const Integers& q, int shift, Part part = Part::whole)
+      : storage_(q.storage), shift_(shift), negative_(q.meaning == Meaning::complement), part_(part) {
+    if (storage_ >= 8) return;
     const int lanes = 8 / storage_, count = 1 << storage_;
     for (int byte = 0; byte < 256; ++byte) {
       for (int i = 0; i < lanes; ++i) {
@@ -183,6 +206,17 @@ class Decoder {
 
   // Codes [first, first + count) of a row.
   void operator()(const uint8_t* row, int64_t first, int64_t count, Code* out) const {
+    if (storage_ == 16) {
+      row += 2 * first;
+      if (part_ == Part::whole) {
+        std::memcpy(out, row, 2 * count);
+        return;
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        out[i] = part_ == Part::low ? static_cast<Code>(row[2 * i]) : static_cast<Code>(static_cast<int8_t>(row[2 * i + 1]));
+      }
+      return;
+    }
     if (storage_ == 8) {
       row += first;
       if (negative_) {
@@ -214,6 +248,7 @@ class Decoder {
   int64_t storage_;
   int shift_;
   bool negative_;
+  Part part_;
   Code table_[256 * 8];
 };
 
@@ -229,6 +264,7 @@ int column_shift(const Integers& q) {
 
 // How many additions of two products of bytes 16 bits hold.
 inline int64_t narrow_steps(const Integers& row, const Integers& column) {
+  if (row.storage > 8 || column.storage > 8) return 0;
   const int64_t of_row = row.meaning == Meaning::sign ? 2 : (1 << row.storage) - 1;
   const int64_t of_column = column.meaning == Meaning::sign                                         ? 1
                             : column.meaning == Meaning::complement || column.storage == 8 ? 1 << (column.storage - 1)
@@ -345,13 +381,13 @@ void multiply_runs(Multiply loop, const uint8_t* const* rows, const Run* runs, i
 
 // --- output and grad_input -------------------------------------------------------------------------------------------
 
-// The second operand in panels: (group, panel, tap, word, column), and each column's sum of bytes for each tap.
+// The second operand, or a part of it, in panels: (group, panel, tap, word, column); each column's sum of codes for each tap.
 template <class Code>
-void pack_columns(const IntegerGather& c, int64_t words, uint32_t* panels, int32_t* sums) {
+void pack_columns(const IntegerGather& c, int64_t words, Part which, uint32_t* panels, int64_t* sums) {
   const Layer& l = c.layer;
   const int64_t taps = l.taps(), group_width = round_up(c.columns, kInts), count = ceil_div(c.columns, kColumns);
   const int64_t row_bytes = ceil_div((c.across ? c.columns : c.depth) * c.b.storage, 8);
-  const Decoder<Code> decode(c.b, -column_shift<Code>(c.b));
+  const Decoder<Code> decode(c.b, -column_shift<Code>(c.b), which);
   parallel(l.groups * count * (c.across ? taps : 1), 1, [&](int64_t begin, int64_t end) {
     Buffer<Code> codes(c.across ? kPer<Code> * kColumns : kColumns * taps * words * kPer<Code>);
     for (int64_t item = begin; item < end; ++item) {
@@ -359,11 +395,11 @@ void pack_columns(const IntegerGather& c, int64_t words, uint32_t* panels, int32
       const int64_t group = part / count, first = part % count * kColumns;
       const int64_t columns = least(kColumns, c.columns - first), width = round_up(columns, kInts);
       uint32_t* to = panels + (group * group_width + first) * taps * words;
-      int32_t* sum = sums + group * taps * group_width + first;
+      int64_t* sum = sums + group * taps * group_width + first;
       if (c.across) {
         to += tap * words * width;
         sum += tap * group_width;
-        std::memset(sum, 0, width * sizeof(int32_t));
+        std::memset(sum, 0, width * sizeof(int64_t));
         const Code* rows[kPer<Code>];
         for (int64_t word = 0; word < words; ++word, to += width) {
           for (int j = 0; j < kPer<Code>; ++j) {
@@ -387,7 +423,7 @@ void pack_columns(const IntegerGather& c, int64_t words, uint32_t* panels, int32
         for (int64_t k = 0; k < taps; ++k) {
           Code* row = codes.data + (i * taps + k) * padded;
           if (i < columns) decode(c.b.data + ((group * c.columns + first + i) * taps + k) * row_bytes, 0, c.depth, row);
-          sum[k * group_width + i] = static_cast<int32_t>(sum_codes(row, padded, true));
+          sum[k * group_width + i] = sum_codes(row, padded, true);
         }
       }
       const uint32_t* from = reinterpret_cast<const uint32_t*>(codes.data);
@@ -414,7 +450,7 @@ void gather(const IntegerGather& c) {
   // rows: (sample, pixel, group, word)
   const int64_t row_bytes = ceil_div(l.groups * c.depth * c.a.storage, 8), row_codes = l.groups * padded;
   Buffer<Code> rows(c.kept_count * pixels * row_codes);
-  Buffer<int32_t> pixel_sums(row_sums ? c.kept_count * pixels * l.groups : 0);
+  Buffer<int64_t> pixel_sums(row_sums ? c.kept_count * pixels * l.groups : 0);
   const Decoder<Code> decode(c.a, row_by);
   const bool dense = padded == c.depth && row_codes * c.a.storage % 8 == 0;
   parallel(c.kept_count * pixels, most(1, 65536 / (row_codes + 1)), [&](int64_t begin, int64_t end) {
@@ -431,15 +467,21 @@ void gather(const IntegerGather& c) {
         }
       }
       for (int64_t i = 0; row_sums && i < run * l.groups; ++i) {
-        pixel_sums[at * l.groups + i] = static_cast<int32_t>(sum_codes(to + i * padded, padded, false));
+        pixel_sums[at * l.groups + i] = sum_codes(to + i * padded, padded, false);
       }
       at += run;
     }
   });
 
-  Buffer<uint32_t> columns(slots * taps * words);
-  Buffer<int32_t> tap_sums(taps * slots);
-  pack_columns<Code>(c, words, columns.data, tap_sums.data);
+  const bool twice = apart(c.a, c.b);
+  const int64_t column_words = slots * taps * words;  // of all panels
+  Buffer<uint32_t> columns((1 + twice) * column_words);
+  Buffer<int64_t> tap_sums((1 + twice) * taps * slots);
+  pack_columns<Code>(c, words, twice ? Part::high : Part::whole, columns.data, tap_sums.data);
+  if (twice) {
+    pack_columns<Code>(c, words, Part::low, columns.data + column_words, tap_sums.data + taps * slots);
+    for (int64_t i = 0; i < taps * slots; ++i) tap_sums[i] = 256 * tap_sums[i] + tap_sums[taps * slots + i];
+  }
   Buffer<float> scale(slots), offset(slots), bias(slots);
   for (int64_t i = 0; i < slots; ++i) {
     const int64_t k = i % group_width, channel = i / group_width * c.columns + k;
@@ -455,6 +497,7 @@ void gather(const IntegerGather& c) {
     int64_t met_begin, met_end, y_tap, x_tap, terms;
   };
   std::vector<Kind> kinds;
+  const int64_t most_words = most_terms(c.a, c.b) / kPer<Code>;
   std::vector<Run> runs;
   Buffer<int64_t> met(l.y.kinds * l.x.kinds * taps), total(slots);  // met: pixels from the first tap's
   int64_t met_count = 0;
@@ -471,10 +514,10 @@ void gather(const IntegerGather& c) {
       if (made.y_tap < 0) made.y_tap = y, made.x_tap = x;
       const int64_t from_first = (y_at[y] - y_at[made.y_tap]) * l.other_x + x_at[x] - x_at[made.x_tap];
       met[met_count++] = from_first;
-      append(runs, made.begin, {from_first * row_codes * static_cast<int64_t>(sizeof(Code)), tap * words, words});
+      append(runs, made.begin, most_words, {from_first * row_codes * static_cast<int64_t>(sizeof(Code)), tap * words, words});
       made.terms += c.depth;
       for (int64_t group = 0; group < l.groups; ++group) {
-        const int32_t* of_tap = tap_sums.data + (group * taps + tap) * group_width;
+        const int64_t* of_tap = tap_sums.data + (group * taps + tap) * group_width;
         for (int64_t i = 0; i < group_width; ++i) total[group * group_width + i] += of_tap[i];
       }
     }
@@ -548,6 +591,13 @@ void gather(const IntegerGather& c) {
             const Multiply loop = multiply_of<Code>(height, width);
             alignas(64) Sum sums_of[kTile][kColumns];
             multiply_runs<Sum>(loop, row, runs.data() + k.begin, k.end - k.begin, of_panel, steps, width, sums_of);
+            if (twice) {
+              alignas(64) Sum low[kTile][kColumns];
+              multiply_runs<Sum>(loop, row, runs.data() + k.begin, k.end - k.begin, of_panel + column_words, steps, width, low);
+              for (int64_t m = 0; m < height; ++m) {
+                for (int64_t i = 0; i < width; ++i) sums_of[m][i] = 256 * sums_of[m][i] + low[m][i];
+              }
+            }
             alignas(64) float t[kTile][kWidth];
             Row<Sum> of_row[kTile];
             for (int64_t m = 0; m < height; ++m) {
@@ -628,7 +678,7 @@ void weigh(const IntegerGradWeight& c) {
   Buffer<float> scale(segments * slots), offset(segments * slots);
   Buffer<int64_t> terms(segments * taps);
   const Decoder<Code> decode_x(c.x, row_by), decode_g(c.g, -column_by);
-  const int64_t steps = narrow_steps(c.x, c.g);
+  const int64_t steps = narrow_steps(c.x, c.g), most_words = most_terms(c.x, c.g) / kPer<Code>;
 
   Buffer<int32_t> x_list(x_codes), g_list(g_codes);  // where each term is in the chunk: sample * positions + position
   int64_t listed = -1;
@@ -677,7 +727,7 @@ void weigh(const IntegerGradWeight& c) {
       for (int64_t y = 0; y < l.y.size; ++y) {
         const int32_t met = l.y.at[y * l.y.taps + ky];
         if (met < 0) continue;
-        append(runs, first, {((segment * l.other_y + met) * l.x.taps + kx) * line * kSize,
+        append(runs, first, most_words, {((segment * l.other_y + met) * l.x.taps + kx) * line * kSize,
                              (segment * l.y.size + y) * line / kPer<Code>, line / kPer<Code>});
       }
       return;
@@ -685,7 +735,7 @@ void weigh(const IntegerGradWeight& c) {
     for (int64_t p = begin; p < end; ++p) {
       const int32_t y = l.y.at[p / l.x.size * l.y.taps + ky], x_at = l.x.at[p % l.x.size * l.x.taps + kx];
       if (y < 0 || x_at < 0) continue;
-      append(runs, first, {(y * l.other_x + x_at) * chunk * kSize, p * chunk / kPer<Code>, chunk / kPer<Code>});
+      append(runs, first, most_words, {(y * l.other_x + x_at) * chunk * kSize, p * chunk / kPer<Code>, chunk / kPer<Code>});
     }
   };
 
@@ -926,29 +976,31 @@ void weigh(const IntegerGradWeight& c) {
   }
 }
 
-}  // namespace
-
 // Bytes where the machine multiplies them, or where their sums fit 16 bits for a while.
-void integer_gather(const IntegerGather& c) {
-  const bool wide = c.layer.taps() * c.depth > kMostTerms;
+inline bool in_bytes(const Integers& row, const Integers& column) {
 #if defined(FQT_AVX512)
-  wide ? gather<uint8_t, int64_t>(c) : gather<uint8_t, int32_t>(c);
+  return row.storage <= 8 && column.storage <= 8;
+#elif defined(FQT_AVX2)
+  return narrow_steps(row, column) >= 8;
 #else
-#if defined(FQT_AVX2)
-  if (narrow_steps(c.a, c.b) >= 8) return wide ? gather<uint8_t, int64_t>(c) : gather<uint8_t, int32_t>(c);
-#endif
-  wide ? gather<int16_t, int64_t>(c) : gather<int16_t, int32_t>(c);
+  return false;
 #endif
 }
 
+}  // namespace
+
+void integer_gather(const IntegerGather& c) {
+  const bool wide = c.layer.taps() * c.depth > most_terms(c.a, c.b) || apart(c.a, c.b);
+#if defined(FQT_AVX512) || defined(FQT_AVX2)
+  if (in_bytes(c.a, c.b)) return wide ? gather<uint8_t, int64_t>(c) : gather<uint8_t, int32_t>(c);
+#endif
+  wide ? gather<int16_t, int64_t>(c) : gather<int16_t, int32_t>(c);
+}
+
 void integer_grad_weight(const IntegerGradWeight& c) {
-  const bool wide = (c.blocks ? 1 : c.sample_count) * c.layer.positions() > kMostTerms;
-#if defined(FQT_AVX512)
-  wide ? weigh<uint8_t, int64_t>(c) : weigh<uint8_t, int32_t>(c);
-#else
-#if defined(FQT_AVX2)
-  if (narrow_steps(c.x, c.g) >= 8) return wide ? weigh<uint8_t, int64_t>(c) : weigh<uint8_t, int32_t>(c);
+  const bool wide = (c.blocks ? 1 : c.sample_count) * c.layer.positions() > most_terms(c.x, c.g);
+#if defined(FQT_AVX512) || defined(FQT_AVX2)
+  if (in_bytes(c.x, c.g)) return wide ? weigh<uint8_t, int64_t>(c) : weigh<uint8_t, int32_t>(c);
 #endif
   wide ? weigh<int16_t, int64_t>(c) : weigh<int16_t, int32_t>(c);
-#endif
 }

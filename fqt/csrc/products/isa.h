@@ -79,11 +79,12 @@ struct GradWeight {
   float* grad;  // zero where no kept channel writes
 };
 
-// Codes of any integer format of at most 8 bits: unsigned, two's complement, or bits that stand for -1 and +1.
+// Codes of any integer format of at most 8 bits, or in two's complement of at most 16: unsigned, two's complement, or bits that
+// stand for -1 and +1.
 enum class Meaning { natural, complement, sign };
 struct Integers {
   const uint8_t* data;
-  int64_t storage;  // bits a code takes
+  int64_t bits, storage;  // of a code, and those it takes in memory
   Meaning meaning;
   bool channel, by_channel;  // as in Codes
 };

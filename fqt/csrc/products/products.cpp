@@ -159,11 +159,11 @@ void sign_grad_weight(Tensor g, int64_t bits, std::string axes, Tensor g_scale, 
   FQT_KERNEL(grad_weight)(call);
 }
 
-// Integers of at most 8 bits as they lie in memory; `axes` are those of their scales.
+// Integers as they lie in memory; `axes` are those of their scales.
 Integers integers(const Tensor& codes, const std::string& grid, int64_t bits, const std::string& axes) {
-  const int64_t storage = bits <= 2 ? bits : bits <= 4 ? 4 : 8;
+  const int64_t storage = bits <= 2 ? bits : bits <= 4 ? 4 : bits <= 8 ? 8 : 16;
   const Meaning meaning = grid == "sign" ? Meaning::sign : grid == "uint" ? Meaning::natural : Meaning::complement;
-  return {codes.const_data_ptr<uint8_t>(), storage, meaning, axes == "C" || axes == "NC", axes == "C"};
+  return {static_cast<const uint8_t*>(codes.const_data_ptr()), bits, storage, meaning, axes == "C" || axes == "NC", axes == "C"};
 }
 
 // integer_gather(Tensor a, str a_grid, int a_bits, Tensor a_scale, Tensor? a_offset, Tensor b, str b_grid, int b_bits,

@@ -7,5 +7,6 @@
 namespace fqt::avx2 {
 #include "vector.h"
 #include "quantize.h"
+#include "decode.h"
 }
 #endif

@@ -8,5 +8,6 @@
 namespace fqt::avx512 {
 #include "vector.h"
 #include "quantize.h"
+#include "decode.h"
 }
 #endif

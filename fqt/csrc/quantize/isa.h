@@ -66,8 +66,8 @@ enum class Grid { sign, uniform, inside };  // inside: not codes but the estimat
 
 struct Encoding {
   Grid grid;
-  int storage;      // bits a code takes in memory
-  float low, high;  // smallest and largest code
+  int storage;       // bits a code takes in memory: 1, 2, 4, 8, 16, 32
+  double low, high;  // smallest and largest code
   bool stochastic;
   uint64_t key;
   uint32_t stream;
@@ -81,12 +81,19 @@ struct Slots {
   uint8_t* keep;
 };
 
+// What decoding asks of codes.
+struct Coded {
+  int storage;
+  bool sign, negative, doubles;  // bits that stand for -1 and +1; two's complement; float64 until the last rounding
+};
+
 // torch's own thread pool.
 void parallel(int64_t items, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
 // range: smallest and largest value of each slot, NaN if it holds one. encode: returns whether it saw a NaN, if asked to look.
 // abs_sum: of elements [first, first + count) of a group, over a binary tree of neighbours; first and, but for the last part,
 // count are multiples of a power of two. calibrate: count groups at a time. draws: uniform_u24 of group 0.
+// decode: codes of one group that begin with a byte.
 #define FQT_DECLARE                                                                                                         \
   void range(const Plan& plan, int64_t image, int64_t first_row, int64_t end_row, float* low, float* high);                 \
   bool encode(const Plan& plan, const Encoding& e, int64_t image, int64_t first_row, int64_t end_row, const Slots& slots,   \
@@ -94,7 +101,8 @@ void parallel(int64_t items, int64_t grain, const std::function<void(int64_t, in
   double abs_sum(const Plan& ordered, int64_t group, int64_t first, int64_t count);                                         \
   void calibrate(const Calibration& c, int64_t count, const float* low, const float* high, const float* mean, float* scale, \
                  const Slots& slots);                                                                                       \
-  void draws(uint64_t key, uint32_t stream, int64_t count, float* out);
+  void draws(uint64_t key, uint32_t stream, int64_t count, float* out);                                                     \
+  void decode(const Coded& q, const uint8_t* from, int64_t count, float scale, const float* offset, float* to);
 
 namespace portable { FQT_DECLARE }
 #if defined(FQT_X86)

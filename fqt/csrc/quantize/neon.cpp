@@ -6,5 +6,6 @@
 namespace fqt::neon {
 #include "vector.h"
 #include "quantize.h"
+#include "decode.h"
 }
 #endif

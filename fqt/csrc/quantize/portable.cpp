@@ -6,4 +6,5 @@
 namespace fqt::portable {
 #include "vector.h"
 #include "quantize.h"
+#include "decode.h"
 }

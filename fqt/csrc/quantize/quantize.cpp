@@ -380,18 +380,19 @@ void quantize(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, s
   const View factor = fold ? view(*fold) : View{}, *folded = fold ? &factor : nullptr;
   const bool sign = grid == "sign", unsigned_codes = grid == "uint", fixed = grid == "fixed";
   stochastic = stochastic && !sign;
-  const int64_t storage = bits <= 2 ? bits : bits <= 4 ? 4 : 8;
-  const float top = unsigned_codes ? (1 << bits) - 1 : std::max((1 << (bits - 1)) - 1, fixed ? 0 : 1);
+  const int64_t storage = bits <= 2 ? bits : bits <= 4 ? 4 : bits <= 8 ? 8 : bits <= 16 ? 16 : 32;
+  const double half = std::ldexp(1.0, static_cast<int>(bits) - 1);
+  const double top = unsigned_codes ? 2 * half - 1 : std::max(half - 1, fixed ? 0.0 : 1.0);
 
   Job job;
   job.encoding = {sign ? Grid::sign : Grid::uniform,
                   static_cast<int>(storage),
-                  unsigned_codes ? 0.0f : fixed ? -top - 1 : -top,
+                  unsigned_codes ? 0.0 : fixed ? -half : -top,
                   top,
                   stochastic,
                   key ? static_cast<uint64_t>(*key->const_data_ptr<int64_t>()) : 0,
                   static_cast<uint32_t>(stream),
-                  codes.mutable_data_ptr<uint8_t>(),
+                  static_cast<uint8_t*>(codes.mutable_data_ptr()),
                   nullptr,
                   static_cast<float>(pass_low),
                   static_cast<float>(pass_high)};
@@ -401,8 +402,8 @@ void quantize(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, s
                                              : Range::absmean,
                      static_cast<float>(first),
                      static_cast<float>(last),
-                     job.encoding.low,
-                     top,
+                     static_cast<float>(job.encoding.low),
+                     static_cast<float>(top),
                      offset.has_value(),
                      fixed};
   job.scale = scale.mutable_data_ptr<float>();
@@ -462,7 +463,7 @@ void quantize(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, s
   if (!empty && job.encode_all(all, fixed_range)) {
     job.scale[0] = kNaN;
     if (offset) job.offset[0] = 0.0f;
-    std::memset(job.encoding.codes, 0, codes.numel());
+    std::memset(job.encoding.codes, 0, codes.numel() * (storage <= 8 ? 1 : storage / 8));
   }
 }
 

@@ -171,7 +171,7 @@ struct Limits {
   Floats low, high;
   Ints mask;
   explicit Limits(const Encoding& e)
-      : low(spread(e.low)), high(spread(e.high)), mask(static_cast<int32_t>((1u << e.storage) - 1) - Ints{}) {}
+      : low(spread(static_cast<float>(e.low))), high(spread(static_cast<float>(e.high))), mask(static_cast<int32_t>((1ull << e.storage) - 1) - Ints{}) {}
 };
 
 // Codes as they are stored, in the low bits of an integer each.
@@ -248,10 +248,56 @@ inline void pack(uint8_t* codes, int64_t count, int bits, uint8_t* out) {
   }
 }
 
+// As `coded`, for codes whose floats leave no room for the trick that rounds there.
+template <bool kStochastic>
+inline Ints coded_word(Floats v, Floats offset, Floats inverse, const Limits& limits, Floats u) {
+  const Floats y = smaller(larger((v - offset) * inverse, limits.low), limits.high);
+  const Floats below = floor_of(y), rest = y - below, half = spread(0.5f);
+  const Ints code = __builtin_convertvector(below, Ints);
+  if constexpr (kStochastic) return code - (Ints)(u < rest * 0x1p24f);
+  return code - ((Ints)(rest > half) | ((Ints)(rest == half) & -(code & 1)));  // ties to even
+}
+
+// The same in float64, for codes of more than 24 bits.
+template <bool kStochastic>
+inline Ints coded_double(Floats v, Floats offset, Floats inverse, const Encoding& e, Floats u) {
+  const Floats shifted = v - offset;
+  Ints code;
+  for (int i = 0; i < kLanes; ++i) {
+    double y = static_cast<double>(shifted[i]) * static_cast<double>(inverse[i]);
+    y = y > e.low ? y : e.low;
+    y = y < e.high ? y : e.high;
+    const double even = (y + 0x1.8p52) - 0x1.8p52, below = even - (even > y ? 1.0 : 0.0);
+    const double chosen = kStochastic ? below + (static_cast<double>(u[i]) < (y - below) * 0x1p24 ? 1.0 : 0.0) : even;
+    code[i] = static_cast<int32_t>(chosen);
+  }
+  return code;
+}
+
+// As `encode_chunk`, to codes of 16 or 32 bits.
+template <class Word, bool kStochastic>
+inline void encode_words(const float* v, int64_t count, const Encoding& e, const Limits& limits, float offset, float inverse,
+                         const Draws& draws, uint32_t block, Word* codes) {
+  typedef Word Stored __attribute__((vector_size(sizeof(Word) * kLanes)));
+  const Floats offsets = spread(offset), inverses = spread(inverse);
+  const bool doubles = e.high >= 0x1p24 - 1;
+  for (int64_t i = 0; i < count; i += kStep) {
+    Floats u[kVectors] = {};
+    if constexpr (kStochastic) draws.template operator()<kVectors / 2>(block + static_cast<uint32_t>(i / 4), u);
+    for (int j = 0; j < kVectors; ++j) {
+      const Floats from = load(v + i + j * kLanes);
+      const Ints code = doubles ? coded_double<kStochastic>(from, offsets, inverses, e, u[j])
+                                : coded_word<kStochastic>(from, offsets, inverses, limits, u[j]);
+      store(codes + i + j * kLanes, __builtin_convertvector(code, Stored));
+    }
+  }
+}
+
+// At most kChunk elements of a group from `element` on.
 inline void encode_run(const Encoding& e, const Limits& limits, const Draws& draws, const float* v, int64_t count,
                        float offset, float inverse, int64_t element, uint8_t* out) {
   alignas(64) float moved[kChunk + 4 + kStep];
-  alignas(64) uint8_t codes[kChunk + 4 + kStep + 8];
+  alignas(64) uint8_t codes[4 * (kChunk + 4 + kStep) + 8];
   // whole counters and whole vectors: what is not is moved to where it is
   const int64_t lead = e.stochastic ? element % 4 : 0;
   const int64_t padded = (lead + count + kStep - 1) / kStep * kStep;
@@ -262,6 +308,17 @@ inline void encode_run(const Encoding& e, const Limits& limits, const Draws& dra
     v = moved;
   }
   const uint32_t block = static_cast<uint32_t>(element / 4);
+  const auto words = [&](auto* to) {
+    using Word = std::remove_pointer_t<decltype(to)>;
+    if (e.stochastic) {
+      encode_words<Word, true>(v, padded, e, limits, offset, inverse, draws, block, to);
+    } else {
+      encode_words<Word, false>(v, padded, e, limits, offset, inverse, draws, block, to);
+    }
+    std::memcpy(out, to + lead, count * sizeof(Word));
+  };
+  if (e.storage == 16) return words(reinterpret_cast<int16_t*>(codes));
+  if (e.storage == 32) return words(reinterpret_cast<int32_t*>(codes));
   if (e.stochastic) {
     encode_chunk<true>(v, padded, limits, offset, inverse, draws, block, codes);
   } else {
@@ -462,6 +519,48 @@ inline bool codes_across(const Plan& p, const Encoding& e, int64_t image, int64_
   return e.stochastic ? with(std::true_type{}) : with(std::false_type{});
 }
 
+// Codes of 16 and 32 bits: tiles are turned, then encoded along what were columns.
+inline bool words_across(const Plan& p, const Encoding& e, int64_t image, int64_t first_row, int64_t end_row,
+                         const Slots& slots, bool look_for_nan) {
+  constexpr int64_t kDown = 128, kBeside = 16;
+  alignas(64) float buffer[kBeside], turned[kDown * kBeside];
+  const Limits limits(e);
+  Draws draws(e.key, e.stream);
+  const int64_t size = e.storage / 8;
+  uint8_t* const codes = e.codes + p.byte.at(image, 0, 0);
+  bool nan = false;
+  for (int64_t first = 0; first < p.columns; first += kBeside) {
+    const int64_t width = least(kBeside, p.columns - first);
+    for (int64_t top = first_row; top < end_row; top += kDown) {
+      const int64_t height = least(kDown, end_row - top);
+      for (int64_t r = 0; r < height; ++r) {
+        const float* row = fetch(p, image, top + r, first, width, buffer);
+        for (int64_t i = 0; i < width; ++i) turned[i * height + r] = row[i];
+      }
+      if (look_for_nan) nan |= has_nan(turned, width * height);
+      // columns that follow each other in memory and in their group are one run
+      const bool joined = p.parts == Parts::whole && height == p.rows && p.byte.column == height * size &&
+                          p.element.column == height;
+      const int64_t run = joined ? width * height : height;
+      for (int64_t at = 0; at < width * height; at += run) {
+        const int64_t column = first + at / height;
+        uint8_t* const to = codes + column * p.byte.column + top * size;
+        if (!slots.keep[column]) {
+          std::memset(to, 0, run * size);
+          continue;
+        }
+        draws.group = static_cast<uint64_t>(p.group.at(image, 0, column)) - Pairs{};
+        const int64_t element = p.element.at(image, top, column);
+        for (int64_t i = 0; i < run; i += kChunk) {
+          encode_run(e, limits, draws, turned + at + i, least(kChunk, run - i), slots.offset[column], slots.inverse[column],
+                     element + i, to + i * size);
+        }
+      }
+    }
+  }
+  return nan;
+}
+
 inline bool encode_across(const Plan& p, const Encoding& e, int64_t image, int64_t first_row, int64_t end_row,
                           const Slots& slots, bool look_for_nan) {
   if (e.mask != nullptr) {
@@ -474,6 +573,7 @@ inline bool encode_across(const Plan& p, const Encoding& e, int64_t image, int64
     return bits_across(p, image, first_row, end_row, &slots, e.codes, p.byte, look_for_nan,
                        [zero = Floats{}](Floats v) { return (Ints)(v >= zero); });
   }
+  if (e.storage > 8) return words_across(p, e, image, first_row, end_row, slots, look_for_nan);
   switch (e.storage) {
     case 1: return codes_across<1>(p, e, image, first_row, end_row, slots, look_for_nan);
     case 2: return codes_across<2>(p, e, image, first_row, end_row, slots, look_for_nan);

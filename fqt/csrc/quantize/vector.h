@@ -66,7 +66,7 @@ inline Floats floor_of(Floats y) {
 #elif defined(FQT_NEON)
   return (Floats)vrndmq_f32((float32x4_t)y);
 #else
-  const Floats cut = __builtin_convertvector(__builtin_convertvector(y, Ints), Floats);  // |y| is at most 256
+  const Floats cut = __builtin_convertvector(__builtin_convertvector(y, Ints), Floats);  // |y| is at most 2^24
   return cut + __builtin_convertvector((Ints)(cut > y), Floats);                         // true is -1
 #endif
 }
