@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,9 +50,19 @@ class Geometry:
         x_NCHW = x_NPC.reshape(n, self.height, self.width, c).permute(0, 3, 1, 2)
         return F.pad(x_NCHW, (left, right, top, bottom)) if any(self.padding) else x_NCHW
 
+    @property
+    def own_padding(self) -> tuple[int, int]:
+        """What torch's convolutions can pad by themselves, rows and columns, sparing a copy: equal zeros on both sides."""
+        top, bottom, left, right = self.padding
+        return (top, left) if top == bottom and left == right else (0, 0)
+
+    def operand(self, x_NPC: Tensor) -> Tensor:
+        """As `image`, for a convolution that pads by `own_padding`."""
+        return (replace(self, padding=(0, 0, 0, 0)) if any(self.own_padding) else self).image(x_NPC)
+
     def crop(self, x_NCHW: Tensor) -> Tensor:
-        """The inverse of `image`: the border away, back to (N, H*W, C)."""
-        top, _, left, _ = self.padding
+        """The inverse of `operand`: the border away, back to (N, H*W, C)."""
+        top, left = (self.padding[0] - self.own_padding[0], self.padding[2] - self.own_padding[1])
         inner = x_NCHW[:, :, top : top + self.height, left : left + self.width]
         return inner.permute(0, 2, 3, 1).reshape(inner.shape[0], self.height * self.width, inner.shape[1])
 

@@ -522,8 +522,9 @@ def multiply_output(x_NPC: Tensor, w_OKI: Tensor, geometry: Geometry | None) -> 
     if geometry is None:
         return x_NPC @ w_OKI[:, 0].T
     y_NOHW = F.conv2d(
-        geometry.image(x_NPC), geometry.window(w_OKI), None, geometry.stride, 0, geometry.dilation, geometry.groups
-    )
+        geometry.operand(x_NPC), geometry.window(w_OKI), None, geometry.stride, geometry.own_padding, geometry.dilation,
+        geometry.groups,
+    )  # fmt: skip
     return y_NOHW.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -532,9 +533,10 @@ def multiply_grad_input(g_NPO: Tensor, w_OKI: Tensor, channels: int, geometry: G
     if geometry is None:
         return g_NPO @ w_OKI[:, 0]
     samples, positions = g_NPO.shape[0], geometry.height * geometry.width
-    like = geometry.image(g_NPO.new_empty(1, 1, 1).expand(samples, positions, channels))
+    like = geometry.operand(g_NPO.new_empty(1, 1, 1).expand(samples, positions, channels))
+    padding = geometry.own_padding
     grad, _, _ = torch.ops.aten.convolution_backward(
-        geometry.gradient(g_NPO), like, geometry.window(w_OKI), None, geometry.stride, (0, 0), geometry.dilation, False,
+        geometry.gradient(g_NPO), like, geometry.window(w_OKI), None, geometry.stride, padding, geometry.dilation, False,
         (0, 0), geometry.groups, (True, False, False),
     )  # fmt: skip
     return geometry.crop(grad)
@@ -544,17 +546,18 @@ def multiply_grad_weight(g_NPO: Tensor, x_NPC: Tensor, geometry: Geometry | None
     """Sum over samples and positions, (O, K, I)."""
     if geometry is None:
         return (g_NPO.flatten(0, 1).T @ x_NPC.flatten(0, 1)).unsqueeze(1)
-    image = geometry.image(x_NPC)
     if geometry.kernel == (1, 1):
+        image = geometry.image(x_NPC)
         # not by convolution_backward: oneDNN's, of 1x1 windows with unequal strides, writes beyond its memory
         groups, (sh, sw), (height, width) = geometry.groups, geometry.stride, geometry.output_size
         terms, channels = g_NPO.shape[0] * g_NPO.shape[1], g_NPO.shape[2]
         met = image[:, :, ::sh, ::sw][:, :, :height, :width].permute(1, 0, 2, 3)
         columns = met.reshape(groups, x_NPC.shape[2] // groups, terms).transpose(1, 2)
         return (g_NPO.permute(2, 0, 1).reshape(groups, channels // groups, terms) @ columns).view(channels, 1, -1)
-    like = image.new_empty(1).expand(g_NPO.shape[2], x_NPC.shape[2] // geometry.groups, *geometry.kernel)
+    like = x_NPC.new_empty(1).expand(g_NPO.shape[2], x_NPC.shape[2] // geometry.groups, *geometry.kernel)
+    padding = geometry.own_padding
     _, grad, _ = torch.ops.aten.convolution_backward(
-        geometry.gradient(g_NPO), image, like, None, geometry.stride, (0, 0), geometry.dilation, False,
+        geometry.gradient(g_NPO), geometry.operand(x_NPC), like, None, geometry.stride, padding, geometry.dilation, False,
         (0, 0), geometry.groups, (False, True, False),
     )  # fmt: skip
     return grad.flatten(2).transpose(1, 2)
