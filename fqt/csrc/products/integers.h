@@ -50,8 +50,9 @@ inline int64_t most_terms(const Integers& row, const Integers& column) {
   return least(kMostTerms, INT32_MAX / (largest(row) * (apart(row, column) ? 255 : largest(column))));
 }
 
-// Appends a run: joined to the one before where both operands go on, no longer than 32 bits hold.
-inline void append(std::vector<Run>& runs, size_t first, int64_t most_words, Run run) {
+// Appends a run: joined to the one before where both operands go on, no longer than 32 bits hold of bytes.
+inline void append(std::vector<Run>& runs, size_t first, Run run) {
+  constexpr int64_t most_words = kMostTerms / 4;
   while (run.words > 0) {
     Run* last = runs.size() > first ? &runs.back() : nullptr;
     const bool joined = last && last->words < most_words && last->row + 4 * last->words == run.row &&
@@ -66,20 +67,77 @@ inline void append(std::vector<Run>& runs, size_t first, int64_t most_words, Run
   }
 }
 
-// sums[m][column] = the sum over all runs, for M rows and V vectors of columns. `steps`: how many products of bytes, two of
-// which are added at once, 16 bits hold (AVX2 only).
-template <class Code, int M, int V>
-void multiply(const uint8_t* const* rows, const Run* runs, int64_t count, const uint32_t* columns, int64_t steps,
-              int32_t (*sums)[kColumns]) {
-  const auto word = [](const uint8_t* from) {
-    int32_t w;
-    std::memcpy(&w, from, 4);
-    return w;
-  };
+inline int32_t word(const uint8_t* from) {
+  int32_t w;
+  std::memcpy(&w, from, 4);
+  return w;
+}
+
+template <class Sum>
+using Multiply = void (*)(const uint8_t* const*, const Run*, int64_t, const uint32_t*, int64_t, Sum (*)[kColumns]);
+
+typedef int32_t Lanes __attribute__((vector_size(4 * kInts), may_alias));
+
+// Sums to which the products of two pairs of 16-bit integers are added in every lane.
+inline Lanes add_pairs(Lanes sum, int32_t row, Lanes column) {
 #if defined(FQT_AVX512)
-  const auto add_products = [](__m512i sum, __m512i r, __m512i c) {
-    return sizeof(Code) == 1 ? _mm512_dpbusd_epi32(sum, r, c) : _mm512_dpwssd_epi32(sum, r, c);
+  return (Lanes)_mm512_dpwssd_epi32((__m512i)sum, _mm512_set1_epi32(row), (__m512i)column);
+#elif defined(FQT_AVX2)
+  return (Lanes)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(_mm256_set1_epi32(row), (__m256i)column));
+#else
+  return sum + ((column << 16) >> 16) * static_cast<int16_t>(row) + (column >> 16) * (row >> 16);
+#endif
+}
+
+// sums[m][column] = the sum over all runs of 16-bit integers, for M rows and V vectors of columns. `steps`: how many words 32
+// bits hold; sums of 64 bits take them up then.
+template <class Sum, int M, int V>
+void multiply_words(const uint8_t* const* rows, const Run* runs, int64_t count, const uint32_t* columns, int64_t steps,
+                    Sum (*sums)[kColumns]) {
+  typedef Sum Sums __attribute__((vector_size(sizeof(Sum) * kInts), may_alias));
+  constexpr bool kWide = sizeof(Sum) == 8;
+  Lanes sum[M][V] = {};
+  bool fresh = true;
+  const auto take_up = [&]() __attribute__((always_inline)) {  // else the sums would lie in memory
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < V; ++v) {
+        Sums* to = reinterpret_cast<Sums*>(sums[m] + v * kInts);
+        const Sums more = __builtin_convertvector(sum[m][v], Sums);
+        *to = fresh ? more : *to + more;
+        sum[m][v] = Lanes{};
+      }
+    }
+    fresh = false;
   };
+  int64_t left = steps;
+  for (const Run* run = runs; run < runs + count; ++run) {
+    const uint32_t* column = columns + run->column * V * kInts;
+    for (int64_t at = run->row, end = at + 4 * run->words; at < end;) {
+      const int64_t stop = kWide ? least(end, at + 4 * left) : end;
+      left -= (stop - at) / 4;
+      for (; at < stop; at += 4, column += V * kInts) {
+        Lanes c[V];
+        for (int v = 0; v < V; ++v) c[v] = *reinterpret_cast<const Lanes*>(column + v * kInts);
+        for (int m = 0; m < M; ++m) {
+          const int32_t r = word(rows[m] + at);
+          for (int v = 0; v < V; ++v) sum[m][v] = add_pairs(sum[m][v], r, c[v]);
+        }
+      }
+      if (kWide && left == 0) {
+        take_up();
+        left = steps;
+      }
+    }
+  }
+  take_up();
+}
+
+#if defined(FQT_AVX512) || defined(FQT_AVX2)
+// The same of bytes. `steps`: how many products of bytes, two of which are added at once, 16 bits hold (AVX2 only).
+template <class Sum, int M, int V>
+void multiply_bytes(const uint8_t* const* rows, const Run* runs, int64_t count, const uint32_t* columns, int64_t steps,
+                    Sum (*sums)[kColumns]) {
+#if defined(FQT_AVX512)
   __m512i sum[M][V];
   for (int m = 0; m < M; ++m) {
     for (int v = 0; v < V; ++v) sum[m][v] = _mm512_setzero_si512();
@@ -91,14 +149,14 @@ void multiply(const uint8_t* const* rows, const Run* runs, int64_t count, const 
       for (int v = 0; v < V; ++v) c[v] = _mm512_load_si512(column + v * kInts);
       for (int m = 0; m < M; ++m) {
         const __m512i r = _mm512_set1_epi32(word(rows[m] + at));
-        for (int v = 0; v < V; ++v) sum[m][v] = add_products(sum[m][v], r, c[v]);
+        for (int v = 0; v < V; ++v) sum[m][v] = _mm512_dpbusd_epi32(sum[m][v], r, c[v]);
       }
     }
   }
   for (int m = 0; m < M; ++m) {
     for (int v = 0; v < V; ++v) _mm512_store_si512(sums[m] + v * kInts, sum[m][v]);
   }
-#elif defined(FQT_AVX2)
+#else
   __m256i sum[M][V];
   const auto clear = [&] {
     for (int m = 0; m < M; ++m) {
@@ -106,82 +164,56 @@ void multiply(const uint8_t* const* rows, const Run* runs, int64_t count, const 
     }
   };
   clear();
-  if constexpr (sizeof(Code) == 2) {
-    for (const Run* run = runs; run < runs + count; ++run) {
-      const uint32_t* column = columns + run->column * V * kInts;
-      for (int64_t at = run->row, end = at + 4 * run->words; at < end; at += 4, column += V * kInts) {
+  int64_t left = steps;
+  for (int m = 0; m < M; ++m) std::memset(sums[m], 0, V * kWidth);
+  const auto widen = [&] {
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < V; ++v) {
+        __m256i* to = reinterpret_cast<__m256i*>(sums[m] + v * kInts);
+        _mm256_store_si256(to, _mm256_add_epi32(_mm256_load_si256(to), _mm256_madd_epi16(sum[m][v], _mm256_set1_epi16(1))));
+      }
+    }
+    clear();
+    left = steps;
+  };
+  for (const Run* run = runs; run < runs + count; ++run) {
+    const uint32_t* column = columns + run->column * V * kInts;
+    for (int64_t at = run->row, end = at + 4 * run->words; at < end;) {
+      const int64_t stop = least(end, at + 4 * left);
+      left -= (stop - at) / 4;
+      for (; at < stop; at += 4, column += V * kInts) {
         __m256i c[V];
         for (int v = 0; v < V; ++v) c[v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(column + v * kInts));
         for (int m = 0; m < M; ++m) {
           const __m256i r = _mm256_set1_epi32(word(rows[m] + at));
-          for (int v = 0; v < V; ++v) sum[m][v] = _mm256_add_epi32(sum[m][v], _mm256_madd_epi16(r, c[v]));
+          for (int v = 0; v < V; ++v) sum[m][v] = _mm256_add_epi16(sum[m][v], _mm256_maddubs_epi16(r, c[v]));
         }
       }
-    }
-    for (int m = 0; m < M; ++m) {
-      for (int v = 0; v < V; ++v) _mm256_store_si256(reinterpret_cast<__m256i*>(sums[m] + v * kInts), sum[m][v]);
-    }
-  } else {
-    int64_t left = steps;
-    for (int m = 0; m < M; ++m) std::memset(sums[m], 0, V * kWidth);
-    const auto widen = [&] {
-      for (int m = 0; m < M; ++m) {
-        for (int v = 0; v < V; ++v) {
-          __m256i* to = reinterpret_cast<__m256i*>(sums[m] + v * kInts);
-          _mm256_store_si256(to, _mm256_add_epi32(_mm256_load_si256(to), _mm256_madd_epi16(sum[m][v], _mm256_set1_epi16(1))));
-        }
-      }
-      clear();
-      left = steps;
-    };
-    for (const Run* run = runs; run < runs + count; ++run) {
-      const uint32_t* column = columns + run->column * V * kInts;
-      for (int64_t at = run->row, end = at + 4 * run->words; at < end;) {
-        const int64_t stop = least(end, at + 4 * left);
-        left -= (stop - at) / 4;
-        for (; at < stop; at += 4, column += V * kInts) {
-          __m256i c[V];
-          for (int v = 0; v < V; ++v) c[v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(column + v * kInts));
-          for (int m = 0; m < M; ++m) {
-            const __m256i r = _mm256_set1_epi32(word(rows[m] + at));
-            for (int v = 0; v < V; ++v) sum[m][v] = _mm256_add_epi16(sum[m][v], _mm256_maddubs_epi16(r, c[v]));
-          }
-        }
-        if (left == 0) widen();
-      }
-    }
-    widen();
-  }
-#else
-  typedef int32_t Vector __attribute__((vector_size(kWidth), may_alias));
-  Vector sum[M][V] = {};
-  for (const Run* run = runs; run < runs + count; ++run) {
-    const uint32_t* column = columns + run->column * V * kInts;
-    for (int64_t at = run->row, end = at + 4 * run->words; at < end; at += 4, column += V * kInts) {
-      for (int v = 0; v < V; ++v) {
-        const Vector c = *reinterpret_cast<const Vector*>(column + v * kInts), low = (c << 16) >> 16, high = c >> 16;
-        for (int m = 0; m < M; ++m) {
-          const int32_t r = word(rows[m] + at);
-          sum[m][v] += low * static_cast<int16_t>(r) + high * (r >> 16);
-        }
-      }
+      if (left == 0) widen();
     }
   }
-  for (int m = 0; m < M; ++m) std::memcpy(sums[m], sum[m], sizeof(sum[m]));
+  widen();
 #endif
 }
-
-using Multiply = void (*)(const uint8_t* const*, const Run*, int64_t, const uint32_t*, int64_t, int32_t (*)[kColumns]);
+#endif
 
 // The loop for `rows` rows and `width` columns. It reads all kTile rows, half of them or one.
-template <class Code>
-Multiply multiply_of(int64_t rows, int64_t width) {
+template <class Code, class Sum>
+Multiply<Sum> multiply_of(int64_t rows, int64_t width) {
   constexpr int kHalf = kTile / 2, kThree = kVectors == 2 ? 2 : 3;
-  constexpr Multiply of[3][4] = {
-      {multiply<Code, 1, 1>, multiply<Code, 1, 2>, multiply<Code, 1, kThree>, multiply<Code, 1, kVectors>},
-      {multiply<Code, kHalf, 1>, multiply<Code, kHalf, 2>, multiply<Code, kHalf, kThree>, multiply<Code, kHalf, kVectors>},
-      {multiply<Code, kTile, 1>, multiply<Code, kTile, 2>, multiply<Code, kTile, kThree>, multiply<Code, kTile, kVectors>}};
-  return of[rows == 1 ? 0 : rows <= kHalf ? 1 : 2][width / kInts - 1];
+#define FQT_LOOPS(multiply, M) {multiply<Sum, M, 1>, multiply<Sum, M, 2>, multiply<Sum, M, kThree>, multiply<Sum, M, kVectors>}
+#define FQT_TILES(multiply) {FQT_LOOPS(multiply, 1), FQT_LOOPS(multiply, kHalf), FQT_LOOPS(multiply, kTile)}
+  const int height = rows == 1 ? 0 : rows <= kHalf ? 1 : 2;
+#if defined(FQT_AVX512) || defined(FQT_AVX2)
+  if constexpr (sizeof(Code) == 1) {
+    constexpr Multiply<Sum> of[3][4] = FQT_TILES(multiply_bytes);
+    return of[height][width / kInts - 1];
+  }
+#endif
+  constexpr Multiply<Sum> of[3][4] = FQT_TILES(multiply_words);
+  return of[height][width / kInts - 1];
+#undef FQT_TILES
+#undef FQT_LOOPS
 }
 
 // Of codes of 16 bits: what is decoded, 256 * high + low.
@@ -270,6 +302,12 @@ inline int64_t narrow_steps(const Integers& row, const Integers& column) {
                             : column.meaning == Meaning::complement || column.storage == 8 ? 1 << (column.storage - 1)
                                                                                                : (1 << column.storage) - 1;
   return 32767 / (2 * of_row * of_column);
+}
+
+// How many words a loop may add up before it takes them up in wider sums.
+template <class Code>
+int64_t steps_of(const Integers& row, const Integers& column) {
+  return sizeof(Code) == 1 ? narrow_steps(row, column) : most_terms(row, column) / 2;
 }
 
 // out[i] = the word of the i-th codes of kPer rows.
@@ -361,23 +399,31 @@ Finish<Sum> finish_of(int64_t width) {
   return of_width[width / kInts - 1];
 }
 
-// The sums of a tile over all runs; those of more terms than 32 bits hold run by run.
-template <class Sum>
-void multiply_runs(Multiply loop, const uint8_t* const* rows, const Run* runs, int64_t count, const uint32_t* columns,
-                   int64_t steps, int64_t width, Sum (*sums)[kColumns]) {
-  if constexpr (sizeof(Sum) == 4) {
-    loop(rows, runs, count, columns, steps, sums);
-  } else {
-    std::memset(sums, 0, kTile * sizeof(sums[0]));
-    for (int64_t i = 0; i < count; ++i) {
-      alignas(64) int32_t narrow[kTile][kColumns] = {};
-      loop(rows, runs + i, 1, columns, steps, narrow);
-      for (int m = 0; m < kTile; ++m) {
-        for (int64_t k = 0; k < width; ++k) sums[m][k] += narrow[m][k];
+// The loop that sums a tile over all runs into sums of the type it is asked for.
+template <class Code, class Sum>
+struct Loop {
+  // bytes have no loop for 64 bits: a run fits 32
+  using Narrow = std::conditional_t<sizeof(Code) == 1, int32_t, Sum>;
+  Multiply<Narrow> multiply;
+  int64_t width;
+  Loop(int64_t rows, int64_t width) : multiply(multiply_of<Code, Narrow>(rows, width)), width(width) {}
+
+  void operator()(const uint8_t* const* rows, const Run* runs, int64_t count, const uint32_t* columns, int64_t steps,
+                  Sum (*sums)[kColumns]) const {
+    if constexpr (sizeof(Sum) == sizeof(Narrow)) {
+      multiply(rows, runs, count, columns, steps, sums);
+    } else {
+      std::memset(sums, 0, kTile * sizeof(sums[0]));
+      for (int64_t i = 0; i < count; ++i) {
+        alignas(64) int32_t narrow[kTile][kColumns] = {};
+        multiply(rows, runs + i, 1, columns, steps, narrow);
+        for (int m = 0; m < kTile; ++m) {
+          for (int64_t k = 0; k < width; ++k) sums[m][k] += narrow[m][k];
+        }
       }
     }
   }
-}
+};
 
 // --- output and grad_input -------------------------------------------------------------------------------------------
 
@@ -497,7 +543,6 @@ void gather(const IntegerGather& c) {
     int64_t met_begin, met_end, y_tap, x_tap, terms;
   };
   std::vector<Kind> kinds;
-  const int64_t most_words = most_terms(c.a, c.b) / kPer<Code>;
   std::vector<Run> runs;
   Buffer<int64_t> met(l.y.kinds * l.x.kinds * taps), total(slots);  // met: pixels from the first tap's
   int64_t met_count = 0;
@@ -514,7 +559,7 @@ void gather(const IntegerGather& c) {
       if (made.y_tap < 0) made.y_tap = y, made.x_tap = x;
       const int64_t from_first = (y_at[y] - y_at[made.y_tap]) * l.other_x + x_at[x] - x_at[made.x_tap];
       met[met_count++] = from_first;
-      append(runs, made.begin, most_words, {from_first * row_codes * static_cast<int64_t>(sizeof(Code)), tap * words, words});
+      append(runs, made.begin, {from_first * row_codes * static_cast<int64_t>(sizeof(Code)), tap * words, words});
       made.terms += c.depth;
       for (int64_t group = 0; group < l.groups; ++group) {
         const int64_t* of_tap = tap_sums.data + (group * taps + tap) * group_width;
@@ -537,7 +582,7 @@ void gather(const IntegerGather& c) {
   const int64_t band = together > 1 ? l.y.size : most(1, least(l.y.size, block_pixels / l.x.size));
   const int64_t bands = ceil_div(l.y.size, band), blocks = ceil_div(c.kept_count, together) * bands;
   const int64_t parts = blocks >= 16 ? 1 : least(all_panels, ceil_div(16, blocks));
-  const int64_t steps = narrow_steps(c.a, c.b);
+  const int64_t steps = steps_of<Code>(c.a, c.b);
   const int64_t mask_bytes = ceil_div(channels, 8);
   struct Pixel {
     int64_t from, to;  // the first tap's pixel, the result's
@@ -588,12 +633,12 @@ void gather(const IntegerGather& c) {
               const Code* of_pixel = rows.data + found[i + least(m, height - 1)].from * row_codes + group * padded;
               row[m] = reinterpret_cast<const uint8_t*>(of_pixel);
             }
-            const Multiply loop = multiply_of<Code>(height, width);
+            const Loop<Code, Sum> loop(height, width);
             alignas(64) Sum sums_of[kTile][kColumns];
-            multiply_runs<Sum>(loop, row, runs.data() + k.begin, k.end - k.begin, of_panel, steps, width, sums_of);
+            loop(row, runs.data() + k.begin, k.end - k.begin, of_panel, steps, sums_of);
             if (twice) {
               alignas(64) Sum low[kTile][kColumns];
-              multiply_runs<Sum>(loop, row, runs.data() + k.begin, k.end - k.begin, of_panel + column_words, steps, width, low);
+              loop(row, runs.data() + k.begin, k.end - k.begin, of_panel + column_words, steps, low);
               for (int64_t m = 0; m < height; ++m) {
                 for (int64_t i = 0; i < width; ++i) sums_of[m][i] = 256 * sums_of[m][i] + low[m][i];
               }
@@ -678,7 +723,7 @@ void weigh(const IntegerGradWeight& c) {
   Buffer<float> scale(segments * slots), offset(segments * slots);
   Buffer<int64_t> terms(segments * taps);
   const Decoder<Code> decode_x(c.x, row_by), decode_g(c.g, -column_by);
-  const int64_t steps = narrow_steps(c.x, c.g), most_words = most_terms(c.x, c.g) / kPer<Code>;
+  const int64_t steps = steps_of<Code>(c.x, c.g);
 
   Buffer<int32_t> x_list(x_codes), g_list(g_codes);  // where each term is in the chunk: sample * positions + position
   int64_t listed = -1;
@@ -727,7 +772,7 @@ void weigh(const IntegerGradWeight& c) {
       for (int64_t y = 0; y < l.y.size; ++y) {
         const int32_t met = l.y.at[y * l.y.taps + ky];
         if (met < 0) continue;
-        append(runs, first, most_words, {((segment * l.other_y + met) * l.x.taps + kx) * line * kSize,
+        append(runs, first, {((segment * l.other_y + met) * l.x.taps + kx) * line * kSize,
                              (segment * l.y.size + y) * line / kPer<Code>, line / kPer<Code>});
       }
       return;
@@ -735,7 +780,7 @@ void weigh(const IntegerGradWeight& c) {
     for (int64_t p = begin; p < end; ++p) {
       const int32_t y = l.y.at[p / l.x.size * l.y.taps + ky], x_at = l.x.at[p % l.x.size * l.x.taps + kx];
       if (y < 0 || x_at < 0) continue;
-      append(runs, first, most_words, {(y * l.other_x + x_at) * chunk * kSize, p * chunk / kPer<Code>, chunk / kPer<Code>});
+      append(runs, first, {(y * l.other_x + x_at) * chunk * kSize, p * chunk / kPer<Code>, chunk / kPer<Code>});
     }
   };
 
@@ -859,7 +904,7 @@ void weigh(const IntegerGradWeight& c) {
     const uint8_t* row[kTile];
     alignas(64) Sum sums[kTile][kColumns];
     const auto multiply_ones = [&](int64_t height, int64_t width, const uint32_t* columns) {
-      multiply_runs<Sum>(multiply_of<Code>(height, width), row, runs.data(), runs.size(), columns, steps, width, sums);
+      Loop<Code, Sum>(height, width)(row, runs.data(), runs.size(), columns, steps, sums);
     };
     for (int m = 0; m < kTile; ++m) row[m] = reinterpret_cast<const uint8_t*>(ones);
     multiply_ones(1, panel.width, g.data + panel.slot * g_words);
@@ -939,12 +984,11 @@ void weigh(const IntegerGradWeight& c) {
           const int64_t height = least(kTile, row_end - i);
           const uint8_t* row[kTile];
           rows_at(panel, i, height, row);
-          const Multiply loop = multiply_of<Code>(height, panel.width);
+          const Loop<Code, Sum> loop(height, panel.width);
           for (int64_t s = 0; s < used; ++s) {
             const std::vector<Run>& of_tap = runs[s * taps + tap];
             alignas(64) Sum sums[kTile][kColumns];
-            multiply_runs<Sum>(loop, row, of_tap.data(), of_tap.size(), g.data + panel.slot * g_words, steps, panel.width,
-                               sums);
+            loop(row, of_tap.data(), of_tap.size(), g.data + panel.slot * g_words, steps, sums);
             for (int64_t m = 0; !(c.blocks || rounds == 1) && m < height; ++m) {
               Sum* total = totals.data + cell + (i - row_begin + m) * panel.width;
               for (int64_t j = 0; !fresh && j < panel.width; ++j) sums[m][j] += total[j];
