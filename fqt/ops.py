@@ -148,12 +148,15 @@ def named_backend(name: str | None = None) -> str:
 def select(operator: str, request: Request) -> tuple[Kernel, list[str]]:
     """The first kernel that serves a request, and why each one before it does not ("backend: reason").
 
-    A backend named by the request, or by FQT_BACKEND, is the only one asked. `decode` multiplies nothing: it is not bound.
+    A backend named by the request, or by FQT_BACKEND, is the only one asked. `decode` multiplies nothing: only "reference"
+    binds it.
 
     Raises:
         ValueError: the named backend is unknown, or does not serve this.
     """
-    wanted = named_backend(request.backend) if operator != "decode" else ""
+    wanted = named_backend(request.backend)
+    if operator == "decode" and wanted != "reference":
+        wanted = ""
     reasons = []
     for kernel in KERNELS:
         if kernel.operator != operator or kernel.device not in ("", request.device):

@@ -161,12 +161,14 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
 def _arithmetic(layer: QuantizedLayer) -> list[str]:
     """What words of more than 8 bits are multiplied in, and the zero rows that a kernel leaves out."""
     said, recipe = [], layer.recipe
+    served = backends(layer).get("output", ("",))[0]
     widths = [format.bits for letter in "xw" if (format := recipe.format("output", letter)) is not None]
     if any(bits > MAX_PRODUCT_BITS for bits in widths):
         said.append(f"words of more than {MAX_PRODUCT_BITS} bits: their values are multiplied in float32")
     elif any(bits > 8 for bits in widths) and recipe.low_bit("output"):
-        said.append("words of 9 to 16 bits: their codes are multiplied in float64, which is exact")
-    w = layer.quantized_weight() if backends(layer).get("output", ("",))[0] == "cpu int8" else None
+        how = "as 16-bit integers, added up in 64 bits" if served == "cpu int16" else "in float64"
+        said.append(f"words of 9 to 16 bits: their codes are multiplied {how}, which is exact")
+    w = layer.quantized_weight() if served in ("cpu int8", "cpu int16") else None
     busy = None if w is None else cpu.busy_rows(w, layer.window())
     if w is not None and busy is not None:
         said.append(f"{w.shape[0] - busy.numel()} of {w.shape[0]} output channels are zero and left out")

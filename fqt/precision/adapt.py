@@ -100,9 +100,9 @@ class AdaPT(Policy):
         controller.step(loss)
         optimizer.zero_grad()
 
-    Training begins in the formats of the recipe. A product of words of at most 8 bits runs on the integer kernels; of 9 to 16
-    bits in float64 on the codes, which is exact: 16 x 16 bits and 2^22 terms fill its 53; above, the values are multiplied
-    in float32. `fqt.summary(model)` says which. The sum of each layer's recent gradients is kept beside its weight.
+    Training begins in the formats of the recipe. On a CPU words of at most 8 bits are multiplied as bytes; of 9 to 16 bits as
+    16-bit integers, exactly: as many products are added in 32 bits as these hold, and those sums in 64; above, the values are
+    multiplied in float32. `fqt.summary(model)` says which. The sum of each layer's recent gradients is kept beside its weight.
 
     Args:
         model: converted by a recipe with weights in fixed point: adapt (the paper's: activations share <WL, FL>), or
@@ -112,7 +112,7 @@ class AdaPT(Policy):
         lookback_momentum: weight of the newly computed lookback against the one before, 0 to 1.
         strategy: of push up, at the start: "min", "mean" or "max".
         buffer: bits of headroom between FL and WL for activations that share the layer's format. None: 8 for such layers.
-        max_word_length: the longest word; 8 keeps every product on the integer kernels.
+        max_word_length: the longest word; 8 keeps every product on the kernels of bytes, 16 on integers.
         epsilon: the Kullback-Leibler divergence that counts as none, in nats.
         l1, l2: weights of sum |w| and sum w^2 / 2 of all converted layers in `penalty`.
         word_length_penalty: weight of sum over layers of WL/32 times the share of non-zero weights in `penalty`.

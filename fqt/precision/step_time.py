@@ -1,6 +1,6 @@
 """How long a step takes at the layers' formats as they are: the performance model, calibrated on this machine.
 
-Bits are not time: a kernel of words of at most 8 bits takes as long for 5 as for 8, words of 9 to 16 bits cost more than
+Bits are not time: a kernel of words of at most 8 bits takes as long for 5 as for 8, words of 9 to 16 bits cost about as much as
 float32, and a layer with few channels spends its time quantizing. So each layer's products are timed on the backends that serve
 them, once for every set of backends that the layer comes to, in float32 beside it, on the shapes that reach it:
 

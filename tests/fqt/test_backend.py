@@ -140,11 +140,11 @@ def test_a_named_backend_that_cannot_serve_refuses_the_conversion(monkeypatch, o
 
 @built
 def test_the_cpu_backend_refuses_formats_that_it_has_no_kernel_for() -> None:
-    wide = fqt.load_recipe("dorefa_w1a32g4")  # float activations, and nothing that multiplies wide codes
+    wide = fqt.load_recipe("dorefa_w1a32g4")  # float activations, and nothing that multiplies codes
     assert fqt.convert(nn.Linear(4, 3), wide.everywhere(), backend="cpu")
-    sixteen = fqt.Quantizer("int", 16)
-    recipe = fqt.Recipe("wide", fqt.Product(sixteen, sixteen), *[fqt.Product("float", "float")] * 2)
-    with pytest.raises(ValueError, match=r"layer '', quantize output\.x: .* more than 8 bits"):
+    unsigned = fqt.Quantizer("uint", 16, calibrate="minmax", offset=True)
+    recipe = fqt.Recipe("wide", fqt.Product(unsigned, unsigned), *[fqt.Product("float", "float")] * 2)
+    with pytest.raises(ValueError, match=r"layer '', output: .* multiplies 9 to 16 bits in two's complement"):
         fqt.convert(nn.Linear(4, 3), recipe, backend="cpu")
 
 
@@ -178,6 +178,8 @@ def test_a_backend_is_named_by_its_first_word(monkeypatch: pytest.MonkeyPatch) -
 
 def test_decode_multiplies_nothing_and_is_not_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FQT_BACKEND", "cpu")
+    assert ops.select("decode", Request("cpu", (Format("e4m3", 8),)))[0].backend == "reference"
+    monkeypatch.setenv("FQT_BACKEND", "reference")
     assert ops.select("decode", Request("cpu", (Format("sign", 1),)))[0].backend == "reference"
 
 

@@ -92,13 +92,13 @@ def test_a_switched_model_computes_as_one_converted_to_that_format() -> None:
     ("word", "products"),
     [
         (8, {"served": {"cpu int8"}, "bits": 8}),
-        (9, {"served": {"reference"}, "bits": 9, "note": "words of 9 to 16 bits: their codes are multiplied in float64"}),
-        (16, {"served": {"reference"}, "bits": 16, "note": "which is exact"}),
+        (9, {"served": {"cpu int16"}, "bits": 9, "note": "9 to 16 bits: their codes are multiplied as 16-bit integers"}),
+        (16, {"served": {"cpu int16"}, "bits": 16, "note": "which is exact"}),
         (17, {"served": set(), "bits": 32, "note": "words of more than 16 bits: their values are multiplied in float32"}),
     ],
 )
 def test_summary_says_what_a_word_length_runs_on(word: int, products: dict) -> None:
-    if word == 8 and not fqt.cpu._LIBRARY.exists():  # type: ignore[attr-defined]
+    if word <= 16 and not fqt.cpu._LIBRARY.exists():  # type: ignore[attr-defined]
         pytest.skip("the extension is not built")
     model = network(fqt.precision.at_precision(fqt.load_recipe("adapt"), Precision(word, 4)))
     for row in fqt.summary(model).rows:
