@@ -33,10 +33,10 @@ struct Kind {
 
 Kind random_kind(Random& r, bool largest) {
   const Meaning meaning = r.choose({Meaning::sign, Meaning::natural, Meaning::complement, Meaning::complement});
-  const bool words = meaning == Meaning::complement && r.chance(0.6);
-  const int bits = static_cast<int>(words ? r.between(9, 16) : meaning == Meaning::sign ? 1 : r.between(1, 8));
+  const bool words = meaning == Meaning::complement && r.chance(0.7);
+  const int64_t bits = words ? r.choose<int64_t>({15, 16, r.between(9, 16)}) : meaning == Meaning::sign ? 1 : r.between(1, 8);
   const Fill fill = largest ? r.choose({Fill::ends, Fill::low, Fill::high}) : r.choose({Fill::any, Fill::any, Fill::ends});
-  return {meaning, bits, meaning == Meaning::sign && fill == Fill::any ? Fill::ends : fill};
+  return {meaning, static_cast<int>(bits), meaning == Meaning::sign && fill == Fill::any ? Fill::ends : fill};
 }
 
 std::ostream& operator<<(std::ostream& to, const Kind& k) {
