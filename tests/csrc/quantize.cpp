@@ -220,7 +220,7 @@ void check_case(Random& r) {
     p = r.chance(0.03) ? r.between(2000, 4200) : std::max<int64_t>(1, r.size());
     c = r.chance(0.03) ? r.between(1000, 9000) : std::max<int64_t>(1, r.size());
   } while (n * p * c > 20'000);
-  const Groups groups{r.choose<const char*>({"", "N", "NP", "C", "NC"}), n, p, c};
+  const Groups groups{r.choose<const char*>({"", "", "N", "NP", "C", "NC"}), n, p, c};
   const Strides s = layout(r, n, p, c);
   Tensor x(n, p, c, s.sn, s.sp, s.sc, r.chance(0.15));
   const bool folded = r.chance(0.2), f0 = r.chance(0.5), f1 = r.chance(0.3), f2 = r.chance(0.5);
@@ -234,11 +234,12 @@ void check_case(Random& r) {
   // the format and how its range is found
   const std::string grid = r.choose<const char*>({"sign", "uint", "uint", "int", "fixed", "fixed", "ternary"});
   const bool fixed = grid == "fixed", words = grid != "sign" && grid != "ternary" && r.chance(0.5);
-  const int bits = grid == "sign"      ? 1
-                   : grid == "ternary" ? 2
-                   : !words            ? static_cast<int>(r.between(grid == "int" ? 2 : 1, 8))
-                   : !fixed            ? static_cast<int>(r.between(9, 16))
-                                       : static_cast<int>(r.choose({r.between(9, 16), r.between(17, 24), r.between(25, 32)}));
+  const int64_t narrow = r.between(grid == "int" ? 2 : 1, 8), wide = r.between(9, fixed ? 32 : 16);
+  const int bits = static_cast<int>(grid == "sign"      ? 1
+                                    : grid == "ternary" ? 2
+                                    : !words            ? narrow
+                                    : fixed             ? r.choose<int64_t>({16, 24, 25, 32, wide, wide})
+                                                        : wide);
   const int storage = storage_of(bits);
   const double half = std::ldexp(1.0, bits - 1);
   const double top = grid == "uint" ? 2.0 * half - 1.0 : fixed ? half - 1.0 : std::max(1.0, half - 1.0);
@@ -246,7 +247,7 @@ void check_case(Random& r) {
   const Range range = fixed ? Range::none
                       : grid == "sign" || grid == "ternary" ? r.choose({Range::absmean, Range::absmax, Range::none})
                       : grid == "uint" ? r.choose({Range::minmax, Range::absmax, Range::none}) : Range::absmax;
-  const float reach = r.choose({1.0f, 0.7f, 4.0f});
+  const float reach = r.choose({1.0f, 0.7f, 0.3f, 4.0f});
   const float low_code = static_cast<float>(bottom), high_code = static_cast<float>(top);
   fqt::Calibration calibration{range, grid == "uint" && r.chance(0.5) ? 0.0f : -reach, reach, low_code, high_code,
                                grid == "uint" && r.chance(0.7), fixed};
@@ -254,6 +255,7 @@ void check_case(Random& r) {
                   static_cast<uint32_t>(r.bits()), nullptr, nullptr, -1.0f, r.choose({1.0f, 0.5f})};
 
   fill(r, x, codes_of(calibration));
+  if (range == Range::none && r.chance(0.3)) x.set(r.between(0, x.extent() - 1), kNaN);
   if (e.stochastic && (grid == "uint" || fixed) && r.chance(0.2)) {  // a fraction that equals its random number is rounded down
     calibration = {Range::none, low_code, high_code, low_code, high_code, false, fixed};
     for (int64_t i = 0; i < n * p * c; ++i) {
