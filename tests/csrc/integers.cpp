@@ -16,6 +16,8 @@ struct Set {
 #define FQT_ROW(set, runs) {#set, bool(runs), fqt::set::integer_gather, fqt::set::integer_grad_weight},
 const Set kSets[] = {FQT_SETS(FQT_ROW)};
 
+constexpr int kMostWeightBits = 30;  // of both operands together, which `grad_weight` demands
+
 enum class Fill { any, ends, low, high };  // ends: each code the lowest or the highest
 
 struct Kind {
@@ -37,6 +39,14 @@ Kind random_kind(Random& r, bool largest) {
   const int64_t bits = words ? r.choose<int64_t>({15, 16, r.between(9, 16)}) : meaning == Meaning::sign ? 1 : r.between(1, 8);
   const Fill fill = largest ? r.choose({Fill::ends, Fill::low, Fill::high}) : r.choose({Fill::any, Fill::any, Fill::ends});
   return {meaning, static_cast<int>(bits), meaning == Meaning::sign && fill == Fill::any ? Fill::ends : fill};
+}
+
+// Of at most `most` bits together, where both are words.
+std::pair<Kind, Kind> random_kinds(Random& r, bool largest, int most) {
+  const Kind a = random_kind(r, largest);
+  Kind b = random_kind(r, largest);
+  if (a.words() && b.words()) b.bits = std::min(b.bits, most - a.bits);
+  return {a, b};
 }
 
 std::ostream& operator<<(std::ostream& to, const Kind& k) {
@@ -244,7 +254,7 @@ void bounds() {
             const Shape s = linear(1, 1, count, 2, true), back = linear(1, 1, 2, count, true);
             bound(s, [&](Random& r) { check_gather(r, s, true, a, b); });
             bound(back, [&](Random& r) { check_gather(r, back, false, a, b); });
-            if (a.bits + b.bits > 30) continue;
+            if (a.bits + b.bits > kMostWeightBits) continue;
             const Shape g = linear(1, count, 2, 1, true), rows = flattened(g, false);
             bound(g, [&](Random& r) { check_grad_weight(r, g, r.choose<const char*>({"", "N", "C", "NC"}), a, b); });
             bound(rows, [&](Random& r) { check_grad_weight(r, rows, r.choose<const char*>({"", "C"}), a, b); });
@@ -252,6 +262,30 @@ void bounds() {
         }
       }
     }
+  }
+}
+
+// Sums of more samples, positions or terms than the kernels take at a time.
+void long_sums() {
+  pieces = 3;
+  Shape images;
+  images.n = 130, images.h = images.w = 6, images.kh = images.kw = images.in = 3, images.out = 2, images.top = images.left = 1;
+  const Shape samples = linear(9, 1000, 3, 2, false), positions = linear(1, 9000, 3, 2, false);
+  for (const Shape& s : {images, samples, positions, flattened(samples, true), flattened(samples, false)}) {
+    for (const char* axes : {"", "N", "C", "NC"}) {
+      for (int i = 0; i < 4; ++i) {
+        bound(s, [&](Random& r) {
+          const auto [g, x] = random_kinds(r, false, kMostWeightBits);
+          check_grad_weight(r, s, axes, g, x);
+        });
+      }
+    }
+  }
+  for (const int bits : {3, 4, 7, 8}) {
+    const Kind a{bits % 2 ? Meaning::complement : Meaning::natural, bits}, b{Meaning::complement, bits};
+    const Shape s = linear(1, 3, 33'000, 16, false), back = linear(1, 3, 16, 33'000, false);
+    bound(s, [&](Random& r) { check_gather(r, s, true, a, b); });
+    bound(back, [&](Random& r) { check_gather(r, back, false, b, a); });
   }
 }
 
@@ -263,19 +297,18 @@ void integers(uint64_t seed, int64_t cases) {
     for (const bool forward : {true, false}) {
       current.about.str("");
       describe(s);
-      const Kind a = random_kind(r, s.largest), b = random_kind(r, s.largest);
+      const auto [a, b] = random_kinds(r, s.largest, 32);
       check_gather(r, s, forward, a, b);
     }
     const std::string axes = r.choose<const char*>({"", "N", "C", "NC"});
     const Shape of_g = s.linear() && r.chance(0.7) ? flattened(s, axes == "N" || axes == "NC") : s;
     current.about.str("");
     describe(of_g);
-    const Kind g = random_kind(r, s.largest);
-    Kind x = random_kind(r, s.largest);
-    if (g.words() && x.words()) x.bits = std::min(x.bits, 30 - g.bits);  // the kernel's demand
+    const auto [g, x] = random_kinds(r, s.largest, kMostWeightBits);
     check_grad_weight(r, of_g, axes, g, x);
   });
   bounds();
+  long_sums();
 }
 
 }  // namespace check
