@@ -103,9 +103,15 @@ class Fenced {
   int64_t size_ = 0;
 };
 
-// A code of `bits` bits into a packed row of zeros, the first in the lowest bits.
-inline void put(uint8_t* row, int64_t i, int bits, unsigned code) {
-  row[i * bits / 8] = static_cast<uint8_t>(row[i * bits / 8] | code << i * bits % 8);
+// Bits that a code takes in memory.
+inline int storage_of(int bits) { return bits <= 2 ? bits : bits <= 4 ? 4 : bits <= 8 ? 8 : bits <= 16 ? 16 : 32; }
+// A code of `storage` bits into a packed row of zeros, the first in the lowest bits.
+inline void put(uint8_t* row, int64_t i, int storage, uint32_t code) {
+  if (storage > 8) {
+    std::memcpy(row + i * storage / 8, &code, storage / 8);
+  } else {
+    row[i * storage / 8] = static_cast<uint8_t>(row[i * storage / 8] | code << i * storage % 8);
+  }
 }
 inline int64_t bytes_of(int64_t codes, int bits) { return (codes * bits + 7) / 8; }
 
@@ -138,7 +144,9 @@ void same(const char* kernel, const char* set, const T* actual, const std::vecto
 inline int pieces = 1;  // that `fqt::parallel` cuts its work into; of 3 each has a thread of its own
 
 void quantize(uint64_t seed, int64_t cases);
+void decode(uint64_t seed, int64_t cases);
 void products(uint64_t seed, int64_t cases);
+void integers(uint64_t seed, int64_t cases);
 void norm(uint64_t seed, int64_t cases);
 
 // Calls body(random numbers of the case) for every case of a family.

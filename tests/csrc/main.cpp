@@ -32,10 +32,12 @@ int main(int argc, char** argv) {
   const uint64_t seed = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 20240817;
   const int64_t cases = argc > 2 ? std::strtoll(argv[2], nullptr, 10) : 400;
   check::quantize(seed, cases);
+  check::decode(seed, cases);
   check::products(seed, cases);
+  check::integers(seed, cases);
   check::norm(seed, cases);
   for (const auto& [kernel, sets] : check::served) {
-    std::printf("%-15s", kernel.c_str());
+    std::printf("%-25s", kernel.c_str());
     for (const auto& [set, count] : sets) std::printf(" %s %lld,", set.c_str(), static_cast<long long>(count));
     std::printf(" ok\n");
   }

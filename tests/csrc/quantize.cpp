@@ -1,15 +1,13 @@
 // Quantize and pack against loops over groups and their elements (fqt/formats.py, fqt/philox.py, fqt/reference.py).
 
-#include "check.h"
+#include "tensors.h"
 
 namespace check {
 namespace {
 
-using fqt::Affine;
 using fqt::Grid;
 using fqt::kInfinity;
 using fqt::kNaN;
-using fqt::Parts;
 using fqt::Range;
 
 struct Set {
@@ -77,116 +75,24 @@ Numbers calibrated(const fqt::Calibration& c, float low, float high, float mean)
   return {wide ? span / steps : 0.0f, wide ? steps / span : 0.0f, c.offset ? offset : 0.0f};
 }
 
-// The code as it is stored. A NaN that no scale shows (of a fixed range) is the smallest code; the operator clears it.
-unsigned stored(const fqt::Encoding& e, float v, const Numbers& group, float u24) {
-  if (e.grid == Grid::sign) return v >= 0.0f;
-  float y = (v - group.offset) * group.inverse;
-  y = y > e.low ? y : e.low;
-  y = y < e.high ? y : e.high;
-  const float below = std::floor(y);
-  const float code = e.stochastic ? below + (u24 < (y - below) * 0x1p24f ? 1.0f : 0.0f) : std::nearbyint(y);
-  return static_cast<unsigned>(static_cast<int>(code)) & ((1u << e.storage) - 1);
+// Real: float, or double for codes of more than 24 bits. A NaN is the smallest code.
+template <class Real>
+int64_t code_of(const fqt::Encoding& e, float v, const Numbers& group, float u24) {
+  const float shifted = v - group.offset;
+  const Real low = static_cast<Real>(e.low), high = static_cast<Real>(e.high);
+  Real y = static_cast<Real>(shifted) * static_cast<Real>(group.inverse);
+  y = y > low ? y : low;
+  y = y < high ? y : high;
+  const Real below = std::floor(y);
+  const bool up = static_cast<Real>(u24) < (y - below) * static_cast<Real>(0x1p24);
+  return static_cast<int64_t>(e.stochastic ? below + static_cast<Real>(up) : std::nearbyint(y));
 }
 
-// --- tensors and how they are cut --------------------------------------------------------------------------------------------
-
-// (N, P, C) in memory that ends with its last element.
-struct Tensor {
-  int64_t n, p, c, sn, sp, sc;
-  bool bfloat16 = false;
-  Fenced<float> floats;
-  Fenced<uint16_t> halves;
-
-  int64_t at(int64_t i, int64_t j, int64_t k) const { return i * sn + j * sp + k * sc; }
-  int64_t extent() const { return n * p * c == 0 ? 0 : at(n - 1, p - 1, c - 1) + 1; }
-  Tensor(int64_t n, int64_t p, int64_t c, int64_t sn, int64_t sp, int64_t sc, bool bfloat16)
-      : n(n), p(p), c(c), sn(sn), sp(sp), sc(c == 1 ? 1 : sc), bfloat16(bfloat16), floats(bfloat16 ? 0 : extent()),
-        halves(bfloat16 ? extent() : 0) {}
-  void set(int64_t i, float v) {
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    if (bfloat16) {
-      halves[i] = static_cast<uint16_t>(v != v ? 0x7FC0 : bits >> 16);
-    } else {
-      floats[i] = v;
-    }
-  }
-  float get(int64_t i, int64_t j, int64_t k) const {
-    if (!bfloat16) return floats.data[at(i, j, k)];
-    const uint32_t bits = uint32_t{halves.data[at(i, j, k)]} << 16;
-    float v;
-    std::memcpy(&v, &bits, 4);
-    return v;
-  }
-  const void* data() const { return bfloat16 ? static_cast<const void*>(halves.data) : floats.data; }
-  bool merges() const { return n == 1 || p == 1 || sn == p * sp; }
-};
-
-// The groups of a scale's axes, as fqt/formats.py counts them.
-struct Groups {
-  std::string axes;
-  int64_t n, p, c;
-  bool by_channel() const { return axes == "C" || axes == "NC"; }
-  int64_t count() const { return axes.empty() ? 1 : axes == "N" ? n : axes == "NP" ? n * p : axes == "C" ? c : n * c; }
-  int64_t elements() const { return n * p * c / count(); }
-  int64_t group(int64_t i, int64_t j, int64_t k) const {
-    return axes.empty() ? 0 : axes == "N" ? i : axes == "NP" ? i * p + j : axes == "C" ? k : k * n + i;
-  }
-  int64_t element(int64_t i, int64_t j, int64_t k) const {
-    return axes.empty() ? (i * p + j) * c + k : axes == "N" ? j * c + k : axes == "NP" ? k : axes == "C" ? i * p + j : j;
-  }
-  // Bit at which an element's code lies.
-  int64_t bit(int64_t i, int64_t j, int64_t k, int bits) const {
-    if (axes == "C") return k * bytes_of(n * p, bits) * 8 + (i * p + j) * bits;
-    if (axes == "NC") return (k * n + i) * bytes_of(p, bits) * 8 + j * bits;
-    return (i * p + j) * bytes_of(c, bits) * 8 + k * bits;
-  }
-  int64_t bytes(int bits) const {
-    return axes == "C" ? c * bytes_of(n * p, bits) : axes == "NC" ? c * n * bytes_of(p, bits) : n * p * bytes_of(c, bits);
-  }
-};
-
-// How the tensor is cut with channels (`inside`) or positions as columns. recut: columns of rows that are cut anew, or 0.
-fqt::Plan cut(const Tensor& x, const Tensor* fold, const Groups& g, int bits, bool inside, bool merged, int64_t recut) {
-  const auto at = [&](int64_t i, int64_t j, int64_t k) { return inside ? Affine{i, j, k} : Affine{i, k, j}; };
-  const auto source = [&](const Tensor& t) {
-    return fqt::Source{t.data(), t.bfloat16, at(merged ? 0 : t.sn, merged && t.p == 1 ? t.sn : t.sp, t.sc)};
-  };
-  fqt::Plan plan{};
-  plan.x = source(x);
-  if (fold != nullptr) plan.fold = source(*fold);
-  plan.images = merged ? 1 : x.n;
-  plan.rows = inside ? (merged ? x.n * x.p : x.p) : x.c;
-  plan.columns = plan.last = plan.inner = inside ? x.c : x.p;
-  plan.along = inside != g.by_channel();
-  plan.direct = !x.bfloat16 && fold == nullptr && plan.x.stride.column == 1;
-  plan.row_step = plan.x.stride.row;
-  plan.extent = x.extent();
-  const bool tokens = g.axes == "NP", whole = g.axes.empty() || g.axes == "N";
-  plan.parts = whole ? Parts::whole : (tokens == inside) ? Parts::rows : Parts::columns;
-  // what is affine in (sample, position, channel), by its differences
-  const auto affine = [&](const auto& f) {
-    return at(x.n > 1 ? f(1, 0, 0) : 0, x.p > 1 ? f(0, 1, 0) : 0, x.c > 1 ? f(0, 0, 1) : 0);
-  };
-  plan.group = affine([&](int64_t i, int64_t j, int64_t k) { return g.group(i, j, k); });
-  plan.element = affine([&](int64_t i, int64_t j, int64_t k) { return g.element(i, j, k); });
-  plan.byte = affine([&](int64_t i, int64_t j, int64_t k) { return g.bit(i, j, k, bits) / 8; });
-  plan.mask = at(x.p * bytes_of(x.c, 1), bytes_of(x.c, 1), 0);
-  (plan.along ? plan.byte.column : plan.byte.row) = 0;
-  if (merged && x.p == 1) {  // a row is a sample
-    plan.group.row = plan.group.image;
-    plan.element.row = plan.element.image;
-    plan.byte.row = plan.along ? plan.byte.image : 0;
-  }
-  if (recut > 0) {
-    const int64_t elements = plan.rows * plan.columns;
-    plan.rows = (elements + recut - 1) / recut;
-    plan.last = elements - (plan.rows - 1) * recut;
-    plan.columns = plan.row_step = plan.element.row = recut;
-    plan.byte.row = recut * bits / 8;
-    plan.mask.row = recut / 8;
-  }
-  return plan;
+// The code as it is stored. A NaN that no scale shows (of a fixed range) the operator clears.
+uint32_t stored(const fqt::Encoding& e, int bits, float v, const Numbers& group, float u24) {
+  if (e.grid == Grid::sign) return v >= 0.0f;
+  const int64_t code = bits > 24 ? code_of<double>(e, v, group, u24) : code_of<float>(e, v, group, u24);
+  return static_cast<uint32_t>(code & ((int64_t{1} << e.storage) - 1));
 }
 
 // Calls body(image, first row, end row) for stretches of rows, each a multiple of `step` but for the last.
@@ -218,8 +124,35 @@ Strides layout(Random& r, int64_t n, int64_t p, int64_t c) {
   }
 }
 
-// Values of many kinds; "edges" are those halfway between codes, give or take a bit, where one rounding more or less is seen.
-void fill(Random& r, Tensor& x, float steps) {
+// Where codes lie: code k at zero + k * step, from `bottom` to `top`. Values beyond low or high would alter the range.
+struct Codes {
+  double bottom, top, zero, step;
+  float low, high;
+};
+
+Codes codes_of(const fqt::Calibration& c) {
+  const double first = c.low_code, last = c.high_code, steps = last - first;
+  const float low = -0.7f, high = 0.9f;
+  if (c.fixed) return {first, last, 0.0, c.first / first, -kInfinity, kInfinity};
+  if (c.range == Range::minmax) return {first, last, low, (high - low) / steps, low, high};
+  if (c.range == Range::absmax && c.offset) return {first, last, -high, 2.0 * high / steps, -high, high};
+  if (c.range != Range::none || first < 0.0) return {first, last, 0.0, high / last, -high, high};
+  return {first, last, c.offset ? c.first : 0.0, (c.last - c.first) / steps, -kInfinity, kInfinity};
+}
+
+// Halfway between two codes, some of them the outermost or beyond, give or take a bit: where one rounding more or less is seen.
+float edge(Random& r, const Codes& codes) {
+  const double reach = std::ldexp(1.0, static_cast<int>(r.between(0, 24)));  // floats have ties of small codes only
+  const double code = r.choose({codes.bottom + std::floor(r.uniform() * (codes.top - codes.bottom)),
+                                std::floor(r.normal() * reach), codes.top - static_cast<double>(r.between(-1, 2)),
+                                codes.bottom + static_cast<double>(r.between(-2, 1))});
+  float v = static_cast<float>(codes.zero + (code + 0.5) * codes.step);
+  for (int64_t nudges = r.between(0, 2); nudges > 0; --nudges) v = std::nextafter(v, r.choose({-kInfinity, kInfinity}));
+  return std::min(std::max(v, codes.low), codes.high);
+}
+
+// Values of many kinds.
+void fill(Random& r, Tensor& x, const Codes& codes) {
   const std::string kind = r.choose<const char*>({"normal", "normal", "normal", "special", "tiny", "huge", "constant", "zeros",
                                                   "ties", "negative zero", "edges", "edges"});
   const bool once = kind == "special" && r.chance(0.7);
@@ -235,10 +168,8 @@ void fill(Random& r, Tensor& x, float steps) {
              : kind == "special" && !once ? r.factor()
                                        : v);
     if (kind != "edges") continue;
-    const float low = -0.7f, high = 0.9f;
-    float edge = low + (static_cast<float>(r.between(0, static_cast<int64_t>(steps) - 1)) + 0.5f) / steps * (high - low);
-    for (int64_t nudges = r.between(0, 2); nudges > 0; --nudges) edge = std::nextafter(edge, r.choose({low, high}));
-    x.set(i, i == 0 ? low : i == x.extent() - 1 ? high : edge);
+    const bool limit = std::isfinite(codes.low) && (i == 0 || i == x.extent() - 1 || r.chance(0.05));
+    x.set(i, limit ? (i == 0 || r.chance(0.5) ? codes.low : codes.high) : edge(r, codes));
   }
   if (once && x.extent() > 0) x.set(r.between(0, x.extent() - 1), r.choose({kNaN, kInfinity, -kInfinity}));
 }
@@ -289,7 +220,7 @@ void check_case(Random& r) {
     p = r.chance(0.03) ? r.between(2000, 4200) : std::max<int64_t>(1, r.size());
     c = r.chance(0.03) ? r.between(1000, 9000) : std::max<int64_t>(1, r.size());
   } while (n * p * c > 20'000);
-  const Groups groups{r.choose<const char*>({"", "N", "NP", "C", "NC"}), n, p, c};
+  const Groups groups{r.choose<const char*>({"", "", "N", "NP", "C", "NC"}), n, p, c};
   const Strides s = layout(r, n, p, c);
   Tensor x(n, p, c, s.sn, s.sp, s.sc, r.chance(0.15));
   const bool folded = r.chance(0.2), f0 = r.chance(0.5), f1 = r.chance(0.3), f2 = r.chance(0.5);
@@ -301,24 +232,32 @@ void check_case(Random& r) {
                 << "," << s.sc << (x.bfloat16 ? " bfloat16" : "") << (folded ? " folded " : " ");
 
   // the format and how its range is found
-  const std::string grid = r.choose<const char*>({"sign", "uint", "uint", "int", "fixed", "ternary"});
-  const int bits = grid == "sign" ? 1 : grid == "ternary" ? 2 : static_cast<int>(r.between(grid == "int" ? 2 : 1, 8));
-  const int storage = bits <= 2 ? bits : bits <= 4 ? 4 : 8;
-  const bool fixed = grid == "fixed";
-  const float top = grid == "uint" ? (1 << bits) - 1 : fixed ? (1 << (bits - 1)) - 1 : std::max(1, (1 << (bits - 1)) - 1);
-  const float bottom = grid == "uint" ? 0.0f : fixed ? -top - 1.0f : -top;
+  const std::string grid = r.choose<const char*>({"sign", "uint", "uint", "int", "fixed", "fixed", "ternary"});
+  const bool fixed = grid == "fixed", words = grid != "sign" && grid != "ternary" && r.chance(0.5);
+  const int64_t narrow = r.between(grid == "int" ? 2 : 1, 8), wide = r.between(9, fixed ? 32 : 16);
+  const int bits = static_cast<int>(grid == "sign"      ? 1
+                                    : grid == "ternary" ? 2
+                                    : !words            ? narrow
+                                    : fixed             ? r.choose<int64_t>({16, 24, 25, 32, wide, wide})
+                                                        : wide);
+  const int storage = storage_of(bits);
+  const double half = std::ldexp(1.0, bits - 1);
+  const double top = grid == "uint" ? 2.0 * half - 1.0 : fixed ? half - 1.0 : std::max(1.0, half - 1.0);
+  const double bottom = grid == "uint" ? 0.0 : fixed ? -half : -top;
   const Range range = fixed ? Range::none
                       : grid == "sign" || grid == "ternary" ? r.choose({Range::absmean, Range::absmax, Range::none})
                       : grid == "uint" ? r.choose({Range::minmax, Range::absmax, Range::none}) : Range::absmax;
-  const float reach = r.choose({1.0f, 0.7f, 4.0f});
-  fqt::Calibration calibration{range, grid == "uint" && r.chance(0.5) ? 0.0f : -reach, reach, bottom, top,
-                                     grid == "uint" && r.chance(0.7), fixed};
+  const float reach = r.choose({1.0f, 0.7f, 0.3f, 4.0f});
+  const float low_code = static_cast<float>(bottom), high_code = static_cast<float>(top);
+  fqt::Calibration calibration{range, grid == "uint" && r.chance(0.5) ? 0.0f : -reach, reach, low_code, high_code,
+                               grid == "uint" && r.chance(0.7), fixed};
   fqt::Encoding e{grid == "sign" ? Grid::sign : Grid::uniform, storage, bottom, top, grid != "sign" && r.chance(0.6), r.bits(),
                   static_cast<uint32_t>(r.bits()), nullptr, nullptr, -1.0f, r.choose({1.0f, 0.5f})};
 
-  fill(r, x, top - (grid == "uint" ? 0.0f : bottom));
-  if (e.stochastic && grid == "uint" && r.chance(0.2)) {  // fractions that equal their random numbers are rounded down
-    calibration = {Range::none, 0.0f, top, bottom, top, false, false};
+  fill(r, x, codes_of(calibration));
+  if (range == Range::none && r.chance(0.3)) x.set(r.between(0, x.extent() - 1), kNaN);
+  if (e.stochastic && (grid == "uint" || fixed) && r.chance(0.2)) {  // a fraction that equals its random number is rounded down
+    calibration = {Range::none, low_code, high_code, low_code, high_code, false, fixed};
     for (int64_t i = 0; i < n * p * c; ++i) {
       const int64_t j = i / c % p, at = x.at(i / c / p, j, i % c);
       const uint64_t group = groups.group(i / c / p, j, i % c), element = groups.element(i / c / p, j, i % c);
@@ -381,7 +320,7 @@ void check_case(Random& r) {
   each([&](int64_t i, int64_t j, int64_t k, float v, int64_t g) {
     const float u24 = e.stochastic ? uniform_u24(g, groups.element(i, j, k), e.stream, e.key) : 0.0f;
     const int64_t bit = groups.bit(i, j, k, storage);
-    if (keep[g]) put(codes.data() + bit / 8, bit % 8 / storage, storage, stored(e, v, numbers[g], u24));
+    if (keep[g]) put(codes.data() + bit / 8, bit % 8 / storage, storage, stored(e, bits, v, numbers[g], u24));
     const float plain = x.get(i, j, k);
     put(mask.data() + (i * p + j) * bytes_of(c, 1), k, 1, plain >= e.pass_low && plain <= e.pass_high);
   });
@@ -441,10 +380,11 @@ void check_case(Random& r) {
     };
     const bool nan = encode(plan, to_codes.data, mask_with_codes ? to_mask.data : nullptr);
     if (!mask_with_codes) encode(mask_plan, nullptr, to_mask.data);
-    same("encode", set.name, &nan, std::vector<bool>{look && any_nan});
-    same("encode", set.name, to_codes.data, codes);
-    same("encode", set.name, to_mask.data, mask);
-    ++served["encode"][set.name];
+    const char* const name = bits > 8 ? "encode.words" : "encode";
+    same(name, set.name, &nan, std::vector<bool>{look && any_nan});
+    same(name, set.name, to_codes.data, codes);
+    same(name, set.name, to_mask.data, mask);
+    ++served[name][set.name];
   }
   check_calibrate(r, calibration);
   check_draws(r);

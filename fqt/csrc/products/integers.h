@@ -961,7 +961,7 @@ void weigh(const IntegerGradWeight& c) {
       }
     });
     for (int64_t s = 0; s < used; ++s) {
-      const int64_t n = c.samples ? c.samples[first + s] : first + s;
+      const int64_t n = !c.blocks ? 0 : c.samples ? c.samples[first + s] : first + s;  // no sample may be kept
       for (const Panel& panel : panels) {
         for (int64_t i = 0; i < panel.width; ++i) {
           const int64_t channel = i < panel.used ? c.channels[panel.first + i] : -1;
