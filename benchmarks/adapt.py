@@ -96,7 +96,8 @@ def append(path: Path | None, row: dict[str, object]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    path.write_text(json.dumps({"where": where(), "rows": [*rows, row]}, indent=1) + "\n")
+    here = where()
+    path.write_text(json.dumps({"where": here, "rows": [*rows, row | {"commit": here["commit"]}]}, indent=1) + "\n")
 
 
 def done(path: Path | None, job: str, method: str, seed: int) -> dict[str, object] | None:
