@@ -28,7 +28,7 @@ from benchmarks.common import table, write_json
 from fqt import cpu, ops, reference
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
-from fqt.qtensor import QTensor
+from fqt.qtensor import QTensor, codes_dtype
 from fqt.quantizers import build
 from fqt.quantizers import quantize as encode
 from fqt.testing import assert_same_codes, assert_same_values
@@ -46,6 +46,10 @@ PRODUCTS = (
     ("output", "int8:N", "int8:O", 1.0),
     ("grad_input", "int8:N", "int8", 1.0),
     ("grad_weight", "int8:C", "int8", 1.0),
+    ("output", "fixed12", "fixed12", 1.0),
+    ("output", "fixed16", "fixed16", 1.0),
+    ("grad_input", "int8:N", "fixed16", 1.0),
+    ("grad_weight", "int8:C", "fixed16", 1.0),
     ("output", "uint2", "sign", 1.0),
     ("grad_weight", "uint6+:N", "uint2", 1.0),
 )
@@ -53,6 +57,8 @@ QUANTIZERS = (
     ("x", "xnor_activation", {}),
     ("x", "dorefa_activation", {"bits": 2}),
     ("x", "uniform", {"bits": 8}),
+    ("x", "fixed_point", {"word_length": 16, "fraction_length": 8}),
+    ("x", "fixed_point", {"word_length": 32, "fraction_length": 24}),
     ("g", "uniform", {"bits": 8, "granularity": "sample"}),
     ("g", "uniform", {"bits": 8, "granularity": "channel"}),
     ("g", "uniform", {"bits": 8, "granularity": "sample", "stochastic": True}),
@@ -85,7 +91,8 @@ def coded(name: str, shape: Shape3, keep: float = 1.0) -> QTensor:
     """Random codes of a format, a fraction `keep` of the groups kept."""
     format = Format.parse(name)
     groups = format.groups(shape)
-    codes = torch.randint(2**format.bits if format.storage_bits == 8 else 256, format.packed_shape(shape), dtype=torch.uint8)
+    low, high = format.code_range if format.storage_bits >= 8 else (0, 255)
+    codes = torch.randint(low, high + 1, format.packed_shape(shape)).to(codes_dtype(format))
     scale, offset, index = torch.rand(groups) + 0.1, torch.randn(groups) if format.offset else None, None
     if keep < 1:
         kept = torch.randperm(groups)[: int(groups * keep)].sort().values
