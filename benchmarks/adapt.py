@@ -5,8 +5,8 @@
     python -m benchmarks.adapt --jobs lenet5 --seeds 0 1 2 --epochs 3 --limit 20000 --methods adapt fp32
 
 Methods: `fp32`; `adapt`, the paper's settings (configs/adapt_*.yaml: weights and activations share <WL, FL>, 8 bits of
-headroom, 4 for AlexNet); `adapt_int8`, recipe adapt_calibrated with words of at most 8 bits, so that every product runs on the
-integer kernels. All train the same network from the same seed on the same batches; the paper trains 100 epochs on lossless
+headroom, 4 for AlexNet); `adapt_int16`, the same with words of at most 16 bits, and `adapt_int8`, recipe adapt_calibrated with
+words of at most 8 bits, so that every product runs on the kernels of 16-bit integers or of bytes. All train the same network from the same seed on the same batches; the paper trains 100 epochs on lossless
 images, so compare within this table.
 
 Measured: the median step at the formats in which training ended, in turns with the unconverted network on the same batches.
@@ -43,6 +43,7 @@ COLUMNS = {
 CHANGES = {
     "fp32": ["recipe=fp32", "precision={}"],
     "adapt": ["recipe=adapt", "precision.max_word_length=32"],
+    "adapt_int16": ["recipe=adapt", "precision.max_word_length=16"],
     "adapt_int8": ["recipe=adapt_calibrated", "precision.max_word_length=8", "precision.buffer=null"],
 }
 
