@@ -140,8 +140,8 @@ def quantize(
     shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     groups = format.groups(shape)
     codes = torch.empty(format.packed_shape(shape), dtype=codes_dtype(format))
-    scale = torch.empty(groups)
-    offset = torch.empty(groups) if format.offset else None
+    scale = torch.empty(groups, dtype=torch.float32)
+    offset = torch.empty(groups, dtype=torch.float32) if format.offset else None
     index = torch.empty(groups, dtype=torch.int32) if prune else None
     mask = None if pass_range is None else torch.empty(_BIT.packed_shape(shape), dtype=torch.uint8)
     low, high = (v.contiguous() for v in ranges) if ranges else (None, None)
@@ -258,8 +258,8 @@ def norm_sign(source: Source, affine: Tensor, windows: Windows, low: float, high
     height, width = windows.pooled_size
     codes, mask = torch.empty(2, source.y.shape[0], height * width, -(-source.y.shape[2] // 8), dtype=torch.uint8)
     if operators().norm_sign(*source.tensors(), affine, windows.flat(), low, high, codes, mask):
-        return codes.zero_(), mask, torch.full((1,), torch.nan)
-    return codes, mask, torch.ones(1)
+        return codes.zero_(), mask, torch.full((1,), torch.nan, dtype=torch.float32)
+    return codes, mask, torch.ones(1, dtype=torch.float32)
 
 
 def norm_grad_sums(g: Tensor, kept: Tensor | None, source: Source, affine: Tensor, windows: Windows) -> Tensor:
@@ -274,7 +274,7 @@ def norm_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `fqt.norm.norm_grad`."""
     dy = _empty(*source.y.shape)
-    low, high = torch.empty(2, source.y.shape[0], source.y.shape[2])
+    low, high = torch.empty(2, source.y.shape[0], source.y.shape[2], dtype=torch.float32)
     operators().norm_grad(g, kept, *source.tensors(), affine, windows.flat(), means, dy, low, high)
     return dy, low, high
 

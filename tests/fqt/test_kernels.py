@@ -247,7 +247,9 @@ def formats(row: Kernel, draw: random.Random) -> tuple[Format, Format]:
     pair = [draw.choice(INTEGERS), draw.choice(INTEGERS if narrow else WORDS)]
     if row.backend == "cpu int16":
         pair = draw.sample([draw.choice(WORDS), pair[1]], 2)
-    left, right = (replace(format, axes=draw.choice(axes)) for format, axes in zip(pair, PRODUCT_AXES[row.operator], strict=True))
+    left, right = (
+        replace(format, axes=draw.choice(axes)) for format, axes in zip(pair, PRODUCT_AXES[row.operator], strict=True)
+    )
     return left, right
 
 

@@ -274,3 +274,25 @@ def test_quantized_layers_lists_each_converted_module_once() -> None:
         ("a", fqt.QuantLinear),
         ("c", fqt.QuantLinear),
     ]
+
+
+@pytest.mark.parametrize("recipe", ["fqt_1bit", "int8", "adapt"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_alters_nothing(recipe: str, default: torch.dtype) -> None:
+    """Users set it to build a model, and leave it so."""
+    model = nn.Sequential(
+        nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 1)
+    )
+    model, x = fqt.convert(model, fqt.load_recipe(recipe).everywhere()), torch.randn(4, 16, 8, 8)
+    results = []
+    try:
+        for dtype in (torch.float32, default):
+            torch.set_default_dtype(dtype)
+            torch.manual_seed(1)
+            model.zero_grad()
+            model(x).square().sum().backward()
+            results.append([parameter.grad for parameter in model.parameters()])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(*results, strict=True):
+        assert one is not None and other is not None and torch.equal(one, other)
