@@ -1,10 +1,11 @@
-"""The part of `gpu_check` that times every tile of a product: is the one that the plan's rule picks the best, and if not by how much?
+"""The part of `gpu_check` that times every tile of a product: is the one that the rule picks the best, and if not by how much?
 
 No tile is chosen by what is found here: whoever has the figures mends the rule (`plan.tile`, `plan.tile_of`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -79,9 +80,15 @@ def tiles(device: str, bench: Bench, products: tuple = TILED) -> Iterator[Row]:
             for tile in fitting:
                 here = row | {"tile": "x".join(map(str, astuple(tile))), "picked": tile == picked}
                 with _replaced(plan, name, lambda *_, tile=tile, **needs: tile):
-                    small = ((CHECKED, 1, CHECKED),) * 3
-                    found = wrong(kernel, operands(operator, left, right, 1.0, small, None), device)
-                    yield here | ({"wrong": found} if found else {"ms": bench(lambda: function(*args))})
+                    small = operands(operator, left, right, 1.0, ((CHECKED, 1, CHECKED),) * 3, None)
+                    try:
+                        found = wrong(kernel, small, device)
+                        here |= {"wrong": found} if found else {"ms": bench(functools.partial(function, *args))}
+                    except TimeoutError:
+                        raise
+                    except Exception as error:  # noqa: BLE001  a tile that does not run is a finding, and the rest go on
+                        here |= {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:160]}
+                yield here
 
 
 def verdicts(rows: list[Row]) -> list[str]:

@@ -138,10 +138,11 @@ def _tree(
 ):  # fmt: skip
     """LEVEL values of a group to one, by pairs: (groups, blocks) float64; the LAST time divided, to the mean in float32."""
     group, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    e = block * LEVEL + tl.arange(0, LEVEL)
-    ok = e < elements
+    start, e = block.to(tl.int64) * LEVEL, tl.arange(0, LEVEL)  # a group may have more than 2^31 elements
+    ok = start + e < elements
     if FIRST:
-        r, i = group * group_rows + e // length, e % length
+        i = (start % length).to(tl.int32) + e
+        r, i = group * group_rows + (start // length).to(tl.int32) + i // length, i % length
         n, p, j, k = r // row_split, r % row_split, i // split, i % split
         at = n.to(tl.int64) * r0 + p.to(tl.int64) * r1 + j.to(tl.int64) * l0 + k.to(tl.int64) * l1
         x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
@@ -150,7 +151,7 @@ def _tree(
             x = x * tl.load(fold_ptr + at, mask=ok, other=0.0)
         total = tl.abs(x).to(tl.float64)
     else:
-        total = tl.load(sums_ptr + group.to(tl.int64) * elements + e, mask=ok, other=0.0)
+        total = tl.load(sums_ptr + group.to(tl.int64) * elements + start + e, mask=ok, other=0.0)
     for level in tl.static_range(LOG):
         total = tl.sum(tl.reshape(total, (LEVEL >> (level + 1), 2)), axis=1)
     total = tl.sum(total, axis=0)  # of one

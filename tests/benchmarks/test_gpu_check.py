@@ -52,7 +52,7 @@ def test_a_wrong_kernel_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("backend", ["triton", "cuda b1"])
 def test_the_pick_is_set_against_every_tile_that_fits(backend: str, monkeypatch: pytest.MonkeyPatch):
-    """A kernel that asks for a tile, is slow with all but one, and wrong with another."""
+    """A kernel that asks for a tile, is slow with all but one, wrong with another, and does not run with a third."""
     h200, taken, module = cuda_plan.Device((9, 0), 132, 232_448), [], type(sys)(f"a_tiled_kernel_{backend[:4]}")
 
     def output(*args):
@@ -60,6 +60,8 @@ def test_the_pick_is_set_against_every_tile_that_fits(backend: str, monkeypatch:
         triton = backend == "triton"
         tile = triton_plan.tile(size, size, size, (9, 0)) if triton else cuda_plan.tile_of(h200, size, size)
         taken.append(tile)
+        if tile == failing:
+            raise RuntimeError("out of resource")
         return reference.output(*args) * (2.0 if tile == spoilt else 1.0)
 
     def clock(function) -> float:
@@ -67,7 +69,7 @@ def test_the_pick_is_set_against_every_tile_that_fits(backend: str, monkeypatch:
         return 1.0 if taken[-1] == fastest else 4.0
 
     space = triton_plan.TILES if backend == "triton" else cuda_plan.WGMMA + cuda_plan.MMA
-    spoilt, fastest, picked = space[1], space[2], space[-1]
+    failing, spoilt, fastest, picked = space[0], space[1], space[2], space[-1]
     module.output = output  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     tiled = Kernel("output", backend, "cpu", f"{module.__name__}:output", lambda request: None)
@@ -76,10 +78,11 @@ def test_the_pick_is_set_against_every_tile_that_fits(backend: str, monkeypatch:
     rows = list(gpu_tiles.tiles("cpu", clock, (("output", "int8:N", "int8:O", 16),)))
     assert rule == (triton_plan.tile, cuda_plan.tile_of), "the rule is back in its place"
     assert len(rows) == len(space) and sum(bool(row["picked"]) for row in rows) == 1
-    assert ["ms" not in row and "differ" in str(row["wrong"]) for row in rows] == [tile == spoilt for tile in space]
+    assert rows[0]["failed"] == "RuntimeError: out of resource"
+    assert ["wrong" in row and "differ" in str(row["wrong"]) for row in rows] == [tile == spoilt for tile in space]
     (line,) = gpu_tiles.verdicts(rows)
     names = ["x".join(str(v) for v in vars(tile).values()) for tile in (picked, fastest)]
-    assert f"picked {names[0]} 4 ms, 4.00 times the best, {names[1]} 1 ms; wrong: values" in line
+    assert f"picked {names[0]} 4 ms, 4.00 times the best, {names[1]} 1 ms; failed: RuntimeError: out of resource" in line
     assert f"tiles: {line}" in gpu_check.show(rows)
 
 
