@@ -118,6 +118,9 @@ def calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         if not quick:
             yield f"quantize {name} NCHW", lambda f=format, o=options: quantize.quantize(channels_first, f, key=key, **o)
 
+    # on a device an argument that is 1 is a constant: another program than for any other size
+    yield "quantize one", lambda: quantize.quantize(x[:1, :1, :1], Format.parse("sign:O"), calibrate="absmean")
+
     products = [
         ("output", "sign", "sign:O", False), ("grad_input", "uint4+:N", "sign", True),
         ("grad_weight", "uint4+:C", "sign", True), ("grad_weight", "uint4+:NC", "sign", False),

@@ -10,6 +10,7 @@ device; 1: a wrong result, a failed part or failed tests.
     quantize   share = (bytes of x read once + bytes of codes) / time, over the bandwidth of x.copy_
     products   size^3, ms and times torch's bf16 matmul; operands packed in memory, whatever unpacking costs is in the time
     layers     convolutions against cuDNN's bf16 in channels_last: times of output, grad_input, grad_weight
+    tiles      every tile of some products: the one that the plan picks by rule against the fastest
     steps      forward and backward, captured in a CUDA graph, against bf16 autocast with torch.compile
 """
 
@@ -28,6 +29,7 @@ import torch
 
 from benchmarks.common import table, write_json
 from benchmarks.gpu_parts import LAYER_FORMATS, LAYERS, SIZES, STEPS, Row, layers, matmuls, quantizers, steps
+from benchmarks.gpu_tiles import tiles, verdicts
 from fqt import ops
 
 ROOT = Path(__file__).parents[1]
@@ -97,13 +99,12 @@ def collect(part: str, rows: Iterator[Row], seconds: float) -> list[Row]:
 
 def show(rows: list[Row], sizes: tuple[int, ...] = SIZES) -> str:
     """The tables, at most 60 lines in all; what was wrong, failed or absent is in them."""
-    parts = {
-        part: [row for row in rows if row["part"] == part] for part in ("tests", "quantize", "products", "layers", "steps")
-    }
-    lines = [f"tests: {row.get('text', row['name'])}{_trouble(row)}" for row in parts["tests"]][:6]
+    names = ("tests", "quantize", "products", "layers", "tiles", "steps")
+    parts = {part: [row for row in rows if row["part"] == part] for part in names}
+    lines = [f"tests: {row.get('text', row['name'])}{_trouble(row)}" for row in parts["tests"]][:4]
     lines += table(["quantize", "backend", "ms", "share"], [
         [row["name"], row.get("backend", ""), _number(row, "ms"), _number(row, "share")] for row in parts["quantize"]
-    ][:14]).splitlines()  # fmt: skip
+    ][:10]).splitlines()  # fmt: skip
     grouped: dict[tuple, dict[object, Row]] = {}
     for row in parts["products"]:
         key = (row.get("operator", ""), row.get("formats", row.get("name")), row.get("backend", ""))
@@ -118,16 +119,17 @@ def show(rows: list[Row], sizes: tuple[int, ...] = SIZES) -> str:
     lines += table(["layer, times cuDNN", *(f"{recipe} {operator}" for recipe, operator in columns)], [
         [key[0], *(_number(cells.get(column, cells.get((None, None), {})), "ratio") for column in columns)]
         for key, cells in together.items()
-    ][:8]).splitlines()  # fmt: skip
+    ][:7]).splitlines()  # fmt: skip
+    lines += [f"tiles: {verdict}" for verdict in verdicts(parts["tiles"])[:6]]
     by_model: dict[object, dict[object, Row]] = {}
     for row in parts["steps"]:
         by_model.setdefault(row["name"], {})[row.get("recipe", "")] = row
     recipes = list(dict.fromkeys(row.get("recipe", "") for row in parts["steps"]))
     lines += table(["step: ms (x bf16)", *map(str, recipes)], [
         [model, *(_cell(cells.get(recipe)) for recipe in recipes)] for model, cells in by_model.items()
-    ][:6]).splitlines()  # fmt: skip
-    lines += [f"{what}: {_best(rows, wanted, value)}; must {must}, aim {aim}" for what, wanted, value, must, aim in TARGETS]
-    return "\n".join(lines[:60])
+    ][:5]).splitlines()  # fmt: skip
+    reached = [f"{what}: {_best(rows, wanted, value)}; must {must}, aim {aim}" for what, wanted, value, must, aim in TARGETS]
+    return "\n".join(lines[: 60 - len(reached)] + reached)
 
 
 def _best(rows: list[Row], wanted: Row, value: str) -> str:
@@ -175,7 +177,8 @@ def main() -> None:
         ("quantize", quantizers("cuda", bench), 0.3),
         ("products", matmuls("cuda", bench), 0.5),
         ("layers", layers("cuda", bench), 0.5),
-        ("steps", steps("cuda", bench), 1.0),
+        ("steps", steps("cuda", bench), 0.7),
+        ("tiles", tiles("cuda", bench), 1.0),
     ]
     rows: list[Row] = [{"part": "device", "name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}]
     for name, part, share in parts:

@@ -315,9 +315,10 @@ _OPERANDS = "Tensor[] a, str a_format, SymInt[] a_shape, Tensor[] b, str b_forma
 def _operands(
     a: list[Tensor], a_format: str, a_shape: list[int], b: list[Tensor], b_format: str, b_shape: list[int]
 ) -> tuple[QTensor, QTensor]:
+    """Two operands; kernels address their tensors by numbers, so these are made contiguous."""
     return (
-        QTensor.from_tensors(a, Format.parse(a_format), _shape3(a_shape)),
-        QTensor.from_tensors(b, Format.parse(b_format), _shape3(b_shape)),
+        QTensor.from_tensors([t.contiguous() for t in a], Format.parse(a_format), _shape3(a_shape)),
+        QTensor.from_tensors([t.contiguous() for t in b], Format.parse(b_format), _shape3(b_shape)),
     )
 
 

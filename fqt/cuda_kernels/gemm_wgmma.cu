@@ -40,7 +40,7 @@ DEVICE void gemm(const Product& p) {
     }
     const u32 a_tile = memory + tile % kStages * L::kStage, b_tile = a_tile + kM * kRowBytes;
     const int steps = steps_of<kUnit>(w, tile % w.depth);
-    group_fence();
+    group_fence(d);
     for (int step = 0; step < steps; ++step) {
       const u32 at = step * kStepBytes;
       multiply_bits_group(d, descriptor(a_tile + group * 64 * kRowBytes + at), descriptor(b_tile + at));

@@ -92,8 +92,13 @@ DEVICE void multiply_bits(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 // What this thread wrote to shared memory is seen by wgmma, which reads by the async proxy, after the next barrier.
 DEVICE void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Registers written before are ready for wgmma.
-DEVICE void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Registers written before are ready for wgmma. `d` is named so that no compiler moves what writes it past the fence.
+template <int kCount>
+DEVICE void group_fence(int (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 DEVICE void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // All of the warpgroup's products are done; `d` may be read again.

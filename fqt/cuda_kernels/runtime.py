@@ -29,6 +29,7 @@ _NEEDED = {
     "cuda.bindings": "the package cuda-bindings is not installed: torch's CUDA wheels bring it, those for CPUs do not",
 }
 CACHE = "FQT_CUDA_CACHE"
+_OPTIONS = {"fma": False, "std": "c++20"}  # floats must round as the reference's: no fused multiply-add
 
 Argument = Tensor | int | None
 
@@ -107,22 +108,19 @@ def cubin(kernel: Kernel, architecture: str) -> bytes:
     """The machine code of a kernel, from the disk if it was compiled before.
 
     The cache is $FQT_CUDA_CACHE, else fqt/cuda in $XDG_CACHE_HOME or ~/.cache; a file's name is a digest of all that its
-    contents depend on: sources, architecture, compiler.
+    contents depend on: sources, architecture, compiler and its options.
 
     Raises:
         ImportError: cuda.core is not installed. What NVRTC refuses is an error of cuda.core's, with the compiler's log.
     """
     headers = [(_SOURCES / name).read_text() for name in ("primitives.h", "tiles.h")]
     version = _module("cuda.bindings.nvrtc").nvrtcVersion()[1:]
-    digest = hashlib.sha256(repr((kernel.source, headers, architecture, version)).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(repr((kernel.source, headers, architecture, version, _OPTIONS)).encode()).hexdigest()[:32]
     path = cache() / f"{kernel.file}-{architecture}-{digest}.cubin"
     if path.exists():
         return path.read_bytes()
     core = _module("cuda.core")
-    # floats must round as the reference's: no fused multiply-add
-    options = core.ProgramOptions(
-        name=f"{kernel.file}.cu", arch=architecture, fma=False, std="c++20", include_path=[str(_SOURCES)]
-    )
+    options = core.ProgramOptions(name=f"{kernel.file}.cu", arch=architecture, include_path=[str(_SOURCES)], **_OPTIONS)
     code = bytes(core.Program(kernel.source, "c++", options).compile("cubin").code)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # another process may be at it too

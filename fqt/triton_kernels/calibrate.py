@@ -138,10 +138,11 @@ def _tree(
 ):  # fmt: skip
     """LEVEL values of a group to one, by pairs: (groups, blocks) float64; the LAST time divided, to the mean in float32."""
     group, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    e = block * LEVEL + tl.arange(0, LEVEL)
-    ok = e < elements
+    start, e = block.to(tl.int64) * LEVEL, tl.arange(0, LEVEL)  # a group may have more than 2^31 elements
+    ok = start + e < elements
     if FIRST:
-        r, i = group * group_rows + e // length, e % length
+        i = (start % length).to(tl.int32) + e
+        r, i = group * group_rows + (start // length).to(tl.int32) + i // length, i % length
         n, p, j, k = r // row_split, r % row_split, i // split, i % split
         at = n.to(tl.int64) * r0 + p.to(tl.int64) * r1 + j.to(tl.int64) * l0 + k.to(tl.int64) * l1
         x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
@@ -150,12 +151,13 @@ def _tree(
             x = x * tl.load(fold_ptr + at, mask=ok, other=0.0)
         total = tl.abs(x).to(tl.float64)
     else:
-        total = tl.load(sums_ptr + group.to(tl.int64) * elements + e, mask=ok, other=0.0)
+        total = tl.load(sums_ptr + group.to(tl.int64) * elements + start + e, mask=ok, other=0.0)
     for level in tl.static_range(LOG):
         total = tl.sum(tl.reshape(total, (LEVEL >> (level + 1), 2)), axis=1)
     total = tl.sum(total, axis=0)  # of one
     if LAST:
-        tl.store(out_ptr + group, (total / divisor.to(tl.float64)).to(tl.float32))
+        # a number first: an argument that is 1 is a constant on a device, and no constant has a dtype
+        tl.store(out_ptr + group, (total / (tl.full((), 0.0, tl.float64) + divisor)).to(tl.float32))
     else:
         tl.store(out_ptr + group.to(tl.int64) * blocks + block, total)
 
@@ -163,7 +165,7 @@ def _tree(
 @functools.cache
 def given(format: Format, limits: tuple[float, float]) -> tuple[float, float, float]:
     """Scale, inverse and offset of a range that is given, computed where the reference computes them."""
-    zero = torch.zeros(1)
+    zero = torch.zeros(1, dtype=torch.float32, device="cpu")  # nothing waits, whatever torch's defaults are
     scale, inverse, offset = reference.calibrate_groups(zero, zero, None, format, "none", limits)
     return scale.item(), inverse.item(), 0.0 if offset is None else offset.item()
 
@@ -182,7 +184,7 @@ def calibrate_groups(
     else:
         cut = plan.reduction(lie)
         chunks = cut.chunks
-        low, high = torch.empty(2, groups, chunks, device=x.device)
+        low, high = torch.empty(2, groups, chunks, dtype=torch.float32, device=x.device)
         launch(
             _range, cut.grid(lie), x, folded, low, high, lie.rows, lie.length, lie.group_rows, *where, cut.span, chunks,
             FOLD=fold, EACH_ROW=cut.each_row, ROWS=cut.rows, COLUMNS=cut.columns,
@@ -192,7 +194,7 @@ def calibrate_groups(
         mean = _absmean(x, folded, where, lie, groups, fold)
     if low is None:
         low = high = mean
-    out = torch.empty(5, groups, device=x.device)
+    out = torch.empty(5, groups, dtype=torch.float32, device=x.device)
     low_code, high_code = format.code_range
     steps = float(high_code if low_code < 0 else high_code - low_code)
     launch(

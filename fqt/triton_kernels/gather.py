@@ -211,7 +211,7 @@ def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry |
     columns, taps, depth = channels // window.groups, w.shape[1], w.shape[0] // window.groups
     index = g.index if g.index is not None and g.format.axes == "N" else None
     make = torch.empty if index is None else torch.zeros
-    grad = make(n, positions, channels, device=g.codes.device)
+    grad = make(n, positions, channels, dtype=torch.float32, device=g.codes.device)
     shifted = _shifted(g, w)
     holds = _holds(g, max(shifted, int(mask is not None)), window)
     t = plan.tile(n * positions, columns, depth, capability(grad), window.groups, holds=holds)

@@ -253,7 +253,7 @@ def _apply(source: Source, affine: Tensor, windows: Windows, limits: tuple[float
     flag = torch.zeros(1, dtype=torch.int32, device=y.device)
     z = codes = mask = flag
     if limits is None:
-        z = torch.empty(*shape, channels, device=y.device)
+        z = torch.empty(*shape, channels, dtype=torch.float32, device=y.device)
     else:
         codes, mask = torch.empty(2, *shape, row_bytes, dtype=torch.uint8, device=y.device)
     launch(
@@ -263,7 +263,7 @@ def _apply(source: Source, affine: Tensor, windows: Windows, limits: tuple[float
     )  # fmt: skip
     if limits is None:
         return (z,)
-    signs_scale = torch.empty(1, device=y.device)
+    signs_scale = torch.empty(1, dtype=torch.float32, device=y.device)
     launch(_settle_signs, (max(plan.ceil_div(codes.numel(), 4096), 1),), flag, codes, signs_scale, codes.numel(), SIZE=4096)
     return codes, mask, signs_scale
 
@@ -278,7 +278,7 @@ def norm_grad(
     span = plan.span(positions, rows, n * plan.ceil_div(channels, c))
     chunks = max(plan.ceil_div(positions, span), 1)
     dy = torch.empty_like(y, dtype=torch.float32)
-    low, high = torch.empty(2, n, chunks, channels, device=y.device)
+    low, high = torch.empty(2, n, chunks, channels, dtype=torch.float32, device=y.device)
     launch(
         _gradient, (n, chunks, plan.ceil_div(channels, c)), g.float().contiguous(), y, scale, offset, affine.contiguous(),
         means.contiguous(), dy, low, high, positions, channels, span, *windows.flat(), ROWS=rows, C=c, **there,

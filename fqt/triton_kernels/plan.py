@@ -11,7 +11,9 @@ import torch
 from fqt.formats import FLOAT8_MAX, Format, Shape3
 from fqt.geometry import Geometry
 
-SHARED_BYTES = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (12, 0): 101_376, (12, 1): 101_376}
+SHARED_BYTES = {
+    (8, 0): 166_912, (8, 6): 101_376, (8, 7): 166_912, (8, 9): 101_376, (12, 0): 101_376, (12, 1): 101_376,
+}  # fmt: skip
 """Shared memory of a block by compute capability, where it is less than the 232,448 bytes of Hopper and Blackwell."""
 FLOAT8_CAPABILITY = (8, 9)
 WIDE = 1 << 31

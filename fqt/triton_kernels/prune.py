@@ -154,7 +154,7 @@ def prune_groups(
     groups, device = calibrated.shape[1], calibrated.device
     rank = torch.empty(groups, dtype=torch.int32, device=device)
     keys, in_order = torch.empty(2, groups, dtype=torch.float64, device=device)
-    scale, offset, factor = torch.empty(3, groups, device=device)
+    scale, offset, factor = torch.empty(3, groups, dtype=torch.float32, device=device)
     index = torch.empty(groups, dtype=torch.int32, device=device)
     topk = mode == "topk"
     assert topk or key is not None, "pruning at random needs a key"

@@ -198,7 +198,7 @@ def quantize(
         # nothing to launch; or a mask that is packed along another axis than the codes
         mask = None if pass_range is None else reference.pass_mask(x_NPC, *pass_range)
     if x_NPC.numel() == 0:
-        measured = torch.zeros(2, groups, device=device).unbind() if ranges is None else ranges
+        measured = torch.zeros(2, groups, dtype=torch.float32, device=device).unbind() if ranges is None else ranges
         options = {"stochastic": stochastic, "prune": prune, "keep_one_in": keep_one_in, "key": key, "stream": stream}
         return reference.quantize(x_NPC, format, calibrate=calibrate, limits=limits, ranges=measured, **options)[0], mask
 
@@ -213,7 +213,7 @@ def quantize(
     if fixed:
         scale, inverse, offset = given(format, limits)
         calibrated = torch.zeros(groups, dtype=torch.int32, device=device)  # flags of groups that are spoilt
-        scales, offsets = torch.empty(2, groups, device=device)
+        scales, offsets = torch.empty(2, groups, dtype=torch.float32, device=device)
     else:
         asked = (format, calibrate, limits, fold is not None, ranges, bool(prune))
         calibrated = calibrate_groups(x, folded, where, lie, groups, *asked)

@@ -272,7 +272,7 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
     shape = (all_outputs, taps, channels)
     if blocks:
         apart = plan.samples_apart(tiles * groups, n, all_outputs * taps * channels)
-        y = torch.empty(n, *shape, device=device) if apart else torch.empty(shape, device=device)
+        y = torch.empty((n, *shape) if apart else shape, dtype=torch.float32, device=device)
         launch(
             _blocks, (tiles, groups, n if apart else 1), g_codes, x_codes, y, g.scale, x.scale, *offsets, g_sums, x_sums,
             counts, index, n, outputs, channels, taps * channels, g_row, g_sample, *lie, x.shape[1], *where,
@@ -280,7 +280,7 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
         )  # fmt: skip
         if not apart:
             return y
-        added = torch.empty(shape, device=device)
+        added = torch.empty(shape, dtype=torch.float32, device=device)
         launch(_add, (plan.ceil_div(added.numel(), 1024),), y, added, index, n, added.numel(), GATHER=gathered, BLOCK=1024)
         return added
 
@@ -291,7 +291,7 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
         _sums, (tiles, groups, cut.splits), g_codes, x_codes, sums, index, outputs, channels, taps * channels, terms, cut.chunk,
         g_row, *lie, *where, GATHER=gathered, **how,
     )  # fmt: skip
-    y = (torch.zeros if gathered else torch.empty)(shape, device=device)
+    y = (torch.zeros if gathered else torch.empty)(shape, dtype=torch.float32, device=device)
     launch(
         _finish, (plan.ceil_div(all_outputs, 16), plan.ceil_div(taps * channels, 128)), sums, y, g.scale, x.scale, *offsets,
         g_sums, x_sums, counts, index, all_outputs, outputs, channels, taps * channels, **meaning, ROWS=16, COLUMNS=128,

@@ -6,10 +6,12 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_models, gpu_parts
+from benchmarks import gpu_check, gpu_models, gpu_parts, gpu_tiles
 from fqt import cpu, ops, reference
+from fqt.cuda_kernels import plan as cuda_plan
 from fqt.formats import Format
 from fqt.ops import Kernel
+from fqt.triton_kernels import plan as triton_plan
 
 SMALL = (64,)
 
@@ -48,6 +50,42 @@ def test_a_wrong_kernel_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatc
     assert "wrong: values:" in gpu_check.show(rows, SMALL)
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda b1"])
+def test_the_pick_is_set_against_every_tile_that_fits(backend: str, monkeypatch: pytest.MonkeyPatch):
+    """A kernel that asks for a tile, is slow with all but one, wrong with another, and does not run with a third."""
+    h200, taken, module = cuda_plan.Device((9, 0), 132, 232_448), [], type(sys)(f"a_tiled_kernel_{backend[:4]}")
+
+    def output(*args):
+        size = args[0].shape[0]
+        triton = backend == "triton"
+        tile = triton_plan.tile(size, size, size, (9, 0)) if triton else cuda_plan.tile_of(h200, size, size)
+        taken.append(tile)
+        if tile == failing:
+            raise RuntimeError("out of resource")
+        return reference.output(*args) * (2.0 if tile == spoilt else 1.0)
+
+    def clock(function) -> float:
+        function()
+        return 1.0 if taken[-1] == fastest else 4.0
+
+    space = triton_plan.TILES if backend == "triton" else cuda_plan.WGMMA + cuda_plan.MMA
+    failing, spoilt, fastest, picked = space[0], space[1], space[2], space[-1]
+    module.output = output  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    tiled = Kernel("output", backend, "cpu", f"{module.__name__}:output", lambda request: None)
+    monkeypatch.setattr(ops, "KERNELS", [tiled])
+    rule = triton_plan.tile, cuda_plan.tile_of
+    rows = list(gpu_tiles.tiles("cpu", clock, (("output", "int8:N", "int8:O", 16),)))
+    assert rule == (triton_plan.tile, cuda_plan.tile_of), "the rule is back in its place"
+    assert len(rows) == len(space) and sum(bool(row["picked"]) for row in rows) == 1
+    assert rows[0]["failed"] == "RuntimeError: out of resource"
+    assert ["wrong" in row and "differ" in str(row["wrong"]) for row in rows] == [tile == spoilt for tile in space]
+    (line,) = gpu_tiles.verdicts(rows)
+    names = ["x".join(str(v) for v in vars(tile).values()) for tile in (picked, fastest)]
+    assert f"picked {names[0]} 4 ms, 4.00 times the best, {names[1]} 1 ms; failed: RuntimeError: out of resource" in line
+    assert f"tiles: {line}" in gpu_check.show(rows)
+
+
 def test_a_part_that_fails_or_runs_out_of_time_keeps_its_rows():
     def failing():
         yield {"part": "layers", "name": "one"}
@@ -81,8 +119,10 @@ def test_the_table_has_at_most_60_lines():
     rows += [
         {"part": part, "name": str(i), "ms": 1.0, "recipe": "r"} for part in ("quantize", "layers", "steps") for i in range(40)
     ]
+    rows += [{"part": "tiles", "name": str(i), "tile": "1x1", "picked": True, "ms": 1.0} for i in range(40)]
     rows += [{"part": "products", "formats": str(i), "size": 1024, "ms": 1.0, "ratio": 1.0} for i in range(60)]
-    assert len(gpu_check.show(rows).splitlines()) <= 60
+    lines = gpu_check.show(rows).splitlines()
+    assert len(lines) <= 60 and lines[-1].startswith("step fqt_1bit over bf16"), "no part takes the last lines' place"
 
 
 def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

@@ -73,7 +73,7 @@ void product() {
   barrier();
   int d[64] = {};
   const u64 descriptor = u64{64} << 32 | u64{1} << 62;
-  if (kFence) group_fence();
+  if (kFence) group_fence(d);
   multiply_bits_group(d, descriptor, descriptor + (64 * 128 >> 4));
   if (kCommit) group_commit();
   if (!kDone) store_shared(thread() * 16, Int4{});

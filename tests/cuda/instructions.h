@@ -201,7 +201,8 @@ inline void fence_shared() {
     return !byte.pending;
   });
 }
-inline void group_fence() {
+template <int kCount>
+void group_fence(int (&)[kCount]) {
   emulator::meet_group("wgmma.fence", nullptr, [](std::vector<void*>&) {
     emulator::block->warpgroups[emulator::block->current / 128].fenced = true;
   });

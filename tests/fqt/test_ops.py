@@ -362,3 +362,23 @@ def test_importing_fqt_loads_no_kernel(tmp_path):
 
     code = "import fqt, sys; assert 'triton' not in sys.modules; import fqt.ops; assert fqt.ops.load.cache_info().currsize == 0"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_kernels_get_contiguous_operands(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
+    """Kernels of GPUs address codes and scales by numbers: a view of every other one would be read wrong, without an error."""
+    seen: list[torch.Tensor] = []
+    module = types.ModuleType("a_kernel_that_looks")
+
+    def output(x: QTensor, w: QTensor, *rest: object) -> torch.Tensor:
+        seen.extend([*x.tensors(), *w.tensors()])
+        return reference.output(x, w, *rest)  # type: ignore[arg-type]
+
+    module.output = output  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    kernel = Kernel("output", "looking", "cpu", f"{module.__name__}:output", lambda request: None)
+    monkeypatch.setattr(ops, "KERNELS", [kernel, *KERNELS])
+    x, w = operand(rng, "uint4+:N", (3, 2, 10)), operand(rng, "sign:O", (5, 1, 10))
+    apart = [[t.repeat_interleave(2, 0)[::2] for t in q.tensors()] for q in (x, w)]
+    arguments = (apart[0], x.format.name, x.shape, apart[1], w.format.name, w.shape)
+    assert_same_values(torch.ops.fqt.output(*arguments, None, []), reference.output(x, w, None, None))
+    assert seen and all(t.is_contiguous() for t in seen)

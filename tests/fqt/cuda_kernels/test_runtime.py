@@ -113,6 +113,9 @@ def test_a_cubin_is_compiled_once_and_again_when_its_source_changes(compiler: Pa
     monkeypatch.setattr(runtime, "_SOURCES", sources)
     runtime.cubin(kernel, "sm_80")
     assert len(list(compiler.iterdir())) == 2
+    monkeypatch.setitem(runtime._OPTIONS, "fma", True)
+    runtime.cubin(kernel, "sm_80")
+    assert len(list(compiler.iterdir())) == 3
 
 
 def test_where_cubins_are_kept(monkeypatch: pytest.MonkeyPatch):

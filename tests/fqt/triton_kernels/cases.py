@@ -59,7 +59,7 @@ def fuzz_quantize(device: str, seed: int, count: int) -> None:
         x = test_kernels.tensor(shape, draw.choice(test_kernels.FILLS), draw.choice(test_kernels.LAYOUTS), generator)
         options = test_kernels.quantize_options(draw, generator, quantizer, x, format)
         expected, expected_mask = reference.quantize(x, format, **options)
-        with _told(f"case {case}: {format.name}, {shape} {x.stride()} {x.dtype}, {options}"):
+        with _told(f"case {case}: {format.name}, {shape} {x.stride()} {x.dtype}, {options}"), _another_default():
             actual, mask = quantize(x.to(device), format, **{name: _to(value, device) for name, value in options.items()})
             assert_same_codes(actual, expected)
             assert (mask is None) == (expected_mask is None)
@@ -83,7 +83,7 @@ def fuzz_prune(device: str, seed: int, count: int) -> None:
             x[:: groups // 3 + 1] = float("inf")
         format, key = Format("uint", 4, "N", True), torch.tensor(case)
         options = {"calibrate": "minmax", "prune": mode, "keep_one_in": b, "stream": 4}
-        with _told(f"case {case}: {groups} groups, {mode}, one in {b}, {kind}"):
+        with _told(f"case {case}: {groups} groups, {mode}, one in {b}, {kind}"), _another_default():
             actual, _ = quantize(x.to(device), format, key=key.to(device), **options)
             assert_same_codes(actual, reference.quantize(x, format, key=key, **options)[0])
 
@@ -133,7 +133,7 @@ def fuzz_products(device: str, seed: int, count: int) -> None:
         )
         where = f"case {served}: {operator} {left.name} x {right.name}, {x_shape}, {w_shape}, {geometry}, pruned {pruned}, "
         try:
-            with _told(f"{where}{plan.TILES[0]}, {plan.EXPAND_FROM}, {plan.PROCESSORS}, {plan.WIDE}"):
+            with _told(f"{where}{plan.TILES[0]}, {plan.EXPAND_FROM}, {plan.PROCESSORS}, {plan.WIDE}"), _another_default():
                 kernel = getattr(weight if operator == "grad_weight" else gather, operator)
                 assert_same_values(kernel(*(_to(arg, device) for arg in args)), expected)
         finally:
@@ -207,7 +207,7 @@ def fuzz_norm(device: str, seed: int, count: int) -> None:
             "norm_grad": (g, kept, source, affine, windows, means),
         }[operator]
         expected = getattr(norm, operator)(*args)
-        with _told(f"case {case}: {operator}, {shape}, {windows}, {source.y.dtype}"):
+        with _told(f"case {case}: {operator}, {shape}, {windows}, {source.y.dtype}"), _another_default():
             actual = getattr(norm_kernels, operator)(*(_to(arg, device) for arg in args))
             for one, other in zip(*(v if isinstance(v, tuple) else (v,) for v in (actual, expected)), strict=True):
                 assert_same_values(one, other)
@@ -252,6 +252,17 @@ def _told(text: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(text)
         raise
+
+
+@contextmanager
+def _another_default() -> Iterator[None]:
+    """What a kernel writes has the dtype that it says, whatever torch's default is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _to(value: object, device: str) -> object:

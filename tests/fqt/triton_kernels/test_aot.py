@@ -39,6 +39,11 @@ def test_products_become_tensor_core_instructions_without_spills():
     assert "IMMA" in ampere and "IGMMA" not in ampere
 
 
+def test_a_tensor_of_one_element_compiles():
+    """Triton makes arguments that are 1 constants, which have no dtype; its interpreter does not."""
+    assert {"_tree", "_calibrate", "_encode"} <= {line.split()[0] for line in examined(90, "quantize one")}
+
+
 def test_a_kernel_that_is_not_as_it_should_be_is_refused(monkeypatch: pytest.MonkeyPatch):
     from benchmarks import aot
 

@@ -16,7 +16,7 @@ from fqt.reference import group_rows
 from fqt.triton_kernels import plan
 
 WINDOW = Geometry(8, 8, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)
-CHIPS = ((8, 0), (8, 9), (9, 0), (10, 0))
+CHIPS = ((8, 0), (8, 7), (8, 9), (9, 0), (10, 0))
 
 
 def test_fqt_does_not_load_triton():
@@ -63,6 +63,7 @@ def test_tiles_fit_their_chip_and_the_product(chip: tuple[int, int]):
             assert t.bytes <= plan.shared_bytes(chip) and t.k >= 32 and plan.fits_registers(t, chip, turned=turned, holds=holds)
             assert t == plan.TILES[-1] or (t.m < 2 * m and t.n < 2 * n)
     assert plan.tile(8192, 8192, 8192, (9, 0)) == plan.TILES[0]
+    assert plan.shared_bytes((8, 7)) == plan.shared_bytes((8, 0)) < plan.shared_bytes((9, 0))
 
 
 def test_the_largest_tile_that_gives_every_processor_work():
