@@ -126,7 +126,8 @@ def _gather(
         else:
             total = tl.dot(a, tl.trans(b), total, out_dtype=tl.int32)
 
-    y_at = (sample.to(tl.int64) * positions + position)[:, None] * (columns * tl.num_programs(1)) + column[None, :]
+    row = sample.to(tl.int64) * positions + position if GATHER else m.to(tl.int64)  # the same, and nothing kept for it
+    y_at = row[:, None] * (columns * tl.num_programs(1)) + column[None, :]
     ok = m_ok[:, None] & n_ok[None, :]
     if STORE == "sums":
         tl.store(y_ptr + y_at, total.to(tl.int16), mask=ok)
@@ -164,7 +165,7 @@ def _gather(
     if BIAS:
         y = y + tl.load(bias_ptr + column, mask=n_ok, other=0.0)[None, :]
     if MASK:
-        mask_at = (sample.to(tl.int64) * positions + position)[:, None] * mask_row + (column // 8)[None, :]
+        mask_at = row[:, None] * mask_row + (column // 8)[None, :]
         bits = tl.load(mask_ptr + mask_at, mask=ok, other=0).to(tl.int32)
         y = tl.where((bits >> (column % 8)[None, :]) & 1 != 0, y, 0.0)
     tl.store(y_ptr + y_at, y, mask=ok)

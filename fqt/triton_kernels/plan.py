@@ -223,8 +223,12 @@ def tile(
     return min(fits, key=lambda t: (t.m * t.n, -t.k))
 
 
-HOLDS = {"": (128, 128), "places": (64, 128), "offset": (64, 64), "offsets": (32, 64)}
-"""What a thread holds beside its sums of codes -> the most sums, and terms at a time, that then fit its registers."""
+HOLDS = {
+    "": (64, 128, 64, 128), "places": (64, 64, 64, 128), "added": (32, 64, 64, 128), "offset": (64, 64, 32, 64),
+    "offsets": (32, 32, 32, 64),
+}  # fmt: skip
+"""What a thread holds beside its sums of codes -> the most sums that then fit its registers before Hopper, on Hopper, and after;
+and the most terms at a time."""
 
 
 def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False, holds: str = "") -> bool:
@@ -234,15 +238,15 @@ def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False
 
     Args:
         turned: an operand is read across k and turned in registers.
-        holds: "places": of pixels under a window, of sums to be added to, or a second set of sums (8-bit floats);
+        holds: "places": of pixels under a window, or a second set of sums (8-bit floats); "added": sums to be added to;
             "offset": an operand's offset, centre or mask; "offsets": of both, and a window.
     """
     hopper = capability >= (9, 0)
     sums = t.m * t.n // (32 * t.warps)  # of a thread
     if turned and t.m * t.n * t.k > (128 * 128 * 64 if hopper else 64 * 64 * 64):
         return False
-    most, terms = HOLDS[holds]
-    return sums <= (most if capability[0] == 9 else min(most, 64)) and t.k <= terms
+    *most, terms = HOLDS[holds]
+    return sums <= most[min(max(capability[0], 8), 10) - 8] and t.k <= terms
 
 
 EXPAND_FROM = 3

@@ -163,6 +163,6 @@ def prune_groups(
     )  # fmt: skip
     launch(
         _keep, (1,), calibrated, rank, keys, in_order, calibrated if key is None else key, scale, offset, factor, index,
-        groups, keep_one_in, stream, TOPK=topk, BLOCK=1024,
+        groups, keep_one_in, stream, TOPK=topk, BLOCK=1024, warps=8,
     )  # fmt: skip
     return scale, offset, factor, index

@@ -239,7 +239,7 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
     terms = positions if blocks else n * positions
     device = g.codes.device
     cuts = n if blocks else plan.ceil_div(terms, 1024)  # into which the sum may be cut
-    t = plan.tile(outputs, channels, terms, capability(g.codes), groups * taps * cuts, turned=not linear, holds="places")
+    t = plan.tile(outputs, channels, terms, capability(g.codes), groups * taps * cuts, turned=not linear, holds="added")
     tiles = plan.ceil_div(outputs, t.m) * taps * plan.ceil_div(channels, t.n)
 
     x_codes = expanded(x, (2, 0, 1) if linear else (0, 1, 2))
