@@ -6,8 +6,8 @@
 
 Methods: `fp32`; `adapt`, the paper's settings (configs/adapt_*.yaml: weights and activations share <WL, FL>, 8 bits of
 headroom, 4 for AlexNet); `adapt_int16`, the same with words of at most 16 bits, and `adapt_int8`, recipe adapt_calibrated with
-words of at most 8 bits, so that every product runs on the kernels of 16-bit integers or of bytes. All train the same network from the same seed on the same batches; the paper trains 100 epochs on lossless
-images, so compare within this table.
+words of at most 8 bits, so that every product runs on the kernels of 16-bit integers or of bytes. All train the same network
+from the same seed on the same batches; the paper trains 100 epochs on lossless images, so compare within this table.
 
 Measured: the median step at the formats in which training ended, in turns with the unconverted network on the same batches.
 Predicted: by `fqt.precision.StepTime`, from each layer's products timed alone. Modelled: multiply-adds times bits.

@@ -18,7 +18,7 @@ from train.step import Parts
 from train.wording import ConfigError
 
 COLOURS = ((8, (0, 104, 55), (166, 217, 106)), (16, (255, 237, 111), (244, 109, 67)), (32, (215, 48, 39), (103, 0, 31)))
-"""(most bits, colour of the fewest, colour of the most): green is multiplied as bytes, yellow as 16-bit integers, red in float32."""
+"""(most bits, colour of the fewest, of the most): green is multiplied as bytes, yellow as 16-bit integers, red in float32."""
 CELL, WIDTH, LABEL, HEAD = 14, 600, 190, 34
 
 

@@ -227,8 +227,8 @@ HOLDS = {
     "": (64, 128, 64, 128), "places": (64, 64, 64, 128), "added": (32, 64, 64, 128), "offset": (64, 64, 32, 64),
     "offsets": (32, 32, 32, 64),
 }  # fmt: skip
-"""What a thread holds beside its sums of codes -> the most sums that then fit its registers before Hopper, on Hopper, and after;
-and the most terms at a time."""
+"""What a thread holds beside its sums of codes -> the most sums that then fit its registers before Hopper, on Hopper, after;
+the most terms at a time."""
 
 
 def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False, holds: str = "") -> bool:
