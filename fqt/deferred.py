@@ -27,6 +27,7 @@ from fqt.norm import Source, Windows
 from fqt.qtensor import QTensor
 from fqt.quantizers import Quantizer
 from fqt.recipe import Recipe
+from fqt.triton_kernels import plan as triton
 
 # what a tensor is asked without needing its values
 _DESCRIPTIONS = {
@@ -142,16 +143,22 @@ def _computed(tree: Any, lasting: bool) -> Any:
 
 
 def possible(x: Tensor) -> bool:
-    """Whether activations may be deferred: eager, plain float32 on a CPU, outside autocast and torch.func."""
+    """Whether activations may be deferred: eager, plain float32 where kernels serve them, outside autocast and torch.func."""
+    device = x.device.type
     return (
         not torch.compiler.is_compiling()
-        and x.device.type in ("cpu", "meta")
+        and serves(device)
         and type(x) in (Tensor, nn.Parameter, Deferred)
         and x.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled("cpu" if device == "meta" else device)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
     )
+
+
+def serves(device: str) -> bool:
+    """Whether a type of device has kernels of `fqt.norm`; the reference, in float64, would take longer than torch's own."""
+    return device in ("cpu", "meta") or (device == "cuda" and triton.refuses_norm() is None)
 
 
 def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -> Tensor | None:

@@ -106,10 +106,11 @@ def _encode(
     inside = (r < rows)[:, None] & (i < length)[None, :]
     group = r // group_rows
     wanted = inside
-    if PRUNED:  # what is pruned is not read
+    if PRUNED:
         factor = tl.load(factor_ptr + group, mask=r < rows, other=0.0)
         wanted = inside & (factor != 0.0)[:, None]
-    x, folded = load_folded(x_ptr, fold_ptr, r, i, wanted, row_split, split, r0, r1, l0, l1, f0, f1, f2, f3, FOLD)
+    read = inside if MASK else wanted  # what is pruned is not read, but for the mask
+    x, folded = load_folded(x_ptr, fold_ptr, r, i, read, row_split, split, r0, r1, l0, l1, f0, f1, f2, f3, FOLD)
     if FIXED:
         spoilt = (tl.max((inside & (folded != folded)).to(tl.int32), axis=1) > 0) & (r < rows)
         tl.atomic_max(flag_ptr + group, spoilt.to(tl.int32), mask=spoilt)

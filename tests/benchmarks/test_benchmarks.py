@@ -115,7 +115,7 @@ def test_step(monkeypatch, tmp_path, capsys):
             assert 0 < row[f"{side}_saved_bytes"] < row[f"{side}_peak_bytes"]
         assert row["speedup"] == row["fp32_ms"] / row["fqt_ms"]
         assert {"forward", "backward", "optimizer", "operators"} == set(row["breakdown_ms"])
-        assert any(name.startswith("fqt::") for name in row["breakdown_ms"]["operators"])
+        assert any(name.startswith(("fqt::", "fqt_cpu::")) for name in row["breakdown_ms"]["operators"])
         assert {"commit", "torch", "machine"} <= set(row["where"])
     # convolutions in both memory formats; without any, one suffices
     assert len(found[0]["variants_ms"]) == 4 and len(found[2]["variants_ms"]) == 2

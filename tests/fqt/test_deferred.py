@@ -387,3 +387,9 @@ def test_elsewhere_nothing_is_deferred(where: str) -> None:
         dtype = {"double": torch.float64, "bfloat16": torch.bfloat16}[where]
         y = model.to(dtype)[:6](x.to(dtype))
     assert type(y) is Tensor
+
+
+def test_activations_are_deferred_where_kernels_of_norm_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    for reason, cuda in ((None, True), ("Triton is not installed", False)):
+        monkeypatch.setattr(deferred.triton, "refuses_norm", lambda reason=reason: reason)
+        assert [deferred.serves(device) for device in ("cpu", "meta", "cuda", "mps")] == [True, True, cuda, False]

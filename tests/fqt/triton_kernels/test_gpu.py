@@ -1,5 +1,7 @@
 """The Triton kernels on the GPU against the reference on the CPU: `pytest -m gpu`."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -25,10 +27,12 @@ def test_the_kernels_equal_the_reference(family: str, count: int, rng: np.random
     cases.FAMILIES[family]("cuda", int(rng.integers(2**31)), count)
 
 
-def step(name: str, device: str, backend: str) -> list[torch.Tensor]:
-    """Gradients of two layers' step by a recipe, x's first; the same codes and draws on every device."""
+def step(name: str, device: str, backend: str, *block: torch.nn.Module) -> list[torch.Tensor]:
+    """Gradients of a step by a recipe, x's first, of a convolution or a block of 32 channels, and one more convolution; the same
+    codes and draws on every device."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.Conv2d(32, 24, 1))
+    block = tuple(map(copy.deepcopy, block)) or (torch.nn.Conv2d(16, 32, 3, padding=1),)
+    model = torch.nn.Sequential(*block, torch.nn.Conv2d(32, 24, 1))
     x = torch.randn(4, 16, 9, 9).to(device).requires_grad_()
     model = convert(model.to(device), load_recipe(name).everywhere(), backend=backend)
     key = torch.tensor(1234567, device=device)
@@ -49,10 +53,22 @@ def test_a_step_equals_the_reference(name: str):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_a_step_can_be_captured_in_a_graph():
+@pytest.mark.parametrize("name", ["fqt_1bit", "fqt_w1a1g4", "fqt_w1a1g6"])
+def test_a_fused_step_equals_the_reference(name: str):
+    """BatchNorm and pooling between 1-bit layers, on accumulators and signs: every bit has one value on all devices."""
+    block = (torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.BatchNorm2d(32), torch.nn.MaxPool2d(3))
+    expected, actual = (step(name, *where, *block) for where in (("cpu", "reference"), ("cuda", "triton")))
+    for one, other in zip(expected, actual, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_can_be_captured_in_a_graph(fused: bool):
     """No host synchronization in a step: capturing one would fail."""
-    model = convert(torch.nn.Linear(256, 256, device="cuda"), load_recipe("fqt_1bit").everywhere(), backend="triton")
-    x = torch.randn(64, 256, device="cuda", requires_grad=True)
+    images = [torch.nn.Conv2d(64, 64, 1), torch.nn.BatchNorm2d(64), torch.nn.Conv2d(64, 64, 1)]
+    model = torch.nn.Sequential(*images) if fused else torch.nn.Linear(256, 256)
+    model = convert(model.to("cuda"), load_recipe("fqt_1bit").everywhere(), backend="triton")
+    x = torch.randn(*((16, 64, 8, 8) if fused else (64, 256)), device="cuda", requires_grad=True)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
