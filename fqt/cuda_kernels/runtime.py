@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -122,10 +123,13 @@ def cubin(kernel: Kernel, architecture: str) -> bytes:
     core = _module("cuda.core")
     options = core.ProgramOptions(name=f"{kernel.file}.cu", arch=architecture, include_path=[str(_SOURCES)], **_OPTIONS)
     code = bytes(core.Program(kernel.source, "c++", options).compile("cubin").code)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # another process may be at it too
-        file.write(code)
-    os.replace(file.name, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # another process may be at it too
+            file.write(code)
+        os.replace(file.name, path)
+    except OSError as error:  # a home that is read-only, as in containers, is no reason not to use what was compiled
+        logging.getLogger("fqt").warning("compiled kernels are not kept (%s): name a folder in %s", error, CACHE)
     return code
 
 

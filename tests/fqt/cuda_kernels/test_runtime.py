@@ -118,6 +118,13 @@ def test_a_cubin_is_compiled_once_and_again_when_its_source_changes(compiler: Pa
     assert len(list(compiler.iterdir())) == 3
 
 
+def test_a_cubin_that_cannot_be_kept_serves_and_says_so(compiler: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    compiler.parent.joinpath("file").touch()
+    monkeypatch.setenv(runtime.CACHE, str(compiler.parent / "file" / "folder"))
+    assert runtime.cubin(products._WEIGHT, "sm_80")
+    assert "compiled kernels are not kept" in caplog.text and "name a folder in FQT_CUDA_CACHE" in caplog.text
+
+
 def test_where_cubins_are_kept(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(runtime.CACHE, "/somewhere")
     assert runtime.cache() == Path("/somewhere")

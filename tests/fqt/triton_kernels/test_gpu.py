@@ -28,8 +28,8 @@ def test_the_kernels_equal_the_reference(family: str, count: int, rng: np.random
 
 
 def step(name: str, device: str, backend: str, *block: torch.nn.Module) -> list[torch.Tensor]:
-    """Gradients of a step by a recipe, x's first, of a convolution or a block of 32 channels, and one more convolution; the same
-    codes and draws on every device."""
+    """Gradients of a step by a recipe, x's first, of a convolution or a block of 32 channels, and one more convolution; the
+    same codes and draws on every device."""
     torch.manual_seed(0)
     block = tuple(map(copy.deepcopy, block)) or (torch.nn.Conv2d(16, 32, 3, padding=1),)
     model = torch.nn.Sequential(*block, torch.nn.Conv2d(32, 24, 1))
