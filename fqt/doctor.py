@@ -29,7 +29,7 @@ class Finding:
 
     def __str__(self) -> str:
         remedy = f"\n{'':27}-> {self.remedy}" if self.remedy else ""
-        return f"{self.state:8}{self.name:19}{self.text}{remedy}"
+        return f"{self.state:8}{self.name:20}{self.text}{remedy}"
 
 
 def examine() -> list[Finding]:

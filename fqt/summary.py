@@ -32,7 +32,7 @@ class Row:
         packed_bytes: of the weight as the forward reads it, scales included; of the float weight in a float layer.
         backend: what serves the low-bit products; "torch" if there are none.
         served: product -> the backend of the kernel that serves it, for those that run in low bits.
-        note: why a layer is float, or why no faster backend serves it.
+        note: why a layer is float, why no kernel or no faster one serves it, what words of more than 8 bits run on.
         bits: product -> bits at which it runs, 32 = float.
         kept: product -> fraction of groups that pruning keeps.
     """
@@ -137,8 +137,9 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
             codes *= size
         nbytes = codes * max(format.storage_bits, 8) // 8 + format.groups(shape) * (8 if format.offset else 4)
     names = list(dict.fromkeys(backend for backend, _ in served.values()))
-    reasons = list(dict.fromkeys(reason for _, reason in served.values() if reason))
-    reasons = [*_arithmetic(layer), *reasons]
+    # a kernel of the CPU is for other formats than the next: where one serves, only that another is broken is news
+    told = [reason for backend, reason in served.values() if not backend.startswith("cpu") or "the native" in reason]
+    reasons = [*_arithmetic(layer), *dict.fromkeys(reason for reason in told if reason)]
     if layer.backend:
         reasons.insert(0, f"backend {layer.backend!r} was named")
     return Row(
