@@ -291,11 +291,19 @@ def remember_ranges(g: Tensor, low_NC: Tensor, high_NC: Tensor) -> None:
     g.fqt_ranges = low_NC, high_NC, g._version  # type: ignore[attr-defined]
 
 
-def ranges(g: Tensor, axes: str) -> tuple[Tensor, Tensor] | None:
-    """The range of each group, (G,) and (G,), as `fqt.reference.group_range` finds it; None if nothing is known."""
+def ranges(g: Tensor, axes: str, fold: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The range of each group of g times `fold`, (G,) and (G,), as `fqt.reference.group_range` finds it; None if not known.
+
+    Rounding keeps order, so the extremes of the products are the products of the extremes, bit for bit.
+    """
     low, high, version = getattr(g, "fqt_ranges", (None, None, 0))
     if low is None or high is None or version != g._version:
         return None
+    if fold is not None:
+        if fold.shape[1] != 1:  # it differs from position to position
+            return None
+        ends = low * fold[:, 0], high * fold[:, 0]
+        low, high = torch.minimum(*ends), torch.maximum(*ends)
     if axes == "NC":
         return low.T.flatten(), high.T.flatten()
     summed = {"": (0, 1), "N": 1, "C": 0}.get(axes)

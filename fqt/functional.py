@@ -382,7 +382,7 @@ def _float_gradient(call: _Call, g_NPO: Tensor, quantizer: Quantizer | None, key
 
 def _codes(call: _Call, g_NPO: Tensor, quantizer: Quantizer, key: Tensor | None, name: str, fold: Tensor | None) -> QTensor:
     """The gradient's codes; whoever wrote it may have found its ranges on the way."""
-    known = ranges(g_NPO, quantizer.format("g").axes) if fold is None else None
+    known = ranges(g_NPO, quantizer.format("g").axes, fold)
     stream = STREAM[name]
     return quantize(g_NPO, quantizer, "g", key=key, stream=stream, fold=fold, ranges=known, backend=call.backend)[0]
 

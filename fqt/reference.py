@@ -70,7 +70,7 @@ def quantize(
         key: () int64, the Philox key.
         stream: even; rounding draws from this stream, pruning from the next.
         pass_range: of the clipped straight-through estimator; None passes every gradient.
-        ranges: what `group_range` would compute, (G,) float32 each, where the caller knows it; only without `fold`.
+        ranges: what `group_range` would compute, (G,) float32 each, where the caller knows it.
 
     Returns:
         The codes, and the packed mask of `pass_mask` (None without `pass_range`).

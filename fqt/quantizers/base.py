@@ -209,7 +209,7 @@ def quantize(
         key: () int64, `torch.ops.fqt.draw_key(x)`; needed if `quantizer.random`.
         stream: even number of the draw within one key.
         fold: broadcastable to x, multiplied into it first.
-        ranges: smallest and largest value of each group, (G,) float32, where the caller knows them; NaN if it holds one.
+        ranges: smallest and largest value of each folded group, (G,) float32, where the caller knows them; NaN if it holds one.
         backend: the one that must serve, "" for the fastest that does.
 
     Returns:
@@ -217,7 +217,7 @@ def quantize(
 
     Raises:
         ValueError: x has not three axes, the operand not the quantizer's granularity, a random quantizer no key, or the named
-            backend no kernel for this; or ranges come together with a fold, or not one for each group.
+            backend no kernel for this; or ranges are not one for each group.
     """
     format = quantizer.format(operand)
     if x_NPC.dim() != 3:
@@ -229,8 +229,6 @@ def quantize(
         raise ValueError(f"{quantizer} draws random numbers: give it a key, such as torch.ops.fqt.draw_key(x)")
     low, high = ranges or (None, None)
     if low is not None and high is not None:
-        if fold is not None:
-            raise ValueError("ranges are those of x itself, which a fold changes: give one of them")
         groups = format.groups((x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2]))
         for name, tensor in (("smallest", low), ("largest", high)):
             if tensor.shape != (groups,) or tensor.dtype != torch.float32:

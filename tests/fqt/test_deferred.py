@@ -5,16 +5,19 @@ import itertools
 import pickle
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fqt
-from fqt import cpu, deferred, functional, ops
+from fqt import cpu, deferred, functional, ops, reference
 from fqt.deferred import Deferred
+from fqt.formats import Format
 from fqt.nn import FusedBatchNorm2d, FusedMaxPool2d
 from fqt.ops import NORM
+from fqt.testing import assert_same_codes
 
 RECIPES = ("xnor", "fqt_1bit", "fqt_w1a1g4", "fqt_1bit_topk")
 
@@ -393,3 +396,31 @@ def test_activations_are_deferred_where_kernels_of_norm_serve(monkeypatch: pytes
     for reason, cuda in ((None, True), ("Triton is not installed", False)):
         monkeypatch.setattr(deferred.triton, "refuses_norm", lambda reason=reason: reason)
         assert [deferred.serves(device) for device in ("cpu", "meta", "cuda", "mps")] == [True, True, cuda, False]
+
+
+@pytest.mark.parametrize("axes", ["", "N", "C", "NC"])
+def test_ranges_of_a_folded_gradient_follow_from_its_own(axes: str, rng: np.random.Generator) -> None:
+    """Whatever is folded in: scales of either sign, 0, values that are not finite, products that overflow or vanish."""
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    special = torch.tensor([0.0, -0.0, 1e-38, 1e38, torch.inf, -torch.inf, torch.nan, -3.0])
+    format, known = Format("uint", 4, axes, True), 0
+    for case in range(200):
+        g = torch.randn(5, 6, 9, generator=generator)
+        fold = torch.randn([(1, 1, 9), (5, 1, 1), (5, 1, 9), (5, 6, 1)][case % 4], generator=generator)
+        for tensor, share in ((g, 0.02), (fold, 0.2 * (case % 3))):
+            chosen = torch.rand(tensor.shape, generator=generator) < share
+            tensor[chosen] = special[torch.randint(len(special), (int(chosen.sum()),), generator=generator)]
+        deferred.remember_ranges(g, *torch.aminmax(g, dim=1))
+        found = deferred.ranges(g, axes, fold)
+        assert (found is None) == (fold.shape[1] != 1)
+        if found is None:
+            continue
+        expected = reference.group_range(reference.group_rows(g * fold, format))
+        key = torch.tensor(case)
+        codes = [
+            reference.quantize(g, format, calibrate="minmax", stochastic=True, key=key, fold=fold, ranges=given)[0]
+            for given in (found, expected)
+        ]
+        assert_same_codes(*codes)
+        known += 1
+    assert known == 150

@@ -123,8 +123,9 @@ def quantize_options(
         "key": torch.randint(-(2**63), 2**63 - 1, (), generator=generator),
         "stream": draw.randrange(0, 16, 2),
     }
-    if fold_shape is None and draw.random() < 0.3:
-        options["ranges"] = reference.group_range(reference.group_rows(x.float(), format))
+    if draw.random() < 0.3:
+        folded = x.float() if fold_shape is None else x.float() * options["fold"]
+        options["ranges"] = reference.group_range(reference.group_rows(folded, format))
     return options
 
 
@@ -189,14 +190,17 @@ def test_pruning_of_many_groups_equals_the_reference(rng: np.random.Generator):
             assert_quantizes_as_the_reference(QUANTIZE[0], x, Format("uint", 4, "N", True), options)
 
 
-def test_ranges_are_given_for_each_group_and_without_a_fold():
+def test_ranges_are_given_for_each_group():
     x, psq = torch.randn(2, 3, 4), build("psq", "g", bits=4)
     assert psq is not None
     low, high = x.amin((1, 2)), x.amax((1, 2))
     key = torch.tensor(3)
     assert_same_codes(quantize(x, psq, "g", key=key, ranges=(low, high))[0], quantize(x, psq, "g", key=key)[0])
-    with pytest.raises(ValueError, match="which a fold changes: give one of them"):
-        quantize(x, psq, "g", key=key, ranges=(low, high), fold=torch.ones(1))
+    fold = torch.tensor(-2.0)
+    assert_same_codes(
+        quantize(x, psq, "g", key=key, ranges=(high * fold, low * fold), fold=fold)[0],
+        quantize(x, psq, "g", key=key, fold=fold)[0],
+    )
     with pytest.raises(
         ValueError, match=r"smallest values are torch.float32 of shape \(1,\), expected float32 of shape \(2,\)"
     ):
