@@ -25,7 +25,7 @@ from fqt.reference import spread
 _LIBRARY = Path(__file__).parent / "_cpu.so"
 _BIT = Format("sign", 1)
 _FEWEST_ZERO_ROWS = 4
-_MOST_WEIGHT_BITS = 30
+_MOST_WEIGHT_BITS = 30  # of more, columns are taken apart (kFewTerms in integers.h), which grad_weight does not do
 _large: float = 1 << 20  # bytes from which page faults are felt
 
 BUILD = "python setup.py build_ext --inplace"

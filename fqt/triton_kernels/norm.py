@@ -216,7 +216,8 @@ def _sums(
         _block_sums, (blocks, plan.ceil_div(channels, c)), y if g is None else g.contiguous(),
         y if kept is None else kept.to(torch.uint8), y, scale, offset, y if affine is None else affine.contiguous(), partial,
         rows, channels, rows // y.shape[0], *windows.flat(), GRADIENT=g is not None, KEPT=kept is not None, BLOCK=BLOCK_ROWS,
-        UNROLLED=_UNROLLED if g is None else _UNROLLED // 4, C=c, **there,
+        UNROLLED=_UNROLLED if g is None else _UNROLLED // 4,  # a gradient's rows hold more registers
+        C=c, **there,
     )  # fmt: skip
     sums = torch.empty(2, channels, dtype=torch.float64, device=y.device)
     grid = (plan.ceil_div(2 * channels, 32),)

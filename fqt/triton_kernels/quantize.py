@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fqt import reference
 from fqt.formats import Format
-from fqt.qtensor import QTensor
+from fqt.qtensor import QTensor, codes_dtype
 from fqt.triton_kernels import plan
 from fqt.triton_kernels.calibrate import calibrate_groups, given, load_folded
 from fqt.triton_kernels.codes import packed, row_bytes
@@ -207,8 +207,7 @@ def quantize(
     folded = x if fold is None else fold.float().expand(shape)
     where = (lie.row_split, lie.split, *lie.strides(*x.stride()), *lie.strides(*folded.stride()))
     fixed = calibrate == "none" and not prune
-    dtype = {16: torch.int16}.get(format.storage_bits, torch.uint8)
-    codes = torch.empty(format.packed_shape(shape), dtype=dtype, device=device)
+    codes = torch.empty(format.packed_shape(shape), dtype=codes_dtype(format), device=device)
     low_code, high_code = format.code_range
     factor = index = None
     if fixed:

@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kMostTerms = 32768;
 constexpr int64_t kFewTerms = 6;  // to add up so few at a time costs more than to multiply twice
+static_assert(kFewTerms >= 2, "a word holds two terms");
 #if defined(FQT_AVX512)
 constexpr int kTile = 6, kVectors = 4;  // rows of a tile, vectors of a panel
 #elif defined(FQT_AVX2)
