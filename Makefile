@@ -36,11 +36,11 @@ ARM_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64
 # floats must round as the extension's, whose flags stand in setup.py
 CHECK_FLAGS := -std=c++20 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -pthread
-CHECK_SOURCES := $(wildcard tests/csrc/*.cpp $(foreach isa,portable avx2 avx512 neon,fqt/csrc/*/$(isa).cpp))
+CHECK_SOURCES := $(wildcard tests/csrc/*.cpp $(foreach isa,portable avx2 avx512 neon,fqt/cpu/csrc/*/$(isa).cpp))
 
 # $(call check,directory,compiler,further flags): the program of tests/csrc with every kernel, in a directory of its own
 define check
-$(1)/%.o: %.cpp $(wildcard tests/csrc/*.h fqt/csrc/*/*.h)
+$(1)/%.o: %.cpp $(wildcard tests/csrc/*.h fqt/cpu/csrc/*/*.h)
 	@mkdir -p $$(@D)
 	$(2) $(CHECK_FLAGS) $(3) -c $$< -o $$@
 $(1)/check: $(CHECK_SOURCES:%.cpp=$(1)/%.o)
@@ -85,7 +85,7 @@ data: $(STAMP) ## get Fashion-MNIST: already here, by apt, by apt without root, 
 	 found || echo "apt has it not; torchvision will try to download it"
 
 # torch first, then fqt against it: the extension is built with the torch it will run with
-$(STAMP): pyproject.toml setup.py $(wildcard fqt/csrc/*/*) $(wildcard fqt/csrc/*/*)
+$(STAMP): pyproject.toml setup.py $(wildcard fqt/cpu/csrc/*/*) $(wildcard fqt/cpu/csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "fqt needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "No virtual environment could be made: apt-get install python3-venv"; exit 1; }

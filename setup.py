@@ -10,8 +10,8 @@ from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = sorted(str(path) for path in Path("fqt/csrc").glob("*/*.cpp"))
-HEADERS = sorted(str(path) for path in Path("fqt/csrc").glob("*/*.h"))
+SOURCES = sorted(str(path) for path in Path("fqt/cpu/csrc").glob("*/*.cpp"))
+HEADERS = sorted(str(path) for path in Path("fqt/cpu/csrc").glob("*/*.h"))
 
 
 def extension() -> dict:

@@ -27,11 +27,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.common import table, write_json
-from fqt import norm as specification
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
-from fqt.norm import Source, Windows
 from fqt.qtensor import QTensor
+from fqt.reference import norm as specification
+from fqt.reference.norm import Source, Windows
 from fqt.triton_kernels import calibrate, codes, gather, norm, plan, prune, quantize, weight
 
 MODULES = (calibrate, codes, gather, norm, prune, quantize, weight)

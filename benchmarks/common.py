@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fqt.doctor import processor
+from fqt.inspect.doctor import processor
 
 
 def where() -> dict[str, object]:

@@ -26,8 +26,8 @@ import fqt
 from benchmarks.common import table, write_json
 from fqt import ops
 from fqt.geometry import Geometry
+from fqt.multiply import multiply_grad_input, multiply_grad_weight
 from fqt.quantizers import build
-from fqt.reference import multiply_grad_input, multiply_grad_weight
 from train import data, models
 from train.config import parse
 

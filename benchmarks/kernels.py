@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import table, write_json
-from fqt import cpu, ops, reference
+from fqt import ops, reference
+from fqt.cpu import library, signs
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor, codes_dtype
@@ -190,10 +191,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    reason = cpu.refuses_output((Format("sign", 1), Format("sign", 1)), None)
+    reason = signs.refuses_output((Format("sign", 1), Format("sign", 1)), None)
     if reason is not None:
         sys.exit(reason)
-    used = cpu.operators().instruction_set()
+    used = library.operators().instruction_set()
     check()
     print(f"all kernels equal the reference; {used}, {args.threads} threads\n")
     seconds = 0.1 if args.quick else 1.0

@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity
 
 import fqt
 from benchmarks.common import table, where, write_json
-from fqt.memory import peak_bytes
+from fqt.inspect.memory import peak_bytes
 from fqt.testing import assert_same_values
 from train import models
 from train.config import Optimizer, Training

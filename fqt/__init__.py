@@ -8,16 +8,16 @@ backward. This page is the whole public face.
 
 from fqt.convert import convert, revert
 from fqt.formats import Format
-from fqt.memory import Memory, memory
-from fqt.nn import QuantConv2d, QuantLinear, quantized_layers
-from fqt.observe import count_saved_bytes, observe_gradients
+from fqt.inspect.memory import Memory, memory
+from fqt.inspect.observe import count_saved_bytes, observe_gradients
+from fqt.inspect.profile import profile
+from fqt.inspect.summary import Summary, modelled_speedup, summary
+from fqt.inspect.timing import Profile
+from fqt.layers import QuantConv2d, QuantLinear, quantized_layers
 from fqt.precision import AdaPT, Policy, Precision, build_policy, register_policy
-from fqt.profile import profile
 from fqt.qtensor import QTensor
 from fqt.quantizers import Quantizer, quantize, register
 from fqt.recipe import Product, Recipe, Rule, load_recipe, recipes
-from fqt.summary import Summary, modelled_speedup, summary
-from fqt.timing import Profile
 
 __all__ = [
     "AdaPT",

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fqt.doctor import examine
+from fqt.inspect.doctor import examine
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

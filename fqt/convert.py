@@ -15,19 +15,12 @@ from pathlib import Path
 from torch import nn
 
 from fqt import ops
-from fqt.deferred import accumulates
-from fqt.nn import (
-    FusedBatchNorm1d,
-    FusedBatchNorm2d,
-    FusedMaxPool2d,
-    QuantConv2d,
-    QuantizedLayer,
-    QuantLinear,
-    quantized_layers,
-)
+from fqt.fusion.deferred import accumulates
+from fqt.fusion.modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedMaxPool2d
+from fqt.inspect.summary import NOTE, backends, count_macs, forget_macs
+from fqt.inspect.timing import measure
+from fqt.layers import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers
 from fqt.recipe import PLACES, Recipe, load_recipe
-from fqt.summary import NOTE, backends, count_macs, forget_macs
-from fqt.timing import measure
 from fqt.wording import nearest
 
 _CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
@@ -62,7 +55,7 @@ def convert(
         skip: fnmatch patterns of module names ("features.0", "*.downsample.*") that stay in float, beside the recipe's own
             rules.
         fuse: in a 1-bit recipe, have BatchNorm and max-pooling work together with the layers around them: the next layer
-            takes the signs that it needs, and no float activation is written or kept between (see `fqt.deferred`). Eager
+            takes the signs that it needs, and no float activation is written or kept between (see `fqt.fusion`). Eager
             float32 on a CPU; elsewhere it changes nothing. Same formulas; sums of the statistics are rounded otherwise than
             torch rounds them.
         backend: the one backend that must serve every low-bit product of the layers and the quantizing of their operands

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fqt.autograd import once
-from fqt.deferred import (
+from fqt.formats import Shape3
+from fqt.fusion.deferred import (
     Deferred,
     accumulates,
     channels_last,
@@ -33,13 +34,13 @@ from fqt.deferred import (
     rows,
     signs_of,
 )
-from fqt.formats import Shape3
 from fqt.geometry import Geometry
-from fqt.norm import Source, Windows
+from fqt.multiply import multiply_grad_input, multiply_grad_weight, multiply_output
 from fqt.qtensor import QTensor
 from fqt.quantizers.base import Quantizer, quantize, transformed
 from fqt.recipe import Recipe
-from fqt.reference import apply_mask, multiply_grad_input, multiply_grad_weight, multiply_output, spread
+from fqt.reference import apply_mask, spread
+from fqt.reference.norm import Source, Windows
 
 FORWARD_OPERANDS = ("output.x", "output.w", "grad_weight.x", "grad_input.w")
 STREAM = {name: 2 * i for i, name in enumerate((*FORWARD_OPERANDS, "grad_input.g", "grad_weight.g"))}

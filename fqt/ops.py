@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fqt import cpu, selfcheck
+from fqt import selfcheck
+from fqt.cpu import codes, integers, library, signs
 from fqt.cuda_kernels import products as bits
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
@@ -65,22 +66,41 @@ class Kernel:
 
 
 KERNELS: list[Kernel] = [
-    Kernel("quantize", "cpu", "cpu", "fqt.cpu:quantize", lambda request: cpu.refuses_codes(request.formats), native=True),
-    Kernel("decode", "cpu", "cpu", "fqt.cpu:decode", lambda request: cpu.refuses_codes(request.formats), native=True),
-    Kernel("output", "cpu", "cpu", "fqt.cpu:output", lambda r: cpu.refuses_output(r.formats, r.geometry), native=True),
     Kernel(
-        "grad_input", "cpu", "cpu", "fqt.cpu:grad_input", lambda r: cpu.refuses_grad_input(r.formats, r.geometry), native=True
+        "quantize", "cpu", "cpu", "fqt.cpu.codes:quantize", lambda request: codes.refuses_codes(request.formats), native=True
     ),
-    Kernel("grad_weight", "cpu", "cpu", "fqt.cpu:grad_weight", lambda r: cpu.refuses_grad_weight(r.formats), native=True),
-    Kernel("accumulate", "cpu", "cpu", "fqt.cpu:accumulate", lambda r: cpu.refuses_output(r.formats, r.geometry), native=True),
-    *(Kernel(operator, "cpu", "cpu", f"fqt.cpu:{operator}", lambda _: cpu.refuses_norm(), native=True) for operator in NORM),
+    Kernel("decode", "cpu", "cpu", "fqt.cpu.codes:decode", lambda request: codes.refuses_codes(request.formats), native=True),
+    Kernel("output", "cpu", "cpu", "fqt.cpu.signs:output", lambda r: signs.refuses_output(r.formats, r.geometry), native=True),
+    Kernel(
+        "grad_input",
+        "cpu",
+        "cpu",
+        "fqt.cpu.signs:grad_input",
+        lambda r: signs.refuses_grad_input(r.formats, r.geometry),
+        native=True,
+    ),
+    Kernel(
+        "grad_weight", "cpu", "cpu", "fqt.cpu.signs:grad_weight", lambda r: signs.refuses_grad_weight(r.formats), native=True
+    ),
+    Kernel(
+        "accumulate",
+        "cpu",
+        "cpu",
+        "fqt.cpu.signs:accumulate",
+        lambda r: signs.refuses_output(r.formats, r.geometry),
+        native=True,
+    ),
+    *(
+        Kernel(operator, "cpu", "cpu", f"fqt.cpu.norm:{operator}", lambda _: library.refuses(), native=True)
+        for operator in NORM
+    ),
     *(
         Kernel(
             operator,
             f"cpu int{bits}",
             "cpu",
-            f"fqt.cpu:{operator}_integers",
-            lambda r, operator=operator, bits=bits: cpu.refuses_integers(operator, r.formats, r.geometry, bits),
+            f"fqt.cpu.integers:{operator}",
+            lambda r, operator=operator, bits=bits: integers.refuses(operator, r.formats, r.geometry, bits),
             native=True,
         )
         for operator in PRODUCTS
@@ -125,7 +145,9 @@ KERNELS: list[Kernel] = [
         for operator in NORM
     ),
     *(
-        Kernel(operator, "reference", "", f"fqt.{'norm' if operator in NORM else 'reference'}:{operator}", lambda request: None)
+        Kernel(
+            operator, "reference", "", f"fqt.reference{'.norm' if operator in NORM else ''}:{operator}", lambda request: None
+        )
         for operator in OPERATORS
     ),
 ]
@@ -191,7 +213,7 @@ def broken(kernel: Kernel) -> str | None:
     except (OSError, AttributeError, RuntimeError, AssertionError) as error:  # what loading and comparing raise, no more
         what = "differs from the reference" if isinstance(error, AssertionError) else "cannot be used"
         said = " ".join(str(error.__cause__ or error).split())  # torch hides the loader's words behind its own
-        remedy = f"build it anew, {cpu.BUILD}" if kernel.device == "cpu" else "python -m pytest -m gpu says more"
+        remedy = f"build it anew, {library.BUILD}" if kernel.device == "cpu" else "python -m pytest -m gpu says more"
         reason = f"the native {kernel.operator} {what} ({said}): {remedy}"
         logging.getLogger("fqt").warning("%s: %s; see python -m fqt doctor", kernel.backend, reason)
         return reason

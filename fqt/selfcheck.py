@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fqt import norm, reference
+from fqt import reference
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
+from fqt.reference import norm
 from fqt.testing import assert_same_codes, assert_same_values
 
 _QUANTIZE = (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fqt
-from fqt.summary import copy_macs
+from fqt.inspect.summary import copy_macs
 from train import checkpoint
 from train.step import Parts, Step, forward
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fqt.nn import QuantizedLayer
+from fqt.layers import QuantizedLayer
 from fqt.precision.cost import switching_cost
 from fqt.precision.formats import MAX_WORD_LENGTH, Precision, at_precision, is_fixed
 from fqt.precision.initialize import initialize_tnvs

@@ -13,12 +13,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fqt.nn import QuantizedLayer
+from fqt.inspect.summary import summary
+from fqt.layers import QuantizedLayer
 from fqt.precision.formats import at_word_length
 from fqt.precision.policy import Decision, Policy, check_bounds, check_number, register_policy
 from fqt.quantizers.base import quantize, transformed
 from fqt.recipe import Recipe
-from fqt.summary import summary
 
 
 @register_policy("budget")

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fqt.nn import quantized_layers
+from fqt.inspect.summary import summary
+from fqt.layers import quantized_layers
 from fqt.ops import PRODUCTS
-from fqt.summary import summary
 
 
 @dataclass(frozen=True)

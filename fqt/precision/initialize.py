@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from fqt.nn import quantized_layers
+from fqt.layers import quantized_layers
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fqt.nn import QuantizedLayer, let_recipe_change, quantized_layers
+from fqt.layers import QuantizedLayer, let_recipe_change, quantized_layers
 from fqt.ops import PRODUCTS
 from fqt.precision.formats import from_plain, to_plain
 from fqt.recipe import Recipe

@@ -13,10 +13,10 @@ import copy
 
 from torch import nn
 
-from fqt.nn import QuantizedLayer, quantized_layers
-from fqt.summary import backends
-from fqt.timing import record_calls, time_layer
-from fqt.trial import undisturbed
+from fqt.inspect.summary import backends
+from fqt.inspect.timing import record_calls, time_layer
+from fqt.inspect.trial import undisturbed
+from fqt.layers import QuantizedLayer, quantized_layers
 
 Times = tuple[float, float]
 

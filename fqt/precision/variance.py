@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fqt.nn import QuantizedLayer
+from fqt.layers import QuantizedLayer
 from fqt.precision.formats import at_gradient_bits
 from fqt.precision.policy import Decision, Policy, check_number, register_policy
 from fqt.quantizers import Quantizer

@@ -1,4 +1,4 @@
-"""Batch normalization as 1-bit layers use it, behind int16 accumulators or floats: what `fqt.norm` specifies, in few passes.
+"""Batch normalization of int16 accumulators or floats, as `fqt.reference.norm` specifies it, in few passes.
 
 Sums are float64 in the stated order: a program adds the rows of a block one after the other, then one adds the blocks.
 Signs and masks leave packed; neither z nor the accumulators' float values are written.
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fqt.norm import BLOCK_ROWS, Source, Windows
+from fqt.reference.norm import BLOCK_ROWS, Source, Windows
 from fqt.triton_kernels import plan
 from fqt.triton_kernels.codes import packed
 from fqt.triton_kernels.launch import launch
@@ -226,22 +226,22 @@ def _sums(
 
 
 def norm_sums(source: Source) -> Tensor:
-    """As `fqt.norm.norm_sums`."""
+    """As `fqt.reference.norm.norm_sums`."""
     return _sums(None, None, source, None, Windows(1, 1), source.y.shape[0] * source.y.shape[1])
 
 
 def norm_grad_sums(g: Tensor, kept: Tensor | None, source: Source, affine: Tensor, windows: Windows) -> Tensor:
-    """As `fqt.norm.norm_grad_sums`."""
+    """As `fqt.reference.norm.norm_grad_sums`."""
     return _sums(g.float(), kept, source, affine, windows, g.shape[0] * g.shape[1])
 
 
 def norm_value(source: Source, affine: Tensor, windows: Windows) -> Tensor:
-    """As `fqt.norm.norm_value`."""
+    """As `fqt.reference.norm.norm_value`."""
     return _apply(source, affine, windows, None)[0]
 
 
 def norm_sign(source: Source, affine: Tensor, windows: Windows, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As `fqt.norm.norm_sign`."""
+    """As `fqt.reference.norm.norm_sign`."""
     codes, mask, scale = _apply(source, affine, windows, (low, high))
     return codes, mask, scale
 
@@ -272,7 +272,7 @@ def _apply(source: Source, affine: Tensor, windows: Windows, limits: tuple[float
 def norm_grad(
     g: Tensor, kept: Tensor | None, source: Source, affine: Tensor, windows: Windows, means: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `fqt.norm.norm_grad`."""
+    """As `fqt.reference.norm.norm_grad`."""
     y, scale, offset, there = _source(source)
     (n, _, channels), positions, c = y.shape, g.shape[1], _channels(y.shape[2])
     rows = 512 // c

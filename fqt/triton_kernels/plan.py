@@ -48,7 +48,7 @@ def refuses_quantize(formats: tuple[Format, ...]) -> str | None:
 
 
 def refuses_norm() -> str | None:
-    """Why the operators of `fqt.norm` cannot be served, or None."""
+    """Why the operators of `fqt.reference.norm` cannot be served, or None."""
     return None if _installed() else _NO_TRITON
 
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import accuracy, adapt, gradients, kernels, layers, pareto, readme, saved, step
 from fqt import ops, reference
-from fqt.cpu import refuses_codes
+from fqt.cpu.codes import refuses_codes
 from fqt.formats import Format
 from fqt.ops import Kernel
 

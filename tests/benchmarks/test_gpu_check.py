@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_check, gpu_models, gpu_parts, gpu_tiles
-from fqt import cpu, ops, reference
+from fqt import ops, reference
+from fqt.cpu import codes
 from fqt.cuda_kernels import plan as cuda_plan
 from fqt.formats import Format
 from fqt.ops import Kernel
@@ -23,7 +24,7 @@ def bench(function) -> float:
 
 @pytest.fixture(autouse=True)
 def _built() -> None:
-    if cpu.refuses_codes((Format("sign", 1),)) is not None:
+    if codes.refuses_codes((Format("sign", 1),)) is not None:
         pytest.skip("the C++ kernels are not built")
 
 

@@ -15,7 +15,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../fqt/csrc/quantize/isa.h"
+#include "../../fqt/cpu/csrc/quantize/isa.h"
 
 // row(namespace, whether this machine runs it) for every instruction set that is compiled
 #if defined(FQT_X86)

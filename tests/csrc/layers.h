@@ -1,7 +1,7 @@
 // What the checks of the products share: layers of random shapes, whom their pixels meet, packed codes and scales.
 #pragma once
 
-#include "../../fqt/csrc/products/isa.h"
+#include "../../fqt/cpu/csrc/products/isa.h"
 
 #include "check.h"
 

@@ -1,6 +1,6 @@
 // Batch normalization in front of a sign against loops over rows and channels (fqt/norm.py).
 
-#include "../../fqt/csrc/norm/isa.h"
+#include "../../fqt/cpu/csrc/norm/isa.h"
 
 #include "check.h"
 

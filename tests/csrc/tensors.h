@@ -1,4 +1,4 @@
-// Tensors in memory of any strides, their groups, and how they are cut into images of rows (fqt/formats.py, fqt/csrc/quantize).
+// Tensors in memory of any strides, their groups, and how they are cut into images of rows (fqt/formats.py, fqt/cpu/csrc/quantize).
 #pragma once
 
 #include "check.h"

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 import fqt
-from fqt import cpu, ops
+from fqt import ops
+from fqt.cpu import signs
 from fqt.formats import Format
 from fqt.ops import Kernel, Request
 
 ONE_BIT = fqt.load_recipe("fqt_1bit").everywhere()
 INT8 = fqt.load_recipe("int8").everywhere()
 SIGNS = Request("cpu", (Format("sign", 1), Format("sign", 1)))
-built = pytest.mark.skipif(cpu.refuses_output(SIGNS.formats, None) is not None, reason="the C++ kernels are not built")
+built = pytest.mark.skipif(signs.refuses_output(SIGNS.formats, None) is not None, reason="the C++ kernels are not built")
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fqt
-from fqt import cpu, deferred, functional, ops, reference
-from fqt.deferred import Deferred
+from fqt import functional, ops, reference
+from fqt.cpu import norm as cpu_norm
 from fqt.formats import Format
-from fqt.nn import FusedBatchNorm2d, FusedMaxPool2d
+from fqt.fusion import deferred
+from fqt.fusion.deferred import Deferred
+from fqt.fusion.modules import FusedBatchNorm2d, FusedMaxPool2d
 from fqt.ops import NORM
 from fqt.testing import assert_same_codes
 
@@ -155,7 +157,7 @@ def test_a_named_backend_serves_batch_norm_too(recipe: str, monkeypatch: pytest.
         def refuse(*args: object, name: str = name) -> None:
             raise AssertionError(name)
 
-        monkeypatch.setattr(cpu, name, refuse)
+        monkeypatch.setattr(cpu_norm, name, refuse)
     ops.load.cache_clear()
     try:
         assert_same(expected, step(fqt.convert(plain, recipe, backend="reference"), x))

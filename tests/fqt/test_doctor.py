@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from fqt import cpu, ops
+from fqt import ops
 from fqt.__main__ import main
+from fqt.cpu import library, signs
 from fqt.cuda_kernels import runtime
 
 ROOT = Path(__file__).parents[2]
-built = pytest.mark.skipif(not cpu._LIBRARY.exists(), reason="the C++ kernels are not built")
+built = pytest.mark.skipif(not library.LIBRARY.exists(), reason="the C++ kernels are not built")
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def test_a_whole_installation(capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("fqt ", "torch ", "Python", "processor", "threads", "cpu kernels", "GPU", "triton", "apex", "C++ compiler"):
         assert word in text
     assert "broken" not in text
-    if cpu._LIBRARY.exists():
+    if library.LIBRARY.exists():
         served = {"cpu"} if runtime.refuses() else {"cpu", "cuda"}
         assert text.count("equals the reference in") == sum(row.native and row.device in served for row in ops.KERNELS)
     else:
@@ -43,8 +44,8 @@ def test_a_whole_installation(capsys: pytest.CaptureFixture[str]) -> None:
 
 @built
 def test_a_wrong_kernel_is_an_exit_status_of_1(monkeypatch, capsys) -> None:
-    right = cpu.grad_weight
-    monkeypatch.setattr(cpu, "grad_weight", lambda *args: -right(*args))
+    right = signs.grad_weight
+    monkeypatch.setattr(signs, "grad_weight", lambda *args: -right(*args))
     assert main(["doctor"]) == 1
     broken = [line for line in capsys.readouterr().out.splitlines() if line.startswith("broken")]
     assert len(broken) == 1 and "grad_weight differs from the reference" in broken[0] and "build it anew" in broken[0]
@@ -57,7 +58,7 @@ def test_an_unknown_backend_in_the_environment(monkeypatch, capsys) -> None:
 
 
 def test_a_library_that_is_not_built_is_no_fault(monkeypatch, capsys, tmp_path) -> None:
-    monkeypatch.setattr(cpu, "_LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "none.so")
     assert main(["doctor"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["absent", "cpu", "kernels", "none.so", "is", "not", "built:", "the", "reference", "serves,", "slower"] in lines
@@ -68,8 +69,8 @@ def test_a_library_that_is_not_built_is_no_fault(monkeypatch, capsys, tmp_path) 
 
 @built
 def test_a_corrupted_copy_of_the_library_is_an_exit_status_of_1(tmp_path: Path) -> None:
-    (tmp_path / "_cpu.so").write_bytes(cpu._LIBRARY.read_bytes()[:100_000])
-    code = "import sys, pathlib, fqt.cpu, fqt.__main__; fqt.cpu._LIBRARY = pathlib.Path(sys.argv[1]); " \
+    (tmp_path / "_cpu.so").write_bytes(library.LIBRARY.read_bytes()[:100_000])
+    code = "import sys, pathlib, fqt.cpu.library, fqt.__main__; fqt.cpu.library.LIBRARY = pathlib.Path(sys.argv[1]); " \
         "sys.exit(fqt.__main__.main(['doctor']))"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "_cpu.so"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1, done.stderr

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fqt import ops, reference
+from fqt.cpu import codes, integers, library, signs
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.ops import KERNELS, PRODUCTS, Kernel, Request
@@ -33,11 +34,11 @@ LAYOUTS = ("contiguous", "channels_first", "one position", "one channel", "slice
 @pytest.fixture
 def instruction_set(request: pytest.FixtureRequest):
     """The kernels limited to one instruction set, where they are built and the machine has it."""
-    reason = ops.cpu.refuses_codes((Format("sign", 1),))
+    reason = codes.refuses_codes((Format("sign", 1),))
     if reason is not None:
         pytest.skip(reason)
     level = INSTRUCTION_SETS.index(request.param)
-    limit = ops.cpu.operators().limit_isa
+    limit = library.operators().limit_isa
     try:
         if limit(level) != level:
             pytest.skip(f"this machine has no {request.param}")
@@ -380,14 +381,14 @@ def test_narrow_sums_do_not_overflow(bits: int):
         g_format = Format("uint", bits)
         g = QTensor(pack(largest, g_format, (1, 1, terms)), one, None, None, g_format, (1, 1, terms))
         w = QTensor(torch.full((terms, 1, 1), 255, dtype=torch.uint8), one, None, None, plus, (terms, 1, 3))
-        grad = ops.cpu.grad_input(g, w, None, None, (1, 1, 3))
+        grad = signs.grad_input(g, w, None, None, (1, 1, 3))
         assert grad.tolist() == [[[terms * (2**bits - 1.0)] * 3]]
         g = QTensor(pack(largest, g_format, (1, terms, 1)), one, None, None, g_format, (1, terms, 1))
         x = QTensor(torch.full((1, terms, 1), 255, dtype=torch.uint8), one, None, None, plus, (1, terms, 3))
-        assert ops.cpu.grad_weight(g, x, None).tolist() == [[[terms * (2**bits - 1.0)] * 3]]
+        assert signs.grad_weight(g, x, None).tolist() == [[[terms * (2**bits - 1.0)] * 3]]
         x = QTensor(torch.zeros(1, 1, -(-terms // 8), dtype=torch.uint8), one, None, None, plus, (1, 1, terms))
         w = QTensor(pack(torch.ones(1, terms, dtype=torch.uint8), plus, (1, 1, terms)), one, None, None, plus, (1, 1, terms))
-        assert ops.cpu.output(x, w, None, None).tolist() == [[[-float(terms)]]]
+        assert signs.output(x, w, None, None).tolist() == [[[-float(terms)]]]
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
@@ -412,15 +413,15 @@ def test_sums_of_integers_do_not_overflow(left: str, right: str):
     for terms in (255, 256, 257, 545, 2200, 32767, 32768, 32769, 33026, 65_800, 140_000):
         for a, b in itertools.product(Format.parse(left).code_range, Format.parse(right).code_range):
             expected = float(np.float32(terms * a * b))
-            output = ops.cpu.output_integers(filled(left, a, (1, 1, terms)), filled(right, b, (1, 1, terms)), None, None)
+            output = integers.output(filled(left, a, (1, 1, terms)), filled(right, b, (1, 1, terms)), None, None)
             assert output.item() == expected, (terms, a, b)
             g, w = filled(left, a, (1, 1, terms)), filled(right, b, (terms, 1, 1))
-            assert ops.cpu.grad_input_integers(g, w, None, None, (1, 1, 1)).item() == expected, (terms, a, b)
+            assert integers.grad_input(g, w, None, None, (1, 1, 1)).item() == expected, (terms, a, b)
             if Format.parse(left).bits + Format.parse(right).bits > 30:
                 continue  # refused
             for axes, shape in (("", (terms, 1, 1)), ("N", (1, terms, 1)), ("C", (1, terms, 1))):
                 g, x = filled(left, a, shape, axes), filled(right, b, shape)
-                assert ops.cpu.grad_weight_integers(g, x, None).item() == expected, (terms, a, b, axes)
+                assert integers.grad_weight(g, x, None).item() == expected, (terms, a, b, axes)
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
@@ -436,15 +437,15 @@ def test_products_of_integers_equal_the_reference_across_chunks(rng: np.random.G
         for left, right in (("int8", "int8"), ("uint8+", "uint8+"), ("uint2", "sign")):
             one, other = (Format.parse(name) for name in (left, right))
             x, w = coded(replace(one, axes="N"), x_shape, draw, generator), coded(other, w_shape, draw, generator)
-            assert_same_values(ops.cpu.output_integers(x, w, None, geometry), reference.output(x, w, None, geometry))
+            assert_same_values(integers.output(x, w, None, geometry), reference.output(x, w, None, geometry))
             g = coded(replace(one, axes="N"), g_shape, draw, generator)
             assert_same_values(
-                ops.cpu.grad_input_integers(g, w, None, geometry, x_shape), reference.grad_input(g, w, None, geometry, x_shape)
+                integers.grad_input(g, w, None, geometry, x_shape), reference.grad_input(g, w, None, geometry, x_shape)
             )
             x = coded(other, x_shape, draw, generator)
             for axes in ("C", "NC"):
                 g = coded(replace(one, axes=axes), g_shape, draw, generator)
-                actual = ops.cpu.grad_weight_integers(g, x, geometry)
+                actual = integers.grad_weight(g, x, geometry)
                 assert_same_values(actual, reference.grad_weight(g, x, geometry))
 
 
@@ -456,7 +457,7 @@ def test_sums_over_a_batch_pass_32_bits():
     g = QTensor(codes, one, None, None, Format("uint", 8), (1, rows, 1))
     x = QTensor(codes, one, None, None, Format("sign", 1), (1, rows, 1))
     assert rows * 255 > 2**31
-    assert ops.cpu.grad_weight(g, x, None).item() == float(np.float32(rows * 255))
+    assert signs.grad_weight(g, x, None).item() == float(np.float32(rows * 255))
 
 
 @pytest.mark.parametrize(
@@ -480,7 +481,7 @@ def test_sums_over_a_batch_pass_32_bits():
     ],
 )
 def test_products_refuse_with_a_reason(operator: str, formats: tuple[str, str], convolution: bool, reason: str):
-    if ops.cpu.refuses_output((Format("sign", 1), Format("sign", 1)), None) is not None:
+    if signs.refuses_output((Format("sign", 1), Format("sign", 1)), None) is not None:
         pytest.skip("the kernels are not built")
     geometry = Geometry(3, 3, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1), 1) if convolution else None
     request = Request("cpu", (Format.parse(formats[0]), Format.parse(formats[1])), geometry)

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 import fqt
-from fqt import cpu
-from fqt.memory import ROWS, Bytes, Memory
+from fqt.cpu import library
+from fqt.inspect.memory import ROWS, Bytes, Memory
 from tests.fqt.test_convert import fingerprint
 from train import models
 
 ONE_BIT = fqt.load_recipe("fqt_1bit").everywhere()
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-built = pytest.mark.skipif(not cpu._LIBRARY.exists(), reason="the C++ kernels are not built: the reference's scratch is large")
+built = pytest.mark.skipif(not library.LIBRARY.exists(), reason="not built: the reference's scratch is large")
 
 
 @pytest.fixture(autouse=True)

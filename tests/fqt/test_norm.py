@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqt import norm, ops
-from fqt.norm import Source, Windows
+from fqt import ops
+from fqt.cpu import library
 from fqt.ops import KERNELS, NORM, Request
+from fqt.reference import norm
+from fqt.reference.norm import Source, Windows
 
 CPU = [row for row in KERNELS if row.operator in NORM and row.device == "cpu"]
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
@@ -53,11 +55,11 @@ def test_the_kernel_equals_the_specification(row: ops.Kernel, rng: np.random.Gen
         pytest.skip(reason)
     draw = random.Random(int(rng.integers(2**62)))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    best = ops.cpu.operators().limit_isa(2)
+    best = library.operators().limit_isa(2)
     specification = getattr(norm, row.operator)
     try:
         for _ in range(3000):
-            ops.cpu.operators().limit_isa(draw.randint(0, best))
+            library.operators().limit_isa(draw.randint(0, best))
             torch.set_num_threads(draw.choice((1, 2, 3, 8)))
             height, width = draw.choice((1, 2, 3, 5, 8)), draw.choice((1, 2, 3, 4, 7))
             shape = (draw.choice((0, 1, 2, 3, 20)), height * width, draw.choice(CHANNELS))
@@ -80,4 +82,4 @@ def test_the_kernel_equals_the_specification(row: ops.Kernel, rng: np.random.Gen
             for a, e in zip(*((x if isinstance(x, tuple) else (x,)) for x in (actual, expected)), strict=True):
                 same(a, e)
     finally:
-        ops.cpu.operators().limit_isa(2)
+        library.operators().limit_isa(2)

@@ -13,8 +13,8 @@ from torch import nn
 
 import fqt
 from fqt import ops, timing
+from fqt.inspect.timing import Profile, Timing
 from fqt.ops import Kernel
-from fqt.timing import Profile, Timing
 from tests.fqt.test_convert import fingerprint
 
 ONE_BIT = fqt.load_recipe("fqt_1bit").everywhere()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fqt import reference
+from fqt import multiply, reference
 from fqt.formats import Format
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
@@ -223,7 +223,7 @@ def test_settings_of_torch_do_not_reach_the_accumulators(setting, rng):
 
     expected = products()
     codes = [reference.unpack(q.codes, q.format, q.shape).double() for q in (x, w)]
-    exact = reference.multiply_output(*codes, geometry).float() * reference.spread(x.scale, x)
+    exact = multiply.multiply_output(*codes, geometry).float() * reference.spread(x.scale, x)
     assert_same_values(expected[0], exact * w.scale)
     if setting == "mkldnn off":
         before = torch._C._get_mkldnn_enabled()
@@ -390,6 +390,6 @@ def test_weight_gradient_of_a_1x1_window_stays_within_its_memory(stride, groups)
         geometry = Geometry(11, 7, (1, 1), stride, (1, 0, 2, 0), (1, 1), groups)
         positions = geometry.output_size[0] * geometry.output_size[1]
         g, x = torch.randn(samples, positions, outputs), torch.randn(samples, 77, channels)
-        whole = reference.multiply_grad_weight(g, x, geometry)
-        parts = reference.multiply_grad_weight_of_samples(g, x, geometry).sum(0)
+        whole = multiply.multiply_grad_weight(g, x, geometry)
+        parts = multiply.multiply_grad_weight_of_samples(g, x, geometry).sum(0)
         torch.testing.assert_close(whole, parts)

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import fqt
-from fqt import cpu, ops, reference, selfcheck
+from fqt import ops, reference, selfcheck
+from fqt.cpu import integers, library, signs
 from fqt.native import refuse_truncated
 from fqt.ops import KERNELS, Kernel, Request
 
 NATIVE = [row for row in KERNELS if row.native and row.device == "cpu"]
 ROOT = Path(__file__).parents[2]
-built = pytest.mark.skipif(not cpu._LIBRARY.exists(), reason="the C++ kernels are not built")
+built = pytest.mark.skipif(not library.LIBRARY.exists(), reason="the C++ kernels are not built")
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
@@ -62,9 +63,9 @@ def test_a_wrong_kernel_is_found_out(operator: str) -> None:
 
 @built
 def test_a_wrong_kernel_refuses_and_the_reference_serves(monkeypatch, caplog) -> None:
-    for name in ("output", "output_integers"):
-        right = getattr(cpu, name)
-        monkeypatch.setattr(cpu, name, lambda *args, right=right: right(*args) + 1)
+    for module in (signs, integers):
+        right = module.output
+        monkeypatch.setattr(module, "output", lambda *args, right=right: right(*args) + 1)
     with caplog.at_level(logging.INFO, "fqt"):
         layer = fqt.convert(torch.nn.Linear(16, 3), fqt.load_recipe("fqt_1bit").everywhere())
     row = fqt.summary(layer).rows[0]
@@ -86,8 +87,8 @@ def test_the_check_disturbs_nothing_and_no_mode_disturbs_it() -> None:
 # --- files that are no library: each in a process of its own ------------------------------------------------------------
 
 TRAIN = """
-import sys, pathlib, torch, fqt, fqt.cpu
-fqt.cpu._LIBRARY = pathlib.Path(sys.argv[1])
+import sys, pathlib, torch, fqt, fqt.cpu.library
+fqt.cpu.library.LIBRARY = pathlib.Path(sys.argv[1])
 model = fqt.convert(torch.nn.Linear(16, 3), fqt.load_recipe("fqt_1bit").everywhere())
 model(torch.randn(4, 16)).sum().backward()
 print(fqt.summary(model))
@@ -110,12 +111,12 @@ def test_a_library_that_is_missing(tmp_path: Path) -> None:
 @built
 @pytest.mark.parametrize("part", [0.5, 0.99])
 def test_a_library_that_is_cut_short(tmp_path: Path, part: float) -> None:
-    whole, library = cpu._LIBRARY.read_bytes(), tmp_path / "short.so"
-    library.write_bytes(whole[: int(len(whole) * part)])
-    assert "cut short" in trained_with(library)
+    whole, short = library.LIBRARY.read_bytes(), tmp_path / "short.so"
+    short.write_bytes(whole[: int(len(whole) * part)])
+    assert "cut short" in trained_with(short)
     with pytest.raises(OSError, match=f"short.so is cut short: {int(len(whole) * part):,} bytes of {len(whole):,}"):
-        refuse_truncated(library)
-    refuse_truncated(cpu._LIBRARY)
+        refuse_truncated(short)
+    refuse_truncated(library.LIBRARY)
 
 
 def test_a_library_that_is_text(tmp_path: Path) -> None:

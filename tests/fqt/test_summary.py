@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 
 import fqt
 from fqt import ops
-from fqt.summary import Row
+from fqt.inspect.summary import Row
 
 INT8 = fqt.load_recipe("int8").everywhere()
 ONE_BIT = fqt.load_recipe("fqt_1bit").everywhere()

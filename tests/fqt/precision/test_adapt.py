@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import fqt
+from fqt.cpu import library
 from fqt.precision import Precision, push_down, push_up
 from fqt.precision.formats import from_plain, to_plain
 from fqt.precision.push_up import gradient_diversity, raise_by
@@ -98,7 +99,7 @@ def test_a_switched_model_computes_as_one_converted_to_that_format() -> None:
     ],
 )
 def test_summary_says_what_a_word_length_runs_on(word: int, products: dict) -> None:
-    if word <= 16 and not fqt.cpu._LIBRARY.exists():  # type: ignore[attr-defined]
+    if word <= 16 and not library.LIBRARY.exists():  # type: ignore[attr-defined]
         pytest.skip("the extension is not built")
     model = network(fqt.precision.at_precision(fqt.load_recipe("adapt"), Precision(word, 4)))
     for row in fqt.summary(model).rows:

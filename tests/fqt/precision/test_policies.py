@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import fqt
+from fqt.inspect.summary import summary
 from fqt.precision import Budget, Policy, Schedule, Static, Variance, build_policy
 from fqt.precision.policy import POLICIES
 from fqt.precision.variance import keep_probabilities, quantization_variance, variances
 from fqt.quantizers import build, quantize
-from fqt.summary import summary
 from tests.fqt.precision.conftest import Run, batch, network
 
 

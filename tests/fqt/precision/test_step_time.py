@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fqt
+from fqt.inspect.timing import Timing
 from fqt.precision import Precision, StepTime, at_precision, step_time
-from fqt.timing import Timing
 from tests.fqt.precision.conftest import batch, network
 
 

@@ -18,13 +18,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fqt import convert, load_recipe, norm, ops, reference
+from fqt import convert, load_recipe, ops, reference
 from fqt.formats import Format
-from fqt.norm import Source, Windows
 from fqt.ops import NORM, PRODUCTS
 from fqt.qtensor import QTensor
 from fqt.quantizers import build
 from fqt.recipe import recipes
+from fqt.reference import norm
+from fqt.reference.norm import Source, Windows
 from fqt.testing import assert_same_codes, assert_same_values
 from fqt.triton_kernels import gather, plan, weight
 from fqt.triton_kernels import norm as norm_kernels

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from fqt import cpu, ops
-from fqt.nn import QuantizedLayer
+from fqt import ops
+from fqt.cpu import integers
+from fqt.layers import QuantizedLayer
 from fqt.ops import PRODUCTS
 from fqt.recipe import MAX_PRODUCT_BITS
 
@@ -170,7 +171,7 @@ def _arithmetic(layer: QuantizedLayer) -> list[str]:
         how = "as 16-bit integers, added up in 64 bits" if served == "cpu int16" else "in float64"
         said.append(f"words of 9 to 16 bits: their codes are multiplied {how}, which is exact")
     w = layer.quantized_weight() if served in ("cpu int8", "cpu int16") else None
-    busy = None if w is None else cpu.busy_rows(w, layer.window())
+    busy = None if w is None else integers.busy_rows(w, layer.window())
     if w is not None and busy is not None:
         said.append(f"{w.shape[0] - busy.numel()} of {w.shape[0]} output channels are zero and left out")
     return said

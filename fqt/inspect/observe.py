@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fqt.nn import QuantizedLayer, quantized_layers
+from fqt.layers import QuantizedLayer, quantized_layers
 from fqt.quantizers.base import quantize
 
 

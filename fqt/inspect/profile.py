@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from fqt.convert import convert
-from fqt.nn import quantized_layers
+from fqt.inspect.timing import Profile, measure
+from fqt.layers import quantized_layers
 from fqt.recipe import Recipe
-from fqt.timing import Profile, measure
 
 
 def profile(model: nn.Module, input: object, *, recipe: str | Path | Recipe | None = None, seconds: float = 0.1) -> Profile:

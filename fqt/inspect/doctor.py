@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 import fqt
-from fqt import cpu, ops, selfcheck
+from fqt import ops, selfcheck
+from fqt.cpu import library
 from fqt.cuda_kernels import runtime
 from fqt.ops import KERNELS, Kernel, Request
 
@@ -66,18 +67,20 @@ def _backend() -> Iterator[Finding]:
 
 def _libraries() -> Iterator[Finding]:
     """A line for the library, and one for each native row of the table of kernels that this machine can run."""
-    if not cpu._LIBRARY.exists():
+    if not library.LIBRARY.exists():
         compiler = any(map(shutil.which, ("c++", "g++", "clang++")))
-        remedy = cpu.BUILD if compiler else f"install a C++ compiler (apt-get install g++), then {cpu.BUILD}"
-        yield Finding("absent", "cpu kernels", f"{cpu._LIBRARY.name} is not built: the reference serves, slower", remedy)
+        remedy = library.BUILD if compiler else f"install a C++ compiler (apt-get install g++), then {library.BUILD}"
+        yield Finding("absent", "cpu kernels", f"{library.LIBRARY.name} is not built: the reference serves, slower", remedy)
         return
     try:
-        used = cpu.operators().instruction_set()
+        used = library.operators().instruction_set()
     except (OSError, AttributeError, RuntimeError) as error:
         text = " ".join(str(error.__cause__ or error).split())
-        yield Finding("broken", "cpu kernels", f"{cpu._LIBRARY.name} does not load: {text}", f"build it anew: {cpu.BUILD}")
+        yield Finding(
+            "broken", "cpu kernels", f"{library.LIBRARY.name} does not load: {text}", f"build it anew: {library.BUILD}"
+        )
         return
-    yield Finding("ok", "cpu kernels", f"{cpu._LIBRARY.name} loads, {used}")
+    yield Finding("ok", "cpu kernels", f"{library.LIBRARY.name} loads, {used}")
     for row in KERNELS:
         if row.native and row.device == "cpu":
             yield _row(row)

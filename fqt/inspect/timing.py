@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fqt.nn import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers
+from fqt.inspect.summary import backends
+from fqt.inspect.trial import feed, synchronize, undisturbed
+from fqt.layers import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers
 from fqt.ops import PRODUCTS
-from fqt.summary import backends
-from fqt.trial import feed, synchronize, undisturbed
 
 _ROUNDS = 5
 

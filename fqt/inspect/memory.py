@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fqt.convert import revert
-from fqt.cpu import fresh_memory
-from fqt.nn import QuantizedLayer, quantized_layers
-from fqt.profile import copied
+from fqt.cpu.library import fresh_memory
+from fqt.inspect.profile import copied
+from fqt.inspect.summary import backends
+from fqt.inspect.trial import feed, undisturbed
+from fqt.layers import QuantizedLayer, quantized_layers
 from fqt.recipe import Recipe
-from fqt.summary import backends
-from fqt.trial import feed, undisturbed
 
 ROWS: tuple[str, ...] = (
     "master weights", "packed weights", "saved activations", "masks", "scales", "gradients", "optimizer", "workspace",

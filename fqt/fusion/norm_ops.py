@@ -1,4 +1,4 @@
-"""The torch.library operators of batch normalization, see `fqt.norm`; their kernels stand in the table of `fqt.ops`."""
+"""The torch.library operators of batch normalization, as `fqt.reference.norm` specifies them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fqt.norm import Source, Windows
 from fqt.ops import Request, call, operator
+from fqt.reference.norm import Source, Windows
 
 _SOURCE = "Tensor y, Tensor? scale, Tensor? offset"
 

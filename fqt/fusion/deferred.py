@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fqt.norm_ops  # noqa: F401  registers torch.ops.fqt.norm_*
+import fqt.fusion.norm_ops  # noqa: F401  registers torch.ops.fqt.norm_*
 from fqt.autograd import once
 from fqt.formats import Format
-from fqt.norm import Source, Windows
 from fqt.qtensor import QTensor
 from fqt.quantizers import Quantizer
 from fqt.recipe import Recipe
+from fqt.reference.norm import Source, Windows
 from fqt.triton_kernels import plan as triton
 
 # what a tensor is asked without needing its values
@@ -43,7 +43,7 @@ class Norm:
     """A batch normalization with its statistics, ready to be applied.
 
     Attributes:
-        affine: (4, C) float32, rows a, b, mean and inv of `fqt.norm`.
+        affine: (4, C) float32, rows a, b, mean and inv of `fqt.reference.norm`.
         weight, bias: (C,) gamma and beta, with their graph.
         batch: whether the statistics are the batch's, and the gradient flows through them.
         backend: the one that must serve, "" for the fastest that does.
@@ -157,7 +157,7 @@ def possible(x: Tensor) -> bool:
 
 
 def serves(device: str) -> bool:
-    """Whether a type of device has kernels of `fqt.norm`; the reference, in float64, would take longer than torch's own."""
+    """Whether a type of device has kernels of `fqt.reference.norm`; the reference itself is slower than torch's own."""
     return device in ("cpu", "meta") or (device == "cuda" and triton.refuses_norm() is None)
 
 

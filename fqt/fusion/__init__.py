@@ -1,0 +1,1 @@
+"""Fusion: between two 1-bit layers no float activation is written."""

@@ -1,0 +1,1 @@
+"""Looking at a model: what was decided for each layer, and what it costs in time and memory."""

@@ -1,0 +1,67 @@
+"""Activation gradient pruning (1-Bit FQT, arXiv 2408.14267, section 4.2): which groups are kept, in exact arithmetic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fqt.philox import uniform_u24
+from fqt.qtensor import QTensor
+
+ONE = 1 << 24
+"""The probability 1, in the integers that decide."""
+
+
+def keep_groups(low: Tensor, high: Tensor, mode: str, b: int, key: Tensor | None, stream: int) -> tuple[Tensor, Tensor]:
+    """Activation gradient pruning (1-Bit FQT, section 4.2): which groups are kept, and by what they are multiplied.
+
+    "bernoulli": group i is kept with probability p_i = min(1, c * R_i), c such that the p_i sum to G/b (at least 1), and
+    multiplied by 1/p_i: unbiased. The paper's p_i = (G/b) R_i / sum R can exceed 1; clipping that alone would keep too few,
+    so the excess is spread. R_i = max(x, 0) - min(x, 0) includes the zero, so a constant group is not lost.
+    "topk": the max(1, G // b) groups of the largest max |x|, not rescaled: what the paper's code does. Biased.
+
+    The probabilities are multiples of 2^-24 that come from exact integer sums, hence equal everywhere. A group that is not
+    finite is kept as it is.
+
+    Args:
+        low, high: of `group_range`.
+
+    Returns:
+        (kept,) int64 ascending, and (G,) float32, 0 for a pruned group.
+    """
+    groups = low.shape[0]
+    if groups == 0:
+        return torch.arange(0, device=low.device), low
+    high, low = high.clamp(min=0), low.clamp(max=0)
+    bad = ~(high - low).isfinite()
+    if mode == "topk":
+        order = torch.where(bad, torch.inf, torch.maximum(high, -low)).argsort(descending=True, stable=True)
+        keep = torch.zeros_like(bad).index_fill_(0, order[: max(1, groups // b)], True) | bad
+        return keep.nonzero()[:, 0], keep.float()
+
+    span = torch.where(bad, 0.0, high - low).double()
+    # ranges as integers of 30 bits, so that their sums are exact in any order
+    range_30 = torch.where(span > 0, (span * (2.0**30 / span.max())).floor().clamp(min=1), 0.0).long()
+    budget = max(groups * ONE / b, float(ONE))
+    largest = range_30.sort(descending=True).values
+    rest = largest.flip(0).cumsum(0).flip(0).double()  # sum of the ranges from the k-th largest on
+    left = (budget - ONE * torch.arange(groups, device=span.device, dtype=torch.float64)).clamp(min=0)
+    fits = (left * largest <= ONE * rest).nonzero()  # with the k widest kept for sure, no other p exceeds 1
+    k = int(fits[0]) if fits.numel() else groups
+    sure = (range_30 >= largest[k - 1]) | bad if k else bad
+    share = left[k] / rest[k].clamp(min=1) if k < groups else torch.zeros_like(left[0])
+    threshold = torch.where(range_30 > 0, (range_30 * share).round().clamp(1, ONE), 0.0)
+    threshold = torch.where(sure, float(ONE), threshold)
+    assert key is not None, "pruning at random needs a key"
+    draw = uniform_u24(torch.zeros(1, dtype=torch.int64, device=span.device), groups, key, stream)[0]
+    keep = draw < threshold
+    return keep.nonzero()[:, 0], torch.where(keep, ONE / threshold, 0.0).float()
+
+
+def pruned(q: QTensor, kept: Tensor, factor: Tensor) -> QTensor:
+    """`q` with its kept groups multiplied, the others at scale and offset 0, and the index of the kept ones."""
+    index = torch.full(factor.shape, -1, dtype=torch.int32, device=factor.device)
+    index[: kept.numel()] = kept.int()
+    scale, offset = (None if v is None else torch.where(factor > 0, v * factor, 0.0) for v in (q.scale, q.offset))
+    assert scale is not None
+    return QTensor(q.codes, scale, offset, index, q.format, q.shape)
