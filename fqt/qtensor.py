@@ -1,4 +1,4 @@
-"""QTensor: packed codes with their scales. A plain container, not a torch.Tensor subclass."""
+"""QTensor: packed codes with their scales; Scales: what encodes them. Plain containers, not torch.Tensor subclasses."""
 
 from __future__ import annotations
 
@@ -57,6 +57,46 @@ class QTensor:
     def decode(self) -> Tensor:
         """The values, (N, P, C) or (O, K, I) float32, contiguous."""
         return torch.ops.fqt.decode(self.tensors(), self.format.name, self.shape)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """How the values of each group become codes, `code = rounded((value - offset) * inverse)`, and what codes then stand for.
+
+    Attributes:
+        scale: (G,) float32; NaN for a group that cannot be encoded, whose stored bits are then 0.
+        inverse: (G,) float32, the reciprocal of scale, by one division; 0 where a group is constant or cannot be encoded.
+        offset: (G,) float32, or None when the format has none.
+        factor: (G,) float32 or None: what pruning multiplies a group's values by, 0 where it leaves the group out.
+        index: (G,) int32 or None: with a factor, the numbers of the kept groups in ascending order, then -1.
+    """
+
+    scale: Tensor
+    inverse: Tensor
+    offset: Tensor | None = None
+    factor: Tensor | None = None
+    index: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """[scale, inverse, offset, factor, index], an empty tensor for each that is absent: what crosses a schema."""
+        empty = self.scale.new_empty(0)
+        offset, factor = (empty if v is None else v for v in (self.offset, self.factor))
+        return [self.scale, self.inverse, offset, factor, empty.int() if self.index is None else self.index]
+
+    @staticmethod
+    def from_tensors(tensors: Sequence[Tensor], format: Format) -> Scales:
+        """The inverse of `tensors`."""
+        scale, inverse, offset, factor, index = tensors
+        pruned = factor.numel() > 0
+        return Scales(scale, inverse, offset if format.offset else None, *((factor, index) if pruned else (None, None)))
+
+    def of(self, codes: Tensor, format: Format, shape: Shape3) -> QTensor:
+        """The codes that were made with these, as a quantized tensor of logical `shape`."""
+        scale, offset = self.scale, self.offset
+        if self.factor is not None:
+            scale, offset = (None if v is None else torch.where(self.factor > 0, v * self.factor, 0.0) for v in (scale, offset))
+            assert scale is not None
+        return QTensor(codes, scale, offset, self.index, format, shape)
 
 
 def codes_dtype(format: Format) -> torch.dtype:

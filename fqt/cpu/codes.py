@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fqt.cpu import library
 from fqt.cpu.library import empty, operators
-from fqt.formats import FLOAT8_MAX, Format
+from fqt.formats import Format
 from fqt.qtensor import QTensor, codes_dtype
 
 _BIT = Format("sign", 1)
@@ -18,7 +18,7 @@ def refuses_codes(formats: tuple[Format, ...]) -> str | None:
     if (reason := library.refuses()) is not None:
         return reason
     (format,) = formats
-    if format.grid in FLOAT8_MAX:
+    if format.is_float:
         return "codes of 8-bit floats are not vectorized"
     return None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fqt.cpu import library
 from fqt.cpu.library import empty, operators
 from fqt.cpu.signs import column, leaving
-from fqt.formats import FLOAT8_MAX, Format, Shape3
+from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
 from fqt.reference import spread
@@ -25,7 +25,7 @@ def refuses(operator: str, formats: tuple[Format, ...], geometry: Geometry | Non
         return reason
     a, b = formats
     for format in formats:
-        if format.bits > bits or format.grid in FLOAT8_MAX:
+        if format.bits > bits or format.is_float:
             return f"the kernel multiplies integers of at most {bits} bits, not {a.name} by {b.name}"
         if format.grid == "uint" and format.bits > 8:
             return f"the kernel multiplies 9 to 16 bits in two's complement, not {a.name} by {b.name}"

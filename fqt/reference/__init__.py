@@ -1,15 +1,16 @@
 """The reference: how tensors are quantized and multiplied, in plain PyTorch. It is the specification; it serves everything."""
 
-from fqt.reference.codes import MIN_RANGE, absmean, calibrate_groups, encode, group_range, group_rows, quantize
+from fqt.reference.codes import MIN_RANGE, absmean, calibrate, calibrate_groups, encode, group_range, group_rows, quantize
 from fqt.reference.packing import apply_mask, decode, pack, pass_mask, spread, unpack
 from fqt.reference.products import accumulate, grad_input, grad_weight, output
-from fqt.reference.pruning import keep_groups, pruned
+from fqt.reference.pruning import keep_groups
 
 __all__ = [
     "MIN_RANGE",
     "absmean",
     "accumulate",
     "apply_mask",
+    "calibrate",
     "calibrate_groups",
     "decode",
     "encode",
@@ -21,7 +22,6 @@ __all__ = [
     "output",
     "pack",
     "pass_mask",
-    "pruned",
     "quantize",
     "spread",
     "unpack",

@@ -13,80 +13,124 @@ large value. A group whose range is below `MIN_RANGE` counts as constant: its sc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fqt.formats import FLOAT8_MAX, Format
+from fqt.formats import GRIDS, Format, Grid
 from fqt.philox import uniform_u24
-from fqt.qtensor import QTensor
+from fqt.qtensor import QTensor, Scales
 from fqt.reference.packing import pack, pass_mask, stored
-from fqt.reference.pruning import ONE, keep_groups, pruned
+from fqt.reference.pruning import ONE, keep_groups, kept_index
 
 MIN_RANGE = 2.0**-100
-_FLOAT8_MIN_EXPONENT = {"e4m3": -6, "e5m2": -14}
-_FLOAT8_MANTISSA_BITS = {"e4m3": 3, "e5m2": 2}
 
 
 def quantize(
     x_NPC: Tensor,
     format: Format,
     *,
-    calibrate: str,
-    limits: tuple[float, float] = (-1.0, 1.0),
     stochastic: bool = False,
-    prune: str = "",
-    keep_one_in: int = 1,
     fold: Tensor | None = None,
     key: Tensor | None = None,
     stream: int = 0,
     pass_range: tuple[float, float] | None = None,
-    ranges: tuple[Tensor, Tensor] | None = None,
+    **calibration: Any,
 ) -> tuple[QTensor, Tensor | None]:
-    """Quantize a tensor.
+    """`calibrate`, then `encode`.
 
     Args:
-        x_NPC: (N, P, C) or (O, K, I), any float dtype, any strides.
-        calibrate: "absmax" (symmetric range), "minmax", "absmean" (scale = mean |x|; sign and ternary) or "none".
-        limits: with calibrate="none", the values of the smallest and the largest code.
         stochastic: stochastic instead of nearest rounding; needs `key`.
-        prune: "" (nothing), "bernoulli" or "topk", see `keep_groups`.
-        keep_one_in: b: pruning keeps one group in b.
-        fold: broadcastable to x and multiplied into it first: the other operand's scale that cannot leave the product.
-        key: () int64, the Philox key.
-        stream: even; rounding draws from this stream, pruning from the next.
         pass_range: of the clipped straight-through estimator; None passes every gradient.
-        ranges: what `group_range` would compute, (G,) float32 each, where the caller knows it.
+        calibration: further arguments of `calibrate`.
 
     Returns:
         The codes, and the packed mask of `pass_mask` (None without `pass_range`).
     """
     mask = None if pass_range is None else pass_mask(x_NPC, *pass_range)
-    shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
+    scales = calibrate(x_NPC, format, fold=fold, key=key, stream=stream, **calibration)
+    codes = encode(x_NPC, scales, format, fold=fold, key=key if stochastic else None, stream=stream)
+    return scales.of(codes, format, (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])), mask
+
+
+def calibrate(
+    x_NPC: Tensor,
+    format: Format,
+    *,
+    calibrate: str,
+    limits: tuple[float, float] = (-1.0, 1.0),
+    prune: str = "",
+    keep_one_in: int = 1,
+    fold: Tensor | None = None,
+    key: Tensor | None = None,
+    stream: int = 0,
+    ranges: tuple[Tensor, Tensor] | None = None,
+) -> Scales:
+    """What a tensor's groups are encoded with.
+
+    Args:
+        x_NPC: (N, P, C) or (O, K, I), any float dtype, any strides.
+        calibrate: "absmax" (symmetric range), "minmax", "absmean" (scale = mean |x|; sign and ternary) or "none".
+        limits: with calibrate="none", the values of the smallest and the largest code.
+        prune: "" (nothing), "bernoulli" or "topk", see `keep_groups`.
+        keep_one_in: b: pruning keeps one group in b.
+        fold: broadcastable to x and multiplied into it first: the other operand's scale that cannot leave the product.
+        key: () int64, the Philox key.
+        stream: even; rounding draws from this stream, pruning from the next.
+        ranges: what `group_range` would compute, (G,) float32 each, where the caller knows it.
+    """
     rows_GE = group_rows(x_NPC.float() if fold is None else x_NPC.float() * fold, format)
     low, high = ranges or group_range(rows_GE)
     mean = absmean(rows_GE) if calibrate == "absmean" else None
     scale, inverse, offset = calibrate_groups(low, high, mean, format, calibrate, limits)
-    groups = torch.arange(rows_GE.shape[0], device=rows_GE.device)
-    kept, factor = groups, None
-    if prune:
-        kept, factor = keep_groups(low, high, prune, keep_one_in, key, stream + 1)
+    if not prune:
+        return Scales(scale, inverse, offset)
+    kept, factor = keep_groups(low, high, prune, keep_one_in, key, stream + 1)
+    return Scales(scale, inverse, offset, factor, kept_index(kept, factor.shape[0]))
 
-    kept_offset = None if offset is None else offset[kept]
-    codes_GE = encode(rows_GE[kept], format, inverse[kept], kept_offset, kept, key if stochastic else None, stream)
-    stored_GE = stored(codes_GE, format, scale[kept])
-    if factor is None:
-        return QTensor(pack(stored_GE, format, shape), scale, offset, None, format, shape), mask
-    stored_GE = stored_GE.new_zeros(rows_GE.shape).index_copy_(0, kept, stored_GE)
-    return pruned(QTensor(pack(stored_GE, format, shape), scale, offset, None, format, shape), kept, factor), mask
+
+def encode(
+    x_NPC: Tensor,
+    scales: Scales,
+    format: Format,
+    *,
+    fold: Tensor | None = None,
+    key: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """Packed codes of a tensor, of shape `format.packed_shape`.
+
+    Args:
+        x_NPC, fold: as in `calibrate`.
+        key: None rounds to nearest, ties to even; else stochastic rounding draws with it.
+        stream: even; from which the draws are taken.
+    """
+    shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
+    rows_GE = group_rows(x_NPC.float() if fold is None else x_NPC.float() * fold, format)
+    kept = torch.arange(rows_GE.shape[0], device=rows_GE.device)
+    if scales.index is not None:
+        kept = scales.index[scales.index >= 0].long()
+    offset = None if scales.offset is None else scales.offset[kept]
+    codes_GE = round_rows(rows_GE[kept], format, scales.inverse[kept], offset, kept, key, stream)
+    stored_GE = stored(codes_GE, format, scales.scale[kept])
+    if scales.index is not None:
+        stored_GE = stored_GE.new_zeros(rows_GE.shape).index_copy_(0, kept, stored_GE)
+    return pack(stored_GE, format, shape)
 
 
 def group_rows(x_NPC: Tensor, format: Format) -> Tensor:
     """(N, P, C) as (groups, elements of a group), in the order of `fqt.formats`."""
     shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
-    groups = format.groups(shape)
-    stored = x_NPC.permute(2, 0, 1) if format.channel_major else x_NPC
-    return stored.reshape(groups, x_NPC.numel() // max(groups, 1))
+    grouping = format.grouping
+    groups = grouping.groups(shape)
+    stored = x_NPC if grouping.in_order else x_NPC.permute(grouping.order)
+    if grouping.block:
+        together = grouping.together(shape)
+        rows = stored.reshape(-1, together) if together else stored.new_empty(0, 0)
+        stored = F.pad(rows, (0, -together % grouping.block))
+    return stored.reshape(groups, x_NPC.numel() // max(groups, 1) if not grouping.block else grouping.block)
 
 
 def group_range(rows_GE: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +189,7 @@ def calibrate_groups(
     return scale, inverse, torch.where(bad, 0.0, offset) if format.offset else None
 
 
-def encode(
+def round_rows(
     rows_GE: Tensor,
     format: Format,
     inverse: Tensor,
@@ -165,7 +209,7 @@ def encode(
     shifted = rows_GE if offset is None else rows_GE - offset.unsqueeze(1)
     y = (shifted.double() if format.bits > 24 else shifted) * inverse.unsqueeze(1)
     y = y.clamp_(*format.code_range)
-    step = _float8_step(y, format.grid) if format.grid in FLOAT8_MAX else None
+    step = _float_step(y, GRIDS[format.grid]) if format.is_float else None
     y = y if step is None else y / step  # a power of two: exact
     if key is None:
         codes = y.round()
@@ -175,8 +219,7 @@ def encode(
     return codes if step is None else codes * step
 
 
-def _float8_step(y: Tensor, grid: str) -> Tensor:
-    """Distance of neighbours on a float8 grid around y."""
-    exponent = torch.frexp(y).exponent - 1
-    smallest = torch.full_like(exponent, _FLOAT8_MIN_EXPONENT[grid])
-    return torch.ldexp(torch.ones_like(y), torch.maximum(exponent, smallest) - _FLOAT8_MANTISSA_BITS[grid])
+def _float_step(y: Tensor, grid: Grid) -> Tensor:
+    """Distance of neighbours on a grid of small floats around y."""
+    exponent = (torch.frexp(y).exponent - 1).clamp(min=1 - grid.bias)
+    return torch.ldexp(torch.ones_like(y), exponent - grid.mantissa)

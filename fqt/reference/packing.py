@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fqt.formats import FLOAT8_MAX, Format, Shape3
+from fqt.formats import GRIDS, Format, Grid, Shape3
 from fqt.qtensor import QTensor, codes_dtype
 
 _FLOAT8_DTYPE = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -19,8 +19,8 @@ def stored(codes_GE: Tensor, format: Format, scale: Tensor) -> Tensor:
         codes_GE = codes_GE.masked_fill(bad, 0.0)
     if format.grid == "sign":
         return (codes_GE > 0).to(torch.uint8)
-    if format.grid in FLOAT8_MAX:
-        return codes_GE.to(_FLOAT8_DTYPE[format.grid]).view(torch.uint8)
+    if format.is_float:
+        return _float_bits(codes_GE, GRIDS[format.grid])
     bits = format.storage_bits
     if bits > 8:
         return codes_GE.to(torch.int64).to(codes_dtype(format))
@@ -31,9 +31,11 @@ def stored(codes_GE: Tensor, format: Format, scale: Tensor) -> Tensor:
 
 def pack(stored_GE: Tensor, format: Format, shape: Shape3) -> Tensor:
     """(G, E) stored integers to `format.packed_shape(shape)`, the first code in the lowest bits of its byte."""
-    bits = format.storage_bits
+    bits, grouping = format.storage_bits, format.grouping
     packed_shape = format.packed_shape(shape)
-    last = shape[0] * shape[1] if format.axes == "C" else format.rows(shape)[2]
+    if grouping.block:  # a last, shorter block was filled up
+        stored_GE = stored_GE.reshape(-1, grouping.blocks(shape) * grouping.block)[:, : grouping.together(shape)]
+    last = grouping.rows(shape)[2]
     codes = stored_GE.reshape(*packed_shape[:2], last)
     if bits >= 8:
         return codes.contiguous()
@@ -52,22 +54,48 @@ def unpack(codes: Tensor, format: Format, shape: Shape3) -> Tensor:
         values = codes.to(torch.float64 if format.bits > 24 else torch.float32)
     else:
         values = F.embedding(codes.int(), _byte_table(format, codes.device)).flatten(-2)
-    a, b, c = format.rows(shape)
-    values = values[..., : b * c if format.axes == "C" else c].reshape(a, b, c)
-    return values.permute(1, 2, 0) if format.channel_major else values
+    grouping = format.grouping
+    return _unstored(values[..., : grouping.rows(shape)[2]].reshape(grouping.stored(shape)), format)
+
+
+def _unstored(values: Tensor, format: Format) -> Tensor:
+    """A tensor with the axes in stored order, seen in its own."""
+    a, b, c = format.grouping.order
+    return values if format.grouping.in_order else values.permute([(a, b, c).index(axis) for axis in range(3)])
 
 
 def _byte_table(format: Format, device: torch.device) -> Tensor:
     """(256, codes a byte) float32: the codes that each byte holds."""
     bits = format.storage_bits
     byte = torch.arange(256, device=device)
-    if format.grid in FLOAT8_MAX:
+    if format.grid in _FLOAT8_DTYPE:
         return byte.to(torch.uint8).view(_FLOAT8_DTYPE[format.grid]).float().unsqueeze(1)
     lane = (byte.unsqueeze(1) >> torch.arange(0, 8, bits, device=device)) & (2**bits - 1)
     if format.grid == "sign":
         return (2 * lane - 1).float()
+    if format.is_float:
+        return _float_values(lane, GRIDS[format.grid])
     negative = (lane >= 2 ** (bits - 1)) & (format.grid != "uint")
     return torch.where(negative, lane - 2**bits, lane).float()
+
+
+def _float_bits(codes: Tensor, grid: Grid) -> Tensor:
+    """Values of a grid of small floats as sign, exponent and mantissa, uint8."""
+    if grid.name in _FLOAT8_DTYPE:
+        return codes.to(_FLOAT8_DTYPE[grid.name]).view(torch.uint8)
+    size = codes.abs()
+    exponent = (torch.frexp(size).exponent - 1).clamp(min=1 - grid.bias)
+    fraction = torch.ldexp(size, grid.mantissa - exponent).int()  # in steps; from 2^mantissa on it is a normal number
+    bits = ((exponent + grid.bias - 1) << grid.mantissa) + fraction
+    return (bits | (codes.signbit().int() << (grid.exponent + grid.mantissa))).to(torch.uint8)
+
+
+def _float_values(bits: Tensor, grid: Grid) -> Tensor:
+    """The inverse of `_float_bits`, float32."""
+    exponent = (bits >> grid.mantissa) & (2**grid.exponent - 1)
+    fraction = (bits & (2**grid.mantissa - 1)) + ((exponent > 0).int() << grid.mantissa)
+    size = torch.ldexp(fraction.float(), exponent.clamp(min=1) - grid.bias - grid.mantissa)
+    return torch.where(bits >> (grid.exponent + grid.mantissa) > 0, -size, size)
 
 
 def decode(q: QTensor) -> Tensor:
@@ -80,11 +108,12 @@ def decode(q: QTensor) -> Tensor:
 
 def spread(scale_G: Tensor, q: QTensor) -> Tensor:
     """A value for each group as a tensor that broadcasts against (N, P, C)."""
-    n, p, c = q.shape
-    if q.format.axes == "NC":
-        return scale_G.view(c, n).T.unsqueeze(1)
-    shapes = {"": (1, 1, 1), "N": (n, 1, 1), "O": (n, 1, 1), "NP": (n, p, 1), "C": (1, 1, c)}
-    return scale_G.view(shapes[q.format.axes])
+    grouping = q.format.grouping
+    stored = grouping.stored(q.shape)
+    if grouping.block:
+        scale_G = scale_G.view(-1, grouping.blocks(q.shape)).repeat_interleave(grouping.block, 1)
+        return _unstored(scale_G[:, : grouping.together(q.shape)].reshape(stored), q.format)
+    return _unstored(scale_G.view([size if i < grouping.lead else 1 for i, size in enumerate(stored)]), q.format)
 
 
 def pass_mask(x_NPC: Tensor, low: float, high: float) -> Tensor:

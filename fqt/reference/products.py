@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fqt.formats import FLOAT8_MAX, Shape3
+from fqt.formats import Shape3
 from fqt.geometry import Geometry
 from fqt.multiply import (
     multiply_grad_input,
@@ -194,7 +194,7 @@ def _exact(a: Tensor, b: Tensor, terms: int, first: QTensor, second: QTensor) ->
     bound = terms
     for q in (first, second):
         bound *= max(abs(code) for code in q.format.code_range)
-    narrow = not any(q.format.grid in FLOAT8_MAX or q.format.bits > 8 for q in (first, second))
+    narrow = not any(q.format.is_float or q.format.bits > 8 for q in (first, second))
     # without oneDNN a convolution may be NNPACK's Winograd, whose transforms are not exact
     narrow = narrow and bound < _EXACT_IN_FLOAT32 and a.device.type == "cpu" and _onednn()
     dtype = torch.float32 if narrow else torch.float64

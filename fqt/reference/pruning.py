@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fqt.philox import uniform_u24
-from fqt.qtensor import QTensor
 
 ONE = 1 << 24
 """The probability 1, in the integers that decide."""
@@ -58,10 +57,8 @@ def keep_groups(low: Tensor, high: Tensor, mode: str, b: int, key: Tensor | None
     return keep.nonzero()[:, 0], torch.where(keep, ONE / threshold, 0.0).float()
 
 
-def pruned(q: QTensor, kept: Tensor, factor: Tensor) -> QTensor:
-    """`q` with its kept groups multiplied, the others at scale and offset 0, and the index of the kept ones."""
-    index = torch.full(factor.shape, -1, dtype=torch.int32, device=factor.device)
+def kept_index(kept: Tensor, groups: int) -> Tensor:
+    """(groups,) int32: the numbers of the kept groups in ascending order, then -1."""
+    index = torch.full((groups,), -1, dtype=torch.int32, device=kept.device)
     index[: kept.numel()] = kept.int()
-    scale, offset = (None if v is None else torch.where(factor > 0, v * factor, 0.0) for v in (q.scale, q.offset))
-    assert scale is not None
-    return QTensor(q.codes, scale, offset, index, q.format, q.shape)
+    return index

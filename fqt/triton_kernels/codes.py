@@ -117,7 +117,7 @@ def expanded(q: QTensor, axes: tuple[int, int, int] = (0, 1, 2)) -> Tensor:
     if q.format.storage_bits == 8 and not plan.centre(q.format):  # they are bytes already
         n, p, c = q.shape
         codes = q.codes.view(FLOAT8.get(q.format.grid, torch.int8))
-        canonical = codes.view(c, n, p).permute(1, 2, 0) if q.format.channel_major else codes.view(n, p, c)
+        canonical = codes.view(n, p, c) if q.format.grouping.in_order else codes.view(c, n, p).permute(1, 2, 0)
         return canonical.permute(axes).contiguous()
     out = torch.empty([q.shape[axis] for axis in axes], dtype=torch.int8, device=q.codes.device)
     strides = [0, 0, 0]

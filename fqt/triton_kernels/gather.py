@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fqt import reference
-from fqt.formats import FLOAT8_MAX, Shape3
+from fqt.formats import Shape3
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
 from fqt.triton_kernels import plan
@@ -238,7 +238,7 @@ def _holds(a: QTensor, extras: int, window: Geometry) -> str:
     """See `plan.fits_registers`."""
     linear = plan.is_linear(window)
     if extras == 0:
-        return "" if linear and a.format.grid not in FLOAT8_MAX else "places"
+        return "" if linear and not a.format.is_float else "places"
     return "offset" if linear or extras == 1 else "offsets"
 
 
@@ -281,7 +281,7 @@ def _launch(
         A_CENTRE=plan.centre(a.format), B_GRID=b.format.grid, B_BITS=b_bits, B_AXES=b.format.axes,
         B_OFFSET=b.offset is not None, B_CENTRE=plan.centre(b.format), BIAS=bias is not None, MASK=mask is not None,
         WIDE=plan.bound(taps * depth, a.format, b.format) >= plan.WIDE,
-        FLOAT=a.format.grid in FLOAT8_MAX, M=t.m, N=t.n, K=t.k, BAND=8, warps=t.warps, stages=t.stages,
+        FLOAT=a.format.is_float, M=t.m, N=t.n, K=t.k, BAND=8, warps=t.warps, stages=t.stages,
     )  # fmt: skip
 
 

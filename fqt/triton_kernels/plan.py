@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fqt.formats import FLOAT8_MAX, Format, Shape3
+from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 
 SHARED_BYTES = {
@@ -57,7 +57,7 @@ def refuses_product(operator: str, formats: tuple[Format, ...], geometry: Geomet
     if not _installed():
         return _NO_TRITON
     a, b = formats
-    grids = [format.grid in FLOAT8_MAX for format in formats]
+    grids = [format.is_float for format in formats]
     if float8:
         if not all(grids):
             return f"the kernel multiplies two 8-bit floats, not {a.name} by {b.name}"
@@ -271,7 +271,7 @@ def centre(format: Format) -> int:
 def bound(terms: int, *formats: Format) -> int:
     """The largest magnitude of a sum of products, centred or not, while it is corrected."""
     for format in formats:
-        terms *= max(max(abs(code) for code in format.code_range), 2 * centre(format))
+        terms *= max(*(abs(int(code)) for code in format.code_range), 2 * centre(format))
     return terms
 
 

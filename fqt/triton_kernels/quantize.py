@@ -195,7 +195,7 @@ def quantize(
     shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     device, lie, groups = x_NPC.device, plan.stored(format, shape), format.groups(shape)
     mask = None if pass_range is None else x_NPC.new_empty(_BIT.packed_shape(shape), dtype=torch.uint8)
-    if x_NPC.numel() == 0 or (mask is not None and format.channel_major):
+    if x_NPC.numel() == 0 or (mask is not None and (not format.grouping.in_order)):
         # nothing to launch; or a mask that is packed along another axis than the codes
         mask = None if pass_range is None else reference.pass_mask(x_NPC, *pass_range)
     if x_NPC.numel() == 0:
@@ -224,7 +224,7 @@ def quantize(
 
     tile = plan.elementwise(lie)
     mantissa, bias = _FLOAT8_BITS.get(format.grid, (0, 0))
-    fuse_mask = mask is not None and not format.channel_major
+    fuse_mask = mask is not None and bool(format.grouping.in_order)
     launch(
         _encode, (plan.ceil_div(lie.rows, tile.rows) * plan.ceil_div(lie.length, tile.columns),),
         x, folded, calibrated, calibrated if factor is None else factor, calibrated, key if stochastic else calibrated,

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fqt import reference
-from fqt.formats import FLOAT8_MAX
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
 from fqt.triton_kernels import plan
@@ -234,7 +233,7 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
     window = geometry or Geometry(positions, 1, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
     taps, groups = window.kernel[0] * window.kernel[1], window.groups
     outputs, channels = all_outputs // groups, x.shape[2] // groups
-    blocks, linear, is_float = "N" in g.format.axes, plan.is_linear(window), g.format.grid in FLOAT8_MAX
+    blocks, linear, is_float = "N" in g.format.axes, plan.is_linear(window), g.format.is_float
     gathered = g.index is not None and (g.format.axes == "N" or (g.format.axes == "C" and groups == 1))
     terms = positions if blocks else n * positions
     device = g.codes.device
@@ -244,7 +243,7 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
 
     x_codes = expanded(x, (2, 0, 1) if linear else (0, 1, 2))
     need_g, need_x = _shifted(x), _shifted(g)
-    if need_g or not g.format.channel_major or plan.expands(g.format, taps * plan.ceil_div(channels, t.n), groups):
+    if need_g or g.format.grouping.in_order or plan.expands(g.format, taps * plan.ceil_div(channels, t.n), groups):
         g_codes, g_bits, g_sample = expanded(g, (2, 0, 1)), 8, positions
         g_row = n * positions
     else:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import fqt
-from fqt import ops, timing
+from fqt import ops
+from fqt.inspect import timing
 from fqt.inspect.timing import Profile, Timing
 from fqt.ops import Kernel
 from tests.fqt.test_convert import fingerprint

@@ -13,6 +13,7 @@ from fqt.formats import Format
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
 from fqt.quantizers import build, quantize
+from fqt.reference import products
 from fqt.testing import assert_same_values
 from tests.fqt import oracle
 
@@ -253,7 +254,7 @@ def test_samples_at_a_time_change_nothing(rng, monkeypatch):
         x = oracle.random_operand(rng, Format("uint", 3, "", True), x_shape).q
         expected = reference.grad_weight(g, x, geometry)
         for elements in (1, 2 * math.prod(x_shape[1:])):
-            monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", elements)
+            monkeypatch.setattr(products, "_BLOCK_ELEMENTS", elements)
             assert_same_values(reference.grad_weight(g, x, geometry), expected)
 
 

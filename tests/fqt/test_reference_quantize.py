@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fqt import reference
-from fqt.formats import FLOAT8_MAX, Format
+from fqt.formats import GRIDS, Format
 from fqt.qtensor import check
 from fqt.testing import assert_same_codes
 from tests.fqt import oracle
@@ -131,7 +131,9 @@ def test_the_sign_of_zero_is_plus_one():
 def test_exact_codes_are_never_moved_by_stochastic_rounding():
     for name in ("int8", "uint8", "fixed8", "e4m3", "e5m2", "ternary"):
         low, high = Format.parse(name).code_range
-        exact = [float(v) for v in oracle.float8_grid(name)] if name in FLOAT8_MAX else [*map(float, range(low, high + 1))]
+        exact = (
+            [float(v) for v in oracle.float8_grid(name)] if name in ("e4m3", "e5m2") else [*map(float, range(low, high + 1))]
+        )
         assert codes_of(exact, name, stochastic=True) == exact
 
 
@@ -172,7 +174,7 @@ def test_float8_to_nearest_is_torchs_cast(grid, rng):
     tiny = np.array([smallest * f for f in (0.5, 0.49, 0.51, 1.5, 2.0**-40)] + [1e-45], np.float32)
     ordinary = np.exp2(rng.uniform(-30, math.log2(values.max()), 4000)).astype(np.float32)
     x = np.concatenate([values, [-0.0], middle, *beside, tiny, -tiny, ordinary, -ordinary]).astype(np.float32)
-    high = FLOAT8_MAX[grid]
+    high = GRIDS[grid].largest
     q = quantized(torch.from_numpy(x).view(1, 1, -1), Format(grid, 8), "none", limits=(-high, high))
     assert q.scale.tolist() == [1.0]
     np.testing.assert_array_equal(q.codes.view(-1), torch.from_numpy(x).to(TORCH_FLOAT8[grid]).view(torch.uint8))
@@ -459,7 +461,7 @@ def test_pack_and_unpack_for_every_width_and_ragged_sizes(name, axes, rng):
     base = Format.parse(name)
     format = Format(base.grid, base.bits, axes)
     for size in SIZES:
-        shape = (2, size, 2) if format.channel_major else (2, 2, size)
+        shape = (2, size, 2) if not format.grouping.in_order else (2, 2, size)
         codes = full_range_codes(format, shape, rng)
         expected = oracle.pack(codes, format)  # its padding bits are 0
         dtype = {16: np.int16, 32: np.int32}.get(format.storage_bits, np.uint8)
@@ -576,9 +578,9 @@ def bounds(q, x: torch.Tensor, format: Format, calibrate: str) -> tuple[torch.Te
     scale = reference.spread(q.scale, q).double()
     offset = 0.0 if q.offset is None else reference.spread(q.offset, q).double()
     y = (x.double() - offset) / torch.where(scale > 0, scale, 1.0)
-    if format.grid in FLOAT8_MAX:
+    if format.is_float:
         near = [oracle.float8_neighbours(max(-m, min(m, v)), format.grid) for v, m in zip(
-            y.reshape(-1).tolist(), [FLOAT8_MAX[format.grid]] * y.numel(), strict=True)]  # fmt: skip
+            y.reshape(-1).tolist(), [GRIDS[format.grid].largest] * y.numel(), strict=True)]  # fmt: skip
         low, high = (torch.tensor([pair[i] for pair in near], dtype=torch.float64).view(y.shape) for i in (0, 1))
     else:
         y = torch.where((y - y.round()).abs() < 1e-5, y.round(), y)  # the extremes of a group are codes but for rounding
