@@ -7,33 +7,51 @@ backward. This page is the whole public face.
 """
 
 from fqt.convert import convert, revert
-from fqt.formats import Format
+from fqt.formats import Format, Grid, Grouping, register_grid
 from fqt.inspect.memory import Memory, memory
 from fqt.inspect.observe import count_saved_bytes, observe_gradients
 from fqt.inspect.profile import profile
 from fqt.inspect.summary import Summary, modelled_speedup, summary
 from fqt.inspect.timing import Profile
-from fqt.layers import QuantConv2d, QuantLinear, quantized_layers
+from fqt.layers import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers, register_layer
 from fqt.precision import AdaPT, Policy, Precision, build_policy, register_policy
-from fqt.qtensor import QTensor
+from fqt.qtensor import QTensor, Scales
 from fqt.quantizers import Quantizer, quantize, register
-from fqt.recipe import Product, Recipe, Rule, load_recipe, recipes
+from fqt.quantizers.stages import (
+    Calibration,
+    Estimator,
+    ProductTransform,
+    Transform,
+    register_calibration,
+    register_estimator,
+    register_transform,
+)
+from fqt.recipe import Product, Recipe, Rule
+from fqt.recipe_yaml import load_recipe, recipes
 
 __all__ = [
     "AdaPT",
+    "Calibration",
+    "Estimator",
     "Format",
+    "Grid",
+    "Grouping",
     "Memory",
     "Policy",
     "Precision",
     "Product",
+    "ProductTransform",
     "Profile",
     "QTensor",
     "QuantConv2d",
     "QuantLinear",
+    "QuantizedLayer",
     "Quantizer",
     "Recipe",
     "Rule",
+    "Scales",
     "Summary",
+    "Transform",
     "build_policy",
     "convert",
     "count_saved_bytes",
@@ -46,7 +64,12 @@ __all__ = [
     "quantized_layers",
     "recipes",
     "register",
+    "register_calibration",
+    "register_estimator",
+    "register_grid",
+    "register_layer",
     "register_policy",
+    "register_transform",
     "revert",
     "summary",
 ]

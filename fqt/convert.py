@@ -15,21 +15,20 @@ from pathlib import Path
 from torch import nn
 
 from fqt import ops
-from fqt.fusion.deferred import accumulates
+from fqt.fusion.deferred import Between, accumulates
 from fqt.fusion.modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedMaxPool2d
 from fqt.inspect.summary import NOTE, backends, count_macs, forget_macs
 from fqt.inspect.timing import measure
-from fqt.layers import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers
-from fqt.recipe import PLACES, Recipe, load_recipe
+from fqt.layers import STATES, QuantizedLayer, adapter_of, plain_classes, quantized_class, quantized_layers
+from fqt.recipe import PLACES, Recipe
+from fqt.recipe_yaml import load_recipe
 from fqt.wording import nearest
 
-_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: FusedBatchNorm1d,
     nn.BatchNorm2d: FusedBatchNorm2d,
     nn.MaxPool2d: FusedMaxPool2d,
 }
-_FLOAT_OF = {quant: plain for plain, quant in _CLASSES.items()}
 _UNFUSED = {fused: plain for plain, fused in _FUSED.items()}
 _log = logging.getLogger("fqt")
 
@@ -90,7 +89,7 @@ def convert(
             f"the model is converted already ({len(converted)} layers, the first is {converted[0]!r}): "
             f"call fqt.revert(model) before another conversion"
         )
-    layers = {name: module for name, module in model.named_modules() if type(module) in _CLASSES}
+    layers = {name: module for name, module in model.named_modules() if adapter_of(module) is not None}
     chosen = _choose(layers, recipe, patterns)
     if recipe.is_float:
         return model
@@ -99,11 +98,11 @@ def convert(
             reason = f"all {len(layers)} layers ({', '.join(list(layers)[:4])}) stay float by the recipe's rules or `skip`"
             remedy = "loosen `skip`, or pass fqt.load_recipe(...).everywhere() to drop the recipe's rules"
         else:
-            reason, remedy = "it has no nn.Linear and no nn.Conv2d", "check that this is the model you meant"
+            reason, remedy = f"it has no {_either(plain_classes())}", "check that this is the model you meant"
         raise ValueError(f"recipe {recipe.name!r} converts nothing in this {type(model).__name__}: {reason}; {remedy}")
     for name, layer_recipe in chosen.items():
         try:
-            layer_recipe.check("conv" if isinstance(layers[name], nn.Conv2d) else "linear")
+            layer_recipe.check(_adapter(layers[name]).kind)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
     exchange = _exchange(recipe)
@@ -130,6 +129,11 @@ def convert(
     replaced = _replace_modules(model, exchange)
     if fuse and any(accumulates(layer.recipe) for _, layer in quantized_layers(model)):
         _fuse(model, backend)
+    added = [f"{name}.{state}" for name, layer in quantized_layers(model) for state in layer.states_names(parameters=True)]
+    if added:
+        _log.info(
+            "%s adds %d parameters, which an optimizer made from now on trains: %s", recipe.name, len(added), ", ".join(added)
+        )
     served = {backend for _, layer in quantized_layers(model) for backend, _ in backends(layer).values()}
     _log.log(
         logging.WARNING if "reference" in served and not backend else logging.INFO,
@@ -148,7 +152,7 @@ def convert(
 
 def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None:
     """Convert a layer. ValueError where a backend is named that does not serve all that the layer asks of kernels."""
-    layer.__class__ = _CLASSES[type(layer)]
+    layer.__class__ = quantized_class(type(layer))
     assert isinstance(layer, QuantizedLayer)
     layer.recipe = recipe
     if backend:
@@ -165,10 +169,11 @@ def _make_plain(layer: nn.Module) -> None:
     if isinstance(layer, QuantizedLayer):
         del layer.__dict__["recipe"]
         layer.__dict__.pop("backend", None)
-        layer.__dict__.pop("fuse", None)
+        layer.__dict__.pop("fusion", None)
+        layer._modules.pop(STATES, None)
         for name in ("changing", "watcher"):
             layer.__dict__.pop(name, None)
-        layer.__class__ = _FLOAT_OF[type(layer)]  # type: ignore[assignment]
+        layer.__class__ = layer.plain  # type: ignore[assignment]
 
 
 def _check_speedup(min_speedup: object, example: object) -> None:
@@ -222,13 +227,25 @@ def _matches(pattern: str, name: str, layers: dict[str, nn.Module]) -> bool:
         return name == names[0]
     if pattern == "<last>":
         return name == names[-1]
-    if pattern == "<downsample>":
+    if pattern in ("<downsample>", "<depthwise>"):
         layer = layers[name]
-        return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
-    if pattern == "<depthwise>":
-        layer = layers[name]
-        return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
+        window = _adapter(layer).window(layer)  # type: ignore[arg-type]
+        if window is None:
+            return False
+        if pattern == "<downsample>":
+            return window.kernel == (1, 1) and max(window.stride) > 1
+        return window.groups > 1 and _adapter(layer).weight_OKI(layer).shape[2] == 1  # type: ignore[arg-type]
     return fnmatchcase(name, pattern)
+
+
+def _adapter(layer: nn.Module) -> type[QuantizedLayer]:
+    adapter = adapter_of(layer)
+    assert adapter is not None
+    return adapter
+
+
+def _either(names: Sequence[str]) -> str:
+    return " and no ".join(names) if len(names) < 3 else ", no ".join(names)
 
 
 def _some(names: dict[str, nn.Module]) -> str:
@@ -275,7 +292,7 @@ def _fuse(model: nn.Module, backend: str) -> None:
         return
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
-            module.__dict__["fuse"] = True
+            module.__dict__["fusion"] = Between
         elif type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
             if backend and not isinstance(module, FusedMaxPool2d):
@@ -285,6 +302,8 @@ def _fuse(model: nn.Module, backend: str) -> None:
 def revert(model: nn.Module) -> nn.Module:
     """Undo `convert`, in place: plain layers and activations again, the parameters as they are now. Returns the model.
 
+    Parameters and buffers of quantizers (a learned step, a running range) go with them; the log names them.
+
     Raises:
         ValueError: nothing in the model is converted, or a layer has become something else since.
     """
@@ -292,12 +311,13 @@ def revert(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError(f"nothing in this {type(model).__name__} is converted: there is nothing to revert")
     for name, layer in layers.items():
-        if type(layer) not in _FLOAT_OF:
+        if type(layer) is not quantized_class(layer.plain):
             raise ValueError(
                 f"layer {name!r} is a {type(layer).__name__}, no longer what fqt.convert made of it: "
                 f"undo that first (a parametrization: torch.nn.utils.parametrize.remove_parametrizations)"
             )
-    for module in model.modules():
+    states = [f"{name}.{state}" for name, layer in layers.items() for state in layer.states_names()]
+    for module in list(model.modules()):
         _make_plain(module)
         forget_macs(module)
         module.__dict__.pop(NOTE, None)
@@ -308,4 +328,6 @@ def revert(model: nn.Module) -> nn.Module:
             module.__class__, added = module.__dict__.pop("_fqt_replaced")
             for name in added:
                 del module.__dict__[name]
+    if states:
+        _log.info("reverted; dropped with the quantizers: %s", ", ".join(states))
     return model

@@ -27,7 +27,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 Shape3 = tuple[int, int, int]
@@ -204,6 +204,10 @@ class Format:
         offset: whether every group has an offset beside its scale. Only for `uint` codes.
         block: elements of a block that has a scale of its own, 0 for no blocks.
 
+    Attributes:
+        name: grid, bits where the grid leaves a choice, "+" for an offset, axes and block: "uint4+:N", "e2m1:NP/32".
+        grouping: how the tensor is cut into groups.
+
     Raises:
         ValueError: unknown grid or axes, bits out of the grid's range, an offset on a grid that has none.
     """
@@ -213,6 +217,8 @@ class Format:
     axes: str = ""
     offset: bool = False
     block: int = 0
+    name: str = field(init=False, repr=False, compare=False)
+    grouping: Grouping = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.grid not in GRIDS:
@@ -226,25 +232,16 @@ class Format:
             raise ValueError(f"grid {self.grid!r} has {wanted} bits, not {self.bits}{hint}")
         if self.offset and self.grid != "uint":
             raise ValueError(f"an offset belongs to the grid 'uint', not to {self.grid!r}")
-        _grouping(self.axes, self.block)
-
-    @property
-    def grouping(self) -> Grouping:
-        """How the tensor is cut into groups."""
-        return _grouping(self.axes, self.block)
+        object.__setattr__(self, "grouping", Grouping(self.axes, self.block))
+        digits = "" if low == high else str(self.bits)
+        groups = f":{self.axes}" if self.axes or self.block else ""
+        name = f"{self.grid}{digits}{'+' if self.offset else ''}{groups}{f'/{self.block}' if self.block else ''}"
+        object.__setattr__(self, "name", name)
 
     @property
     def is_float(self) -> bool:
         """Whether codes are small floats."""
         return GRIDS[self.grid].is_float
-
-    @functools.cached_property
-    def name(self) -> str:
-        """Grid, bits where the grid leaves a choice, "+" for an offset, axes and block: "uint4+:N", "e2m1:NP/32"."""
-        grid = GRIDS[self.grid]
-        bits = "" if grid.fewest == grid.most else str(self.bits)
-        groups = f":{self.axes}" if self.axes or self.block else ""
-        return f"{self.grid}{bits}{'+' if self.offset else ''}{groups}{f'/{self.block}' if self.block else ''}"
 
     @staticmethod
     @functools.cache
@@ -293,8 +290,3 @@ class Format:
         a, b, c = self.grouping.rows(shape)
         storage = self.storage_bits
         return (a, b, c if storage > 8 else -(-c * storage // 8))
-
-
-@functools.cache
-def _grouping(axes: str, block: int) -> Grouping:
-    return Grouping(axes, block)

@@ -17,21 +17,16 @@ sample in grad_weight, integers are added within a *block* and rescaled in float
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from fqt.formats import Format
-from fqt.quantizers import Quantizer, build
-from fqt.wording import nearest
+from fqt.operand import LEFT_RIGHT, Operand, Plan
+from fqt.quantizers import Quantizer
+from fqt.quantizers.stages import ProductTransform, Stage, Transform, build_stage
 
-Operand = Quantizer | Literal["saved", "float"]
-LEFT_RIGHT = {"output": ("x", "w"), "grad_input": ("g", "w"), "grad_weight": ("g", "x")}
+Written = Quantizer | Literal["saved", "float"]
+"""An operand as a recipe says it."""
 PLACES = ("<first>", "<last>", "<downsample>", "<depthwise>")  # downsample: 1x1 with a stride; depthwise: nothing to gain
 _SUMMED = {
     "x": {"N": "samples", "P": "positions", "C": "channels"},
@@ -40,15 +35,27 @@ _SUMMED = {
 }
 MAX_PRODUCT_BITS = 16  # an exact accumulator of wider codes does not fit float64
 
-_FOLDER = Path(__file__).parent / "recipes"
-
 
 @dataclass(frozen=True)
 class Product:
-    """The two operands of a product, in the order of `LEFT_RIGHT`."""
+    """The two operands of a product, in the order of `LEFT_RIGHT`.
 
-    left: Operand
-    right: Operand
+    Attributes:
+        left, right: a `Quantizer`, "saved" or "float".
+        transform: a registered `ProductTransform` that is applied to both, along the axis that the product sums over, before
+            they are quantized; as an instance, a word, or {word: {option: value}}.
+    """
+
+    left: Written
+    right: Written
+    transform: ProductTransform | None = None
+
+    def __post_init__(self) -> None:
+        if self.transform is not None:
+            stage = build_stage("transform", self.transform)
+            if not isinstance(stage, ProductTransform):
+                raise ValueError(f"transform {stage} is for a single operand: give it to a quantizer")
+            object.__setattr__(self, "transform", stage)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ class Recipe:
     grad_weight: Product
     rules: tuple[Rule, ...] = ()
     replace: tuple[tuple[str, str], ...] = ()
-    _resolved: dict[tuple[str, str], tuple[Quantizer | None, Format | None]] = field(init=False, repr=False, compare=False)
+    _operands: dict[tuple[str, str], Operand | None] = field(init=False, repr=False, compare=False)
+    _plans: dict[tuple[str, str], Plan] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for product, (left, right) in LEFT_RIGHT.items():
@@ -106,27 +114,63 @@ class Recipe:
                         f"recipe {self.name!r}: the rule for {rule.match!r} follows a recipe that replaces {old} by {new}, "
                         f"which only the outer recipe can, for the whole model: give it replace: {{{old}: {new}}}"
                     )
-        resolved = {
+        operands = {
             (product, letter): self._resolve(product, letter) for product, pair in LEFT_RIGHT.items() for letter in pair
         }
-        object.__setattr__(self, "_resolved", resolved)
+        object.__setattr__(self, "_operands", operands)
         self.check("linear")
 
-    def _written(self, product: str, letter: str) -> Operand:
+    def _written(self, product: str, letter: str) -> Written:
         pair: Product = getattr(self, product)
         return pair.left if LEFT_RIGHT[product][0] == letter else pair.right
 
-    def _resolve(self, product: str, letter: str) -> tuple[Quantizer | None, Format | None]:
-        operand = self._written(product, letter)
-        operand = self._written("output", letter) if operand == "saved" else operand
+    def _resolve(self, product: str, letter: str) -> Operand | None:
+        written, transform = self._written(product, letter), getattr(self, product).transform
+        saved = written == "saved"
+        quantizer = self._written("output", letter) if saved else written
+        if not isinstance(quantizer, Quantizer):
+            return None
         try:
-            return (operand, operand.format(letter)) if isinstance(operand, Quantizer) else (None, None)
+            format = quantizer.format(letter, "output" if saved else product)
+            for stage in quantizer.stages:
+                if letter not in stage.operands:
+                    raise ValueError(f"{stage} is not for {letter}, only for {' and '.join(stage.operands)}")
         except ValueError as error:
             raise ValueError(f"recipe {self.name!r}: {product}.{letter}: {error}") from error
+        if transform is not None and saved:
+            raise ValueError(
+                f"recipe {self.name!r}: {product}.{letter} cannot be 'saved', the codes of the forward were made without "
+                f"{transform}: give it a quantizer of its own"
+            )
+        return Operand(product, letter, quantizer, format, saved, transform)
+
+    def operand(self, product: str, letter: str) -> Operand | None:
+        """What is done with an operand; None if it is float."""
+        return self._operands[product, letter]
+
+    def operands(self) -> list[Operand]:
+        """The operands that are quantized, "saved" ones left out."""
+        return [operand for operand in self._operands.values() if operand is not None and not operand.saved]
+
+    @property
+    def stages(self) -> tuple[tuple[str, tuple[Stage, ...]], ...]:
+        """The registered stages of each operand that has some: what a layer must hold parameters and buffers for."""
+        return tuple((operand.name, operand.quantizer.stages) for operand in self.operands() if operand.quantizer.stages)
+
+    def plan(self, product: str, kind: str) -> Plan:
+        """How a layer of a kind ("linear" or "conv") computes a product; made by `check`."""
+        return self._plans.get((product, kind)) or self._plan(product, kind)
+
+    def _plan(self, product: str, kind: str) -> Plan:
+        left, right = (self._operands[product, letter] for letter in LEFT_RIGHT[product])
+        low_bit = self.low_bit(product)
+        folded = low_bit and self.place(product, LEFT_RIGHT[product][1], kind) == "folded"
+        return Plan(product, left, right, low_bit, folded)
 
     def quantizer(self, product: str, letter: str) -> Quantizer | None:
         """The quantizer behind an operand, "saved" resolved; None if the operand is float."""
-        return self._resolved[product, letter][0]
+        operand = self._operands[product, letter]
+        return None if operand is None else operand.quantizer
 
     def saved(self, product: str, letter: str) -> bool:
         """Whether a backward operand is the codes that the forward made."""
@@ -134,7 +178,8 @@ class Recipe:
 
     def format(self, product: str, letter: str) -> Format | None:
         """The format of an operand's codes; None if the operand is float."""
-        return self._resolved[product, letter][1]
+        operand = self._operands[product, letter]
+        return None if operand is None else operand.format
 
     def low_bit(self, product: str) -> bool:
         """Whether the product multiplies codes: both operands quantized, at most 16 bits each."""
@@ -159,12 +204,13 @@ class Recipe:
             word = "float" if quantizer is None else str(quantizer)
             place_ = self.place(product, letter, "linear") if self.low_bit(product) else "leaves"
             words.append(word if place_ == "leaves" else f"{word} ({place_})")
-        return " x ".join(words)
+        transform = getattr(self, product).transform
+        return " x ".join(words) + (f" by {transform}" if transform is not None else "")
 
     @property
     def random(self) -> bool:
         """Whether a step draws random numbers."""
-        return any(quantizer is not None and quantizer.random for quantizer, _ in self._resolved.values())
+        return any(operand is not None and operand.random for operand in self._operands.values())
 
     @property
     def is_float(self) -> bool:
@@ -184,7 +230,16 @@ class Recipe:
         """
         quantizer = self.quantizer(product, letter)
         assert quantizer is not None
-        axes = quantizer.format(letter).axes
+        if quantizer.block and self.saved(product, letter):
+            raise ValueError(
+                f"recipe {self.name!r}: {product}.{letter} cannot be 'saved', its blocks lie along the axis that output sums "
+                f"over, and {product} sums over another: give it a quantizer of its own"
+            )
+        format = self.format(product, letter)
+        assert format is not None
+        axes = format.axes
+        if format.block and not self.saved(product, letter):
+            return "by block"  # they lie along the axis that is summed
         if letter == "w":
             summed = "O" if product == "grad_input" else ""
         else:
@@ -221,13 +276,15 @@ class Recipe:
                 quantizer = self.quantizer(product, letter)
                 if quantizer is not None:
                     for option, meant in (("transform", "w"), ("pass_range", "xw"), ("prune", "g")):
-                        if getattr(quantizer, option) and letter not in meant:
+                        given = getattr(quantizer, option)
+                        if given and not isinstance(given, Transform) and letter not in meant:
                             raise ValueError(
                                 f"recipe {self.name!r}: {option}={getattr(quantizer, option)!r} of {product}.{letter} would "
                                 f"have no effect: it is for {' and '.join(meant)}, leave it away"
                             )
                     if self.low_bit(product):
                         self.place(product, letter, kind)
+        self._plans.update({(product, kind): self._plan(product, kind) for product in LEFT_RIGHT})
 
     def multiplied(self, product: str, kind: str) -> tuple[Format, ...]:
         """The formats that a low-bit product's kernel sees: a folded scale is gone from its operand."""
@@ -241,160 +298,3 @@ class Recipe:
     def everywhere(self) -> Recipe:
         """This recipe without its rules: for every layer, the first and the last included."""
         return replace(self, rules=())
-
-
-# --- YAML ------------------------------------------------------------------------------------------------------------
-
-_KEYS = ("description", "output", "grad_input", "grad_weight", "rules", "replace")
-
-
-def recipes() -> list[str]:
-    """Names of the built-in recipes. A family such as dorefa_w{w}a{a}g{g} is listed by its usual members."""
-    names = []
-    for path in sorted(_FOLDER.glob("*.yaml")):
-        if "{" in path.stem:
-            # a member's line is plain YAML, only the products hold placeholders
-            instances = re.search(r"^instances: (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-            assert instances, path
-            names += [path.stem.format(**member) for member in yaml.safe_load(instances[1])]
-        else:
-            names.append(path.stem)
-    return sorted(names)
-
-
-def load_recipe(source: str | Path | Recipe) -> Recipe:
-    """A recipe by built-in name, from a YAML file, or as it is.
-
-    Raises:
-        ValueError: unknown name, no such file, malformed YAML, unknown key, quantizer or option: which, and the nearest.
-    """
-    if isinstance(source, Recipe):
-        return source
-    if not isinstance(source, str | Path):
-        raise TypeError(f"a recipe is a name, a path or a fqt.Recipe, not {type(source).__name__}")
-    if isinstance(source, Path) or source.endswith((".yaml", ".yml")) or "/" in source:
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(f"recipe file {str(source)!r} does not exist; built-in recipes: {', '.join(recipes())}")
-        return _read(path)
-    return _built_in(source)
-
-
-@functools.cache
-def _built_in(name: str) -> Recipe:
-    for path in sorted(_FOLDER.glob("*.yaml")):
-        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>0|[1-9][0-9]*)", re.escape(path.stem))
-        match = re.fullmatch(pattern, name)
-        if match:
-            text = path.read_text(encoding="utf-8")
-            for placeholder, number in match.groupdict().items():
-                text = text.replace("{" + placeholder + "}", number)
-            return _parse(name, text, (*_KEYS, "instances"))
-    raise ValueError(f"unknown recipe {name!r}{nearest(name, recipes())}; built-in recipes: {', '.join(recipes())}")
-
-
-_reading: list[Path] = []  # the files whose rules are being followed
-
-
-def _read(path: Path) -> Recipe:
-    if path.resolve() in _reading:
-        raise ValueError(f"recipe file {str(path)!r}: its rules lead back to itself: name another recipe there")
-    _reading.append(path.resolve())
-    try:
-        return _parse(path.stem, path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"recipe file {str(path)!r} is not UTF-8 text: {error}") from error
-    finally:
-        _reading.pop()
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error: the first would have no effect."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _parse(name: str, text: str, keys: tuple[str, ...] = _KEYS) -> Recipe:
-    try:
-        data = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {name!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, Mapping):
-        raise ValueError(f"recipe {name!r} is a YAML {type(data).__name__}, not a mapping with keys {', '.join(_KEYS)}")
-    _only(name, data, keys)
-    products = {}
-    for product in LEFT_RIGHT:
-        if product not in data:
-            raise ValueError(f"recipe {name!r} lacks the product {product!r}: give it operands, or write {product}: float")
-        products[product] = _product(name, product, data[product], data.get("output"))
-    return Recipe(name, **products, rules=_rules(name, data.get("rules")), replace=_replace(name, data.get("replace")))
-
-
-def _only(where: str, data: Mapping, known: tuple[str, ...]) -> None:
-    for key in data:
-        if key not in known:
-            raise ValueError(f"recipe {where!r} has no key {key!r}{nearest(key, known)}; keys: {', '.join(known)}")
-
-
-def _product(name: str, product: str, value: object, output: object) -> Product:
-    letters = LEFT_RIGHT[product]
-    if value == "float":
-        # a gradient in float, multiplied with whatever the forward used
-        used = output if isinstance(output, Mapping) and product != "output" else {}
-        return Product("float", "saved" if used.get(letters[1], "float") != "float" else "float")
-    if not isinstance(value, Mapping):
-        raise ValueError(f"recipe {name!r}: {product} is {value!r}, not 'float' or a mapping of {' and '.join(letters)}")
-    _only(f"{name}.{product}", value, letters)
-    operands = []
-    for letter in letters:
-        if letter not in value:
-            raise ValueError(f"recipe {name!r}: {product} lacks its operand {letter!r} (a quantizer, 'saved' or 'float')")
-        operands.append(_operand(name, product, letter, value[letter]))
-    return Product(*operands)
-
-
-def _operand(name: str, product: str, letter: str, value: object) -> Operand:
-    if value in ("saved", "float"):
-        return value  # type: ignore[return-value]
-    if not isinstance(value, Mapping) or "quantizer" not in value:
-        raise ValueError(
-            f"recipe {name!r}: {product}.{letter} is {value!r}, not 'saved', 'float' or {{quantizer: name, ...options}}"
-        )
-    options = {str(key): option for key, option in value.items() if key != "quantizer"}
-    try:
-        return build(str(value["quantizer"]), letter, **options) or "float"
-    except ValueError as error:
-        raise ValueError(f"recipe {name!r}: {product}.{letter}: {error}") from error
-
-
-def _rules(name: str, value: object) -> tuple[Rule, ...]:
-    rules = []
-    for entry in _list(name, "rules", value):
-        if not isinstance(entry, Mapping) or set(entry) != {"match", "recipe"}:
-            raise ValueError(f"recipe {name!r}: a rule is {{match: pattern, recipe: name or float}}, not {entry!r}")
-        match = str(entry["match"])
-        if match.startswith("<") and match not in PLACES:
-            raise ValueError(f"recipe {name!r}: unknown place {match!r}{nearest(match, PLACES)}; known: {', '.join(PLACES)}")
-        rules.append(Rule(match, None if entry["recipe"] == "float" else load_recipe(str(entry["recipe"]))))
-    return tuple(rules)
-
-
-def _replace(name: str, value: object) -> tuple[tuple[str, str], ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, Mapping):
-        raise ValueError(f"recipe {name!r}: replace is {value!r}, not a mapping such as {{ReLU: Identity}}")
-    return tuple((str(old), str(new)) for old, new in value.items())
-
-
-def _list(name: str, key: str, value: object) -> list:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise ValueError(f"recipe {name!r}: {key} is {value!r}, not a list")
-    return value

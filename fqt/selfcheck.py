@@ -81,7 +81,7 @@ def _moved(value, device: str):
     if isinstance(value, tuple):
         return tuple(_moved(part, device) for part in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _moved(getattr(value, field.name), device) for field in dataclasses.fields(value)}
+        fields = {field.name: _moved(getattr(value, field.name), device) for field in dataclasses.fields(value) if field.init}
         return dataclasses.replace(value, **fields)
     return value.to(device) if isinstance(value, torch.Tensor) else value
 

@@ -23,6 +23,10 @@ from torch import Tensor, nn
 import fqt.fusion.norm_ops  # noqa: F401  registers torch.ops.fqt.norm_*
 from fqt.autograd import once
 from fqt.formats import Format
+from fqt.functional import channels_last
+from fqt.notes import kept_samples, note_ranges
+from fqt.operand import Encoded
+from fqt.products import Accumulated, Taken, placeholder
 from fqt.qtensor import QTensor
 from fqt.quantizers import Quantizer
 from fqt.recipe import Recipe
@@ -212,25 +216,43 @@ def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor | None:
     return Deferred.make(x.source, x.graph, x.norm, windows, x.shape_of)
 
 
-def signs_of(x: Tensor, recipe: Recipe) -> tuple[Tensor | None, tuple[QTensor, Tensor] | None]:
-    """Of a deferred x: (N, P, C) placeholder with its graph, and its signs with their mask; None if the recipe reads more."""
-    quantizer = recipe.quantizer("output", "x")
-    if not isinstance(x, Deferred) or quantizer is None or not _plain_sign(quantizer):
-        return None, None
-    if not recipe.saved("grad_weight", "x") or quantizer.pass_range is None or x.norm is None or x.changed is not None:
-        return None, None
-    z_NPC, q, mask = x.signs(*quantizer.pass_range)
-    return z_NPC, (q, mask)
-
-
 def _plain_sign(quantizer: Quantizer) -> bool:
-    return quantizer.grid == "sign" and quantizer.calibrate == "none" and quantizer.limits == (-1.0, 1.0)
+    return quantizer.grid == "sign" and quantizer.calibrate == "none" and not quantizer.stages
 
 
 def accumulates(recipe: Recipe) -> bool:
     """Whether the output is a product of signs, of which only the weights' have a scale."""
     x, w = recipe.quantizer("output", "x"), recipe.quantizer("output", "w")
-    return x is not None and w is not None and _plain_sign(x) and w.grid == "sign"
+    plain = recipe.output.transform is None
+    return plain and x is not None and w is not None and _plain_sign(x) and w.grid == "sign" and not w.block
+
+
+class Between:
+    """What hands activations from layer to layer without computing them: see `fqt.functional.Fusion`."""
+
+    @staticmethod
+    def take(x: Tensor, recipe: Recipe) -> Taken | None:
+        """Of a deferred x: a placeholder with its graph, and its signs with their mask; None if the recipe reads more."""
+        quantizer = recipe.quantizer("output", "x")
+        if not isinstance(x, Deferred) or quantizer is None or not _plain_sign(quantizer) or recipe.output.transform:
+            return None
+        if not recipe.saved("grad_weight", "x") or quantizer.pass_range is None or x.norm is None or x.changed is not None:
+            return None
+        z_NPC, q, mask = x.signs(*quantizer.pass_range)
+        return Taken(z_NPC, Encoded(q, mask), x.shape_of is images_last)
+
+    @staticmethod
+    def gives(x: Tensor, recipe: Recipe) -> bool:
+        """Whether a layer with this input may leave its accumulators to what follows."""
+        return possible(x) and accumulates(recipe)
+
+    @staticmethod
+    def give(accumulated: Accumulated, size: tuple[int, int] | None, channels_last: bool) -> Tensor:
+        """The output, deferred."""
+        source = Source(accumulated.sums, accumulated.scale, accumulated.bias)
+        windows = Windows(1, 1) if size is None else Windows(*size)
+        shape_of = rows if size is None else images_last if channels_last else images_first
+        return Deferred.make(source, accumulated.y_NPO, None, windows, shape_of)
 
 
 def _pair(size: int | tuple[int, ...]) -> tuple[int, int]:
@@ -253,18 +275,6 @@ def images(x_NCHW: Tensor) -> Callable[[Tensor, Windows], Tensor]:
     return images_last if channels_last(x_NCHW) else images_first
 
 
-def channels_last(x_NCHW: Tensor) -> bool:
-    """Whether the strides are those of channels_last, by torch's own rule: it also decides where an axis of size 1 leaves
-    `is_contiguous` true for both formats, and for slices, where it is true for neither."""
-    least = 0
-    for axis in (1, 3, 2, 0):
-        stride, size = x_NCHW.stride(axis), x_NCHW.shape[axis]
-        if size == 0 or stride < least or (axis == 0 and least == x_NCHW.stride(1)):
-            return False
-        least = stride * max(size, 1)
-    return x_NCHW.stride(1) > 0
-
-
 def rows(y_NPC: Tensor, windows: Windows) -> Tensor:
     """(N, 1, C) as (N, C)."""
     return y_NPC.squeeze(1)
@@ -279,48 +289,6 @@ def images_first(y_NPC: Tensor, windows: Windows) -> Tensor:
     """(N, P, C) as contiguous (N, C, H, W)."""
     y_NCP = y_NPC.transpose(1, 2)
     return (y_NCP if y_NPC.stride() == (0, 0, 0) else y_NCP.contiguous()).unflatten(2, windows.pooled_size)
-
-
-def placeholder(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """NaN in every place, of which only one is stored."""
-    return like.new_full((), torch.nan, dtype=torch.float32).expand(shape)
-
-
-def remember_ranges(g: Tensor, low_NC: Tensor, high_NC: Tensor) -> None:
-    """Note on a gradient its range by sample and channel, as `remember_kept` does."""
-    g.fqt_ranges = low_NC, high_NC, g._version  # type: ignore[attr-defined]
-
-
-def ranges(g: Tensor, axes: str, fold: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """The range of each group of g times `fold`, (G,) and (G,), as `fqt.reference.group_range` finds it; None if not known.
-
-    Rounding keeps order, so the extremes of the products are the products of the extremes, bit for bit.
-    """
-    low, high, version = getattr(g, "fqt_ranges", (None, None, 0))
-    if low is None or high is None or version != g._version:
-        return None
-    if fold is not None:
-        if fold.shape[1] != 1:  # it differs from position to position
-            return None
-        ends = low * fold[:, 0], high * fold[:, 0]
-        low, high = torch.minimum(*ends), torch.maximum(*ends)
-    if axes == "NC":
-        return low.T.flatten(), high.T.flatten()
-    summed = {"": (0, 1), "N": 1, "C": 0}.get(axes)
-    return None if summed is None else (low.amin(summed).view(-1), high.amax(summed).view(-1))
-
-
-def remember_kept(g: Tensor, index: Tensor) -> None:
-    """Note on a gradient which samples pruning has left; the others are zero. For the next function in the backward alone: a
-    tensor that was changed since, or another, carries no such note."""
-    kept = index.new_zeros(g.shape[0] + 1, dtype=torch.bool).index_fill_(0, index.long() % (g.shape[0] + 1), True)
-    g.fqt_kept = kept[:-1], g._version  # type: ignore[attr-defined]
-
-
-def kept_samples(g: Tensor) -> Tensor | None:
-    """(N,) bool of `remember_kept`, None if nothing is known."""
-    kept, version = getattr(g, "fqt_kept", (None, 0))
-    return kept if kept is not None and version == g._version else None
 
 
 class _Value(torch.autograd.Function):
@@ -372,6 +340,6 @@ class _Normalize(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 means = (sums / (y.shape[0] * y.shape[1])).float() if ctx.batch else affine.new_zeros(2, y.shape[2])
                 dy, low, high = torch.ops.fqt.norm_grad(*args, means, backend=ctx.backend)
-                remember_ranges(dy, low, high)
+                note_ranges(dy, low, high)
             d_bias, d_weight = sums.float()
         return *once([dy, d_weight, d_bias]), *[None] * 5

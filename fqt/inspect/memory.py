@@ -188,9 +188,7 @@ class _Live(TorchDispatchMode):
         """Of the operand that a layer quantizes in its forward: told by its shape, (O, K, I) is the weight's."""
         if self.layer is None:
             return "saved activations"
-        weight = self.layer.weight
-        w_shape = (weight.shape[0], weight[0, 0].numel() if weight.dim() == 4 else 1, weight.shape[1])
-        return "packed weights" if tuple(x_NPC.shape) == w_shape else "saved activations"
+        return "packed weights" if x_NPC.shape == self.layer.weight_OKI().shape else "saved activations"
 
 
 def _predict(model: nn.Module, input: object, make_optimizer: MakeOptimizer, loss: Loss) -> dict[str, int]:

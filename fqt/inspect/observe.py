@@ -68,16 +68,13 @@ def observe_gradients(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]
     seen: dict[str, dict[str, float]] = {}
 
     def measure(name: str, layer: QuantizedLayer, g: Tensor) -> None:
-        if isinstance(layer, nn.Conv2d):
-            g_NPO = (g if g.dim() == 4 else g.unsqueeze(0)).flatten(2).transpose(1, 2).float()
-        else:
-            g_NPO = (g if g.dim() > 1 else g.unsqueeze(0)).unsqueeze(1).flatten(1, -2).float()
+        g_NPO = layer.canonical(g).float()
         key = torch.zeros((), dtype=torch.int64, device=g.device)
         power = g_NPO.double().square().sum()
         for product in ("grad_input", "grad_weight"):
-            quantizer = layer.recipe.quantizer(product, "g")
-            if quantizer is not None and power > 0:
-                q, _ = quantize(g_NPO, quantizer, "g", key=key)
+            operand = layer.recipe.operand(product, "g")
+            if operand is not None and power > 0:
+                q, _ = quantize(g_NPO, operand.quantizer, "g", key=key, state=operand.state(layer.states), product=product)
                 error = (q.decode() - g_NPO).double().square().sum() / power
                 seen.setdefault(name, {})[product] = float(error)
 

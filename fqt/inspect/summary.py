@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from fqt import ops
 from fqt.cpu import integers
-from fqt.layers import QuantizedLayer
+from fqt.layers import QuantizedLayer, adapter_of, is_subclass
 from fqt.ops import PRODUCTS
 from fqt.recipe import MAX_PRODUCT_BITS
 
@@ -132,7 +131,8 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
     if format is None:
         nbytes = weight.numel() * weight.element_size()
     else:
-        shape = (weight.shape[0], weight[0, 0].numel() if weight.dim() == 4 else 1, weight.shape[1])
+        o, k, i = layer.weight_OKI().shape
+        shape = (o, k, i)
         codes = 1
         for size in format.packed_shape(shape):
             codes *= size
@@ -210,9 +210,9 @@ def _parametrizations(module: nn.Module) -> dict[str, nn.Module]:
 def _why_float(module: nn.Module) -> str:
     if any(is_lazy(weight) for weight in _weights(module)):
         return "lazy: it has no shape before its first forward; convert after that"
-    if type(module) in (nn.Linear, nn.Conv2d):
+    if adapter_of(module) is not None:
         return module.__dict__.get(NOTE, "kept float")
-    if isinstance(module, nn.Linear | nn.Conv2d):
+    if is_subclass(module):
         return "a subclass: left alone"
     return "not a kind that fqt converts"
 
@@ -224,20 +224,16 @@ def _parameters(module: nn.Module) -> int:
 
 
 def count_macs(layer: nn.Module) -> None:
-    """Have a Linear or Conv2d remember the multiply-adds of its last eager forward, for `summary`."""
+    """Have a layer remember the multiply-adds of its last eager forward, for `summary`."""
     layer.register_forward_hook(_remember_macs)
 
 
 def _remember_macs(layer: nn.Module, inputs: object, output: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
-    if isinstance(layer, nn.Conv2d):
-        positions = output.shape[-1] * output.shape[-2]
-    else:
-        positions = math.prod(output.shape[1:-1])
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    layer.__dict__[_MACS] = positions * weight.numel()
+    adapter = adapter_of(layer)
+    assert adapter is not None
+    layer.__dict__[_MACS] = adapter.multiply_adds(layer, output)  # type: ignore[arg-type]
 
 
 def copy_macs(counted: nn.Module, model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fqt.inspect.summary import backends
 from fqt.inspect.trial import feed, synchronize, undisturbed
-from fqt.layers import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers
+from fqt.layers import QuantizedLayer, quantized_class, quantized_layers
 from fqt.ops import PRODUCTS
 
 _ROUNDS = 5
@@ -124,7 +124,7 @@ def record_calls(model: nn.Module, input: object) -> dict[str, Counter[Call]]:
 
 def time_layer(name: str, layer: QuantizedLayer, calls: Counter[Call], seconds: float) -> list[Timing]:
     """A timing of each product that the calls pay for, on layers of the same sizes. Within `undisturbed`: it draws."""
-    formats = (False, True) if isinstance(layer, nn.Conv2d) else (False,)
+    formats = (False, True) if layer.images else (False,)
     served, sums = backends(layer), {}
     for call, count in calls.items():
         sides = [_products(layer, call, low=True, channels_last=call.channels_last)]
@@ -163,13 +163,8 @@ def _products(layer: QuantizedLayer, call: Call, *, low: bool, channels_last: bo
 
 def _twin(layer: QuantizedLayer, low: bool) -> nn.Module:
     """A float32 layer of the same sizes, converted or plain, free of the layer's hooks and parametrizations."""
-    kind: type[nn.Module] = QuantLinear if low else nn.Linear
-    sizes = ["in_features", "out_features"]
-    if isinstance(layer, nn.Conv2d):
-        kind = QuantConv2d if low else nn.Conv2d
-        sizes = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
-    options = {size: getattr(layer, size) for size in sizes}
-    made = kind(**options, bias=layer.bias is not None, device=layer.weight.device, dtype=torch.float32)
+    kind = quantized_class(layer.plain) if low else layer.plain
+    made = layer.like(kind).to(layer.weight.device, torch.float32)
     if isinstance(made, QuantizedLayer):
         made.recipe, made.backend = layer.recipe, layer.backend
     return made

@@ -1,7 +1,35 @@
-"""The converted layers: one kind a file."""
+"""The converted layers: one kind a file; importing this package registers them all."""
 
-from fqt.layers.base import QuantizedLayer, let_recipe_change, quantized_layers
+import importlib
+import pkgutil
+
+from fqt.layers.base import (
+    STATES,
+    QuantizedLayer,
+    adapter_of,
+    is_subclass,
+    let_recipe_change,
+    plain_classes,
+    quantized_class,
+    quantized_layers,
+    register_layer,
+)
 from fqt.layers.conv import QuantConv2d
 from fqt.layers.linear import QuantLinear
 
-__all__ = ["QuantConv2d", "QuantLinear", "QuantizedLayer", "let_recipe_change", "quantized_layers"]
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "STATES",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantizedLayer",
+    "adapter_of",
+    "is_subclass",
+    "let_recipe_change",
+    "plain_classes",
+    "quantized_class",
+    "quantized_layers",
+    "register_layer",
+]

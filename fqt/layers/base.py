@@ -1,26 +1,56 @@
-"""QuantizedLayer: what all converted layers share. Parameters, buffers and their names stay what they were."""
+"""QuantizedLayer: what all converted layers share, and the adapter by which the rest of the library knows a kind of layer.
+
+A kind of layer is one class in one file:
+
+    @register_layer(nn.Linear)
+    class QuantLinear(QuantizedLayer, nn.Linear):
+        kind = "linear"
+
+        def compute(self, input): ...          its forward, by `fqt.functional.linear` or `conv2d`
+        def weight_OKI(self): ...              its weight as (output channel, tap, input channel), a differentiable view
+
+and, where the defaults do not fit, `window`, `canonical`, `multiply_adds` and `sizes`. Nothing else in the library asks which
+class a layer is. These methods use the plain layer's attributes alone: they are asked of layers that are not converted too.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fqt import ops
+from fqt.functional import Fusion
 from fqt.geometry import Geometry
+from fqt.operand import LEFT_RIGHT, States
 from fqt.qtensor import QTensor
-from fqt.quantizers.base import quantize, transformed
-from fqt.recipe import LEFT_RIGHT, Recipe
+from fqt.recipe import Recipe
+
+STATES = "quantizers"
+"""The submodule of a layer that holds parameters and buffers of its operands' stages."""
 
 
 class QuantizedLayer(nn.Module):
-    """What both layers share."""
+    """A layer whose three products follow `recipe`. Parameters, buffers and their names stay what they were.
 
-    kind: str
-    weight: nn.Parameter
-    fuse = False  # whether the output may be left to what follows, see `fqt.fusion`
+    Attributes:
+        kind: "linear", or "conv" where a window also sums over neighbouring positions.
+        plain: the class that is converted.
+        options: names of the constructor's arguments that give a layer of the same sizes, as far as they are attributes too.
+        images: whether its input may be channels_last.
+    """
+
+    kind: ClassVar[str] = "linear"
+    plain: ClassVar[type[nn.Module]]
+    options: ClassVar[tuple[str, ...]] = ()
+    images: ClassVar[bool] = False
+    weight: Tensor
+    bias: Tensor | None
+    fusion: Fusion | None = None
+    """What the layer takes its input from and leaves its output to, see `fqt.fusion`."""
     backend: str = ""
     """The backend that must serve this layer, "" for whichever is fastest: fqt.convert(..., backend=...)."""
 
@@ -30,13 +60,34 @@ class QuantizedLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return _uncompiled(self, input) if self.changing and _uncompiled is not None else self.compute(input)
 
+    # --- the adapter ---
+
     def compute(self, input: Tensor) -> Tensor:
         """The layer's forward."""
         raise NotImplementedError
 
-    def window(self) -> Geometry | None:
-        """The layer's geometry as far as the module knows it."""
+    def weight_OKI(self) -> Tensor:
+        """The weight as (O, K, I): output channel, tap, input channel of a group. A differentiable view of it."""
         raise NotImplementedError
+
+    def window(self) -> Geometry | None:
+        """The convolution's geometry over an image of unknown size (0 x 0), by which kernels are chosen before a forward; None
+        for a linear layer."""
+        return None
+
+    def canonical(self, y: Tensor) -> Tensor:
+        """The output, or its gradient, as (N, P, O)."""
+        return (y if y.dim() > 1 else y.unsqueeze(0)).unsqueeze(1).flatten(1, -2)
+
+    def multiply_adds(self, output: Tensor) -> int:
+        """Multiply-adds of one sample's forward, of which `output` came."""
+        return math.prod(output.shape[1:-1]) * self.weight.numel()
+
+    def like(self, kind: type[nn.Module]) -> nn.Module:
+        """A new layer of class `kind`, of this layer's sizes."""
+        return kind(**{name: getattr(self, name) for name in self.options}, bias=self.bias is not None)
+
+    # --- the recipe ---
 
     @property
     def recipe(self) -> Recipe:
@@ -56,7 +107,38 @@ class QuantizedLayer(nn.Module):
         if not isinstance(recipe, Recipe):
             raise TypeError(f"a layer's recipe is a fqt.Recipe, not {recipe!r}: see fqt.load_recipe")
         recipe.check(self.kind)
+        before = self.__dict__.get("recipe")
         self.__dict__["recipe"] = recipe
+        if before is None or before.stages != recipe.stages:
+            self._make_states(recipe)
+
+    @property
+    def states(self) -> States | None:
+        """Parameters and buffers of the operands' stages, None if there are none."""
+        return self._modules.get(STATES)  # type: ignore[return-value]
+
+    def states_names(self, *, parameters: bool = False) -> list[str]:
+        """Names of these within the layer; of the parameters alone, if asked."""
+        states = self._modules.get(STATES)
+        if states is None:
+            return []
+        named = states.named_parameters() if parameters else states.state_dict().items()
+        return [f"{STATES}.{name}" for name, _ in named]
+
+    def _make_states(self, recipe: Recipe) -> None:
+        """A module for each operand and stage that has parameters or buffers; those that a former recipe had too stay."""
+        before, made = self._modules.pop(STATES, None), nn.ModuleDict()
+        for operand in recipe.operands():
+            of_operand = nn.ModuleDict()
+            for stage in operand.quantizer.stages:
+                kept = before[operand.name][stage.word] if _has(before, operand.name, stage.word) else None  # type: ignore[index]
+                state = kept if kept is not None else stage.state(operand.letter, self)
+                if state is not None:
+                    of_operand[stage.word] = state.to(self.weight.device)
+            if len(of_operand):
+                made[operand.name] = of_operand
+        if len(made):
+            self.add_module(STATES, made)
 
     def extra_repr(self) -> str:
         recipe = self.__dict__.get("recipe")
@@ -68,9 +150,9 @@ class QuantizedLayer(nn.Module):
         device, asked = self.weight.device.type, {}
         for product, letters in LEFT_RIGHT.items():
             for letter in letters:
-                format = self.recipe.format(product, letter)
-                if format is not None and not self.recipe.saved(product, letter):
-                    asked[f"quantize {product}.{letter}"] = ops.Request(device, (format,), backend=self.backend)
+                operand = self.recipe.operand(product, letter)
+                if operand is not None and not operand.saved:
+                    asked[f"quantize {product}.{letter}"] = ops.Request(device, (operand.format,), backend=self.backend)
             if self.recipe.low_bit(product):
                 formats = self.recipe.multiplied(product, self.kind)
                 asked[product] = ops.Request(device, formats, self.window(), self.backend)
@@ -78,12 +160,94 @@ class QuantizedLayer(nn.Module):
 
     def quantized_weight(self) -> QTensor | None:
         """The weight's codes as an evaluation computes with them, logical (O, K, I); None if the recipe keeps it float."""
-        quantizer = self.recipe.quantizer("output", "w")
-        if quantizer is None:
+        operand = self.recipe.operand("output", "w")
+        if operand is None:
             return None
         with torch.no_grad():
-            w_OKI = self.weight.flatten(2).transpose(1, 2) if self.weight.dim() == 4 else self.weight.unsqueeze(1)
-            return quantize(transformed(w_OKI, quantizer), replace(quantizer, stochastic=False), "w", backend=self.backend)[0]
+            w_OKI = operand.transformed(self.weight_OKI(), self.states)
+            key = torch.zeros((), dtype=torch.int64, device=w_OKI.device) if operand.random else None
+            return operand.encode(
+                w_OKI, key=key, training=False, geometry=self.window(), states=self.states, backend=self.backend
+            ).q
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A class that was made for a plain class found by its path is made again, where it is unpickled."""
+        reduced = super().__reduce_ex__(protocol)
+        return (_revive, (type(self).plain,), *reduced[2:]) if type(self) in _made.values() else reduced
+
+
+def _has(states: nn.Module | None, operand: str, word: str) -> bool:
+    return isinstance(states, nn.ModuleDict) and operand in states and word in states[operand]  # type: ignore[operator]
+
+
+# --- registering -----------------------------------------------------------------------------------------------------
+
+_adapters: dict[type[nn.Module] | str, type[QuantizedLayer]] = {}
+_made: dict[type[nn.Module], type[QuantizedLayer]] = {}
+
+
+def register_layer(plain: type[nn.Module] | str) -> Callable[[type[QuantizedLayer]], type[QuantizedLayer]]:
+    """Register the decorated class as what `fqt.convert` makes of layers of a class.
+
+    Args:
+        plain: the class, from which the decorated one is derived too; or its path ("package.module.Class"), so that its
+            package need not be imported: the decorated class is then derived from `QuantizedLayer` alone.
+
+    Raises:
+        ValueError: the class is registered already.
+        TypeError: the decorated class is not derived from what it has to be.
+    """
+
+    def add(adapter: type[QuantizedLayer]) -> type[QuantizedLayer]:
+        if plain in _adapters:
+            raise ValueError(f"layers of {plain} are converted to {_adapters[plain].__name__} already")
+        bases = (QuantizedLayer,) if isinstance(plain, str) else (QuantizedLayer, plain)
+        if not (isinstance(adapter, type) and all(issubclass(adapter, base) for base in bases)):
+            raise TypeError(f"{adapter!r} is not derived from {' and '.join(base.__name__ for base in bases)}")
+        if not isinstance(plain, str):
+            adapter.plain = plain
+        _adapters[plain] = adapter
+        return adapter
+
+    return add
+
+
+def adapter_of(module: nn.Module) -> type[QuantizedLayer] | None:
+    """The class by which a plain or converted layer is known; None for any other module, a subclass of a plain layer too."""
+    kind = type(module)
+    if isinstance(module, QuantizedLayer):
+        return kind  # type: ignore[return-value]
+    return _adapters.get(kind) or (quantized_class(kind) if f"{kind.__module__}.{kind.__qualname__}" in _adapters else None)
+
+
+def is_subclass(module: nn.Module) -> bool:
+    """Whether a module is of a class derived from one that is converted, which may compute something else."""
+    return adapter_of(module) is None and any(isinstance(module, plain) for plain in _adapters if not isinstance(plain, str))
+
+
+def quantized_class(plain: type[nn.Module]) -> type[QuantizedLayer]:
+    """The class of converted layers of a plain class. KeyError if there is none."""
+    if plain in _adapters:
+        return _adapters[plain]
+    if plain not in _made:
+        adapter = _adapters[f"{plain.__module__}.{plain.__qualname__}"]
+        body = {"plain": plain, "__module__": adapter.__module__, "__doc__": adapter.__doc__}
+        _made[plain] = type(f"Quant{plain.__name__}", (adapter, plain), body)
+    return _made[plain]
+
+
+def plain_classes() -> list[str]:
+    """Names of the classes that are converted, for messages."""
+    by_kind = sorted(_adapters.items(), key=lambda item: item[1].kind != "linear")
+    return [plain if isinstance(plain, str) else f"nn.{plain.__name__}" for plain, _ in by_kind]
+
+
+def _revive(plain: type[nn.Module]) -> QuantizedLayer:
+    made = quantized_class(plain)
+    return made.__new__(made)  # type: ignore[call-arg]
+
+
+# --- recipes that change ---------------------------------------------------------------------------------------------
 
 
 def _compute(layer: QuantizedLayer, input: Tensor) -> Tensor:

@@ -6,20 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fqt import functional
+from fqt import functional, products
 from fqt.geometry import Geometry
-from fqt.layers.base import QuantizedLayer
+from fqt.layers.base import QuantizedLayer, register_layer
+
+CONV_OPTIONS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+"""The constructor's arguments of torch's convolutions that are attributes too."""
 
 
+@register_layer(nn.Conv2d)
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """nn.Conv2d whose three products follow `recipe`: any stride, padding and padding mode, dilation and groups."""
 
     kind = "conv"
+    options = CONV_OPTIONS
+    images = True
 
     def compute(self, input: Tensor) -> Tensor:
-        left, right, top, bottom = self._padding()
+        (top, bottom), (left, right) = padding_of(self)
         if self.padding_mode != "zeros" and (left or right or top or bottom):
-            input = _pad(input, [left, right, top, bottom], self.padding_mode)
+            input = pad(input, [left, right, top, bottom], self.padding_mode)
             left = right = top = bottom = 0
         return functional.conv2d(
             input,
@@ -31,13 +37,16 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             dilation=(self.dilation[0], self.dilation[1]),
             groups=self.groups,
             training=self.training,
-            defer=self.fuse,
+            states=self.states,
+            fusion=self.fusion,
             backend=self.backend,
         )
 
+    def weight_OKI(self) -> Tensor:
+        return self.weight.flatten(2).transpose(1, 2)
+
     def window(self) -> Geometry:
-        """The convolution's geometry, over an image of unknown size (0 x 0): what a kernel is chosen by before a forward."""
-        left, right, top, bottom = self._padding()
+        (top, bottom), (left, right) = padding_of(self)
         return Geometry(
             0,
             0,
@@ -48,20 +57,32 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             self.groups,
         )
 
-    def _padding(self) -> tuple[int, int, int, int]:
-        """Left, right, top, bottom; "same" puts the odd one right and bottom, as torch does."""
-        if not isinstance(self.padding, str):
-            return self.padding[1], self.padding[1], self.padding[0], self.padding[0]
-        if self.padding == "valid":
-            return 0, 0, 0, 0
-        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        return total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2
+    def canonical(self, y: Tensor) -> Tensor:
+        return (y if y.dim() == 4 else y.unsqueeze(0)).flatten(2).transpose(1, 2)
+
+    def multiply_adds(self, output: Tensor) -> int:
+        return output.shape[-1] * output.shape[-2] * self.weight.numel()
 
 
-def _pad(x: Tensor, padding: list[int], mode: str) -> Tensor:
-    if mode == "circular" or not functional.keeps_graph(x):
+def padding_of(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]:
+    """What a convolution pads before and behind each axis of its images; "same" puts the odd one behind, as torch does."""
+    if layer.padding == "valid":
+        return [(0, 0) for _ in layer.kernel_size]
+    if layer.padding == "same":
+        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [(size // 2, size - size // 2) for size in total]
+    return [(int(size), int(size)) for size in layer.padding]
+
+
+def pad(x: Tensor, padding: list[int], mode: str) -> Tensor:
+    """F.pad by "circular", "reflect" or "replicate", without keeping x for the backward.
+
+    Args:
+        padding: as F.pad takes it: before and behind the last axis, then the one before.
+    """
+    if mode == "circular" or not products.keeps_graph(x):
         return F.pad(x, padding, mode)
-    return _MirrorPad.apply(x, padding, mode)
+    return _MirrorPad.apply(x, padding, mode)  # type: ignore[return-value]
 
 
 class _MirrorPad(torch.autograd.Function):
@@ -78,8 +99,6 @@ class _MirrorPad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        ops = {
-            "reflect": torch.ops.aten.reflection_pad2d_backward,
-            "replicate": torch.ops.aten.replication_pad2d_backward,
-        }
-        return ops[ctx.mode](g, g.new_empty(1).expand(ctx.shape), ctx.padding), None, None
+        kind = {"reflect": "reflection", "replicate": "replication"}[ctx.mode]
+        grad = getattr(torch.ops.aten, f"{kind}_pad{len(ctx.padding) // 2}d_backward")
+        return grad(g, g.new_empty(1).expand(ctx.shape), ctx.padding), None, None

@@ -5,16 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fqt import functional
-from fqt.layers.base import QuantizedLayer
+from fqt.layers.base import QuantizedLayer, register_layer
 
 
+@register_layer(nn.Linear)
 class QuantLinear(QuantizedLayer, nn.Linear):
     """nn.Linear whose three products follow `recipe`."""
 
-    kind = "linear"
-
-    def window(self) -> None:
-        """A linear layer has no window."""
+    options = ("in_features", "out_features")
 
     def compute(self, input: Tensor) -> Tensor:
         return functional.linear(
@@ -23,6 +21,10 @@ class QuantLinear(QuantizedLayer, nn.Linear):
             self.bias,
             self.recipe,
             training=self.training,
-            defer=self.fuse,
+            states=self.states,
+            fusion=self.fusion,
             backend=self.backend,
         )
+
+    def weight_OKI(self) -> Tensor:
+        return self.weight.unsqueeze(1)

@@ -8,7 +8,6 @@ bit more, as long as the budget lasts. A layer that no longer fits leaves the re
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,7 +16,6 @@ from fqt.inspect.summary import summary
 from fqt.layers import QuantizedLayer
 from fqt.precision.formats import at_word_length
 from fqt.precision.policy import Decision, Policy, check_bounds, check_number, register_policy
-from fqt.quantizers.base import quantize, transformed
 from fqt.recipe import Recipe
 
 
@@ -88,12 +86,11 @@ class Budget(Policy):
     def _error(self, name: str, bits: int) -> float:
         """||Q(w) - w||^2 / ||w||^2 at nearest rounding; 0 for weights that are all zero or not finite."""
         layer: QuantizedLayer = self.layers[name]
-        quantizer = at_word_length(self._start[name], bits).quantizer("output", "w")
-        if quantizer is None:
+        operand = at_word_length(self._start[name], bits).operand("output", "w")
+        if operand is None:
             return 0.0
-        w_OKI = layer.weight.flatten(2).transpose(1, 2) if layer.weight.dim() == 4 else layer.weight.unsqueeze(1)
-        target = transformed(w_OKI, quantizer)
-        q, _ = quantize(target, replace(quantizer, stochastic=False), "w", backend=layer.backend)
+        target = operand.transformed(layer.weight_OKI(), layer.states)
+        q = operand.encode(target, key=None, training=False, states=layer.states, backend=layer.backend).q
         power = float(target.double().square().sum())
         error = float((q.decode().double() - target.double()).square().sum())
         return error / power if power > 0 and error < float("inf") else 0.0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fqt.quantizers import Quantizer
 from fqt.quantizers.fixed_point import fixed_point
-from fqt.recipe import LEFT_RIGHT, Operand, Product, Recipe
+from fqt.quantizers.stages import Stage, plain_stage
+from fqt.recipe import LEFT_RIGHT, Product, Recipe, Written
 
 MAX_WORD_LENGTH = 32
 
@@ -46,7 +47,7 @@ def at_precision(recipe: Recipe, precision: Precision) -> Recipe:
             f"the quantizer fixed_point for output.w, as the recipes adapt and adapt_calibrated do"
         )
 
-    def change(letter: str, quantizer: Quantizer) -> Operand:
+    def change(letter: str, quantizer: Quantizer) -> Written:
         if quantizer.grid == "fixed":
             return fixed_point(precision.word_length, precision.fraction_length, quantizer.stochastic)
         if letter == "x" and quantizer.grid == "int":
@@ -60,7 +61,7 @@ def at_precision(recipe: Recipe, precision: Precision) -> Recipe:
 def at_word_length(recipe: Recipe, bits: int) -> Recipe:
     """The recipe with every integer operand of the forward at `bits`: fixed point keeps its range, others are calibrated."""
 
-    def change(letter: str, quantizer: Quantizer) -> Operand:
+    def change(letter: str, quantizer: Quantizer) -> Written:
         if letter == "g" or quantizer.grid not in ("fixed", "int", "uint"):
             return quantizer
         if quantizer.grid == "fixed":
@@ -79,7 +80,7 @@ def at_gradient_bits(recipe: Recipe, bits: int) -> Recipe:
         ValueError: a gradient whose grid has not that many bits.
     """
 
-    def change(letter: str, quantizer: Quantizer) -> Operand:
+    def change(letter: str, quantizer: Quantizer) -> Written:
         if letter != "g":
             return quantizer
         coupled = quantizer.prune and quantizer.keep_one_in == quantizer.bits
@@ -88,36 +89,44 @@ def at_gradient_bits(recipe: Recipe, bits: int) -> Recipe:
     return _changed(recipe, change, f"g{bits}")
 
 
-def _changed(recipe: Recipe, change: Callable[[str, Quantizer], Operand], suffix: str) -> Recipe:
+def _changed(recipe: Recipe, change: Callable[[str, Quantizer], Written], suffix: str) -> Recipe:
     products = {}
     for product, letters in LEFT_RIGHT.items():
         pair: Product = getattr(recipe, product)
-        operands: list[Operand] = [pair.left, pair.right]
+        operands: list[Written] = [pair.left, pair.right]
         for i, operand in enumerate(operands):
             if isinstance(operand, Quantizer):
                 operands[i] = change(letters[i], operand)
-        products[product] = Product(*operands)
+        products[product] = Product(*operands, transform=pair.transform)
     return replace(recipe, name=f"{recipe.name.split(' ')[0]} {suffix}", **products)
 
 
 def to_plain(recipe: Recipe) -> dict:
     """A layer's recipe as plain values, for a checkpoint; its rules and exchanged activations concern conversion alone."""
 
-    def plain(operand: Operand) -> object:
-        return asdict(operand) if isinstance(operand, Quantizer) else operand
+    def plain(operand: Written) -> object:
+        if not isinstance(operand, Quantizer):
+            return operand
+        values = {field.name: getattr(operand, field.name) for field in fields(operand)}
+        return {name: plain_stage(value) if isinstance(value, Stage) else value for name, value in values.items()}
 
     products = {product: getattr(recipe, product) for product in LEFT_RIGHT}
-    return {"name": recipe.name, **{name: [plain(pair.left), plain(pair.right)] for name, pair in products.items()}}
+    transforms = {name: plain_stage(pair.transform) for name, pair in products.items() if pair.transform is not None}
+    operands = {name: [plain(pair.left), plain(pair.right)] for name, pair in products.items()}
+    return {"name": recipe.name, **operands, **({"transforms": transforms} if transforms else {})}
 
 
 def from_plain(plain: dict) -> Recipe:
     """The inverse of `to_plain`."""
 
-    def operand(value: Any) -> Operand:
+    def operand(value: Any) -> Written:
         if not isinstance(value, dict):
             return value
         ranges = {key: value[key] and tuple(value[key]) for key in ("limits", "pass_range")}
         return Quantizer(**{**value, **ranges})
 
-    output, grad_input, grad_weight = (Product(*map(operand, plain[product])) for product in LEFT_RIGHT)
+    transforms = plain.get("transforms", {})
+    output, grad_input, grad_weight = (
+        Product(*map(operand, plain[product]), transform=transforms.get(product)) for product in LEFT_RIGHT
+    )
     return Recipe(plain["name"], output, grad_input, grad_weight)

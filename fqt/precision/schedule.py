@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from fqt.precision.policy import Decision, Policy, check_number, register_policy
-from fqt.recipe import Recipe, load_recipe
+from fqt.recipe import Recipe
+from fqt.recipe_yaml import load_recipe
 
 
 @register_policy("schedule")

@@ -72,7 +72,7 @@ class Variance(Policy):
 
     def _watcher(self, name: str, layer: QuantizedLayer) -> Callable[[Tensor], None]:
         def look(g: Tensor) -> None:
-            found = variances(logical(g, layer), self._choices[name])
+            found = variances(layer.canonical(g).float(), self._choices[name])
             sums = self._seen.setdefault(name, dict.fromkeys(found, 0.0))
             for key, value in found.items():
                 sums[key] += value
@@ -121,13 +121,6 @@ def _choices(name: str, recipe: Recipe, bits: Sequence[int]) -> dict[int, Recipe
     if not choices:
         raise ValueError(f"layer {name!r}: the gradients of recipe {recipe.name!r} have none of the bits {list(bits)}")
     return choices
-
-
-def logical(g: Tensor, layer: QuantizedLayer) -> Tensor:
-    """A layer's output gradient as (N, P, O)."""
-    if isinstance(layer, nn.Conv2d):
-        return (g if g.dim() == 4 else g.unsqueeze(0)).flatten(2).transpose(1, 2).float()
-    return (g if g.dim() > 1 else g.unsqueeze(0)).unsqueeze(1).flatten(1, -2).float()
 
 
 @torch.no_grad()

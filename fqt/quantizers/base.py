@@ -12,17 +12,22 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fqt.ops  # noqa: F401  registers torch.ops.fqt
-from fqt.formats import GRANULARITY_AXES, Format
+from fqt.formats import GRANULARITY_AXES, GRIDS, Format
 from fqt.qtensor import QTensor
+from fqt.quantizers.stages import RESERVED, Calibration, Estimator, ProductTransform, Stage, Transform, build_stage
+from fqt.reference import group_rows, pass_mask
 from fqt.wording import nearest
 
+NO_STATE: Mapping[str, nn.Module] = MappingProxyType({})
+"""Of an operand whose stages have neither parameters nor buffers."""
 OPERANDS = {"x": "activation", "w": "weight", "g": "gradient"}
 
 
@@ -32,14 +37,18 @@ class Quantizer:
 
     Attributes:
         grid, bits, offset: as in `Format`.
-        granularity: "tensor", "sample", "token", "channel" (of w: output channel) or "sample_channel".
-        calibrate: "absmax", "minmax", "absmean", or "none" for the fixed range `limits`.
+        granularity: "tensor", "sample", "token", "channel" (of w: output channel), "sample_channel", or "block": blocks of
+            `block` elements along the axis that the product sums over.
+        calibrate: "absmax", "minmax", "absmean", or "none" for the fixed range `limits`; or a registered `Calibration`.
         limits: the values of the smallest and the largest code, with calibrate="none".
         stochastic: stochastic rounding, unbiased within the range; else to nearest, ties to even.
         prune: "" or AGP's "bernoulli" (unbiased) or "topk".
         keep_one_in: b: pruning keeps one group in b.
         pass_range: clipped straight-through estimator: the gradient passes where low <= x <= high. None: everywhere.
-        transform: "" or "tanh" (DoReFa's weights: tanh(w) / max|tanh(w)|, differentiated by autograd).
+        transform: "" or "tanh" (DoReFa's weights: tanh(w) / max|tanh(w)|, differentiated by autograd), or a registered
+            `Transform`.
+        estimator: a registered `Estimator` in place of the straight-through one.
+        block: elements of a block; 0 with any other granularity.
 
     Raises:
         ValueError: a combination that means nothing, by name and with the remedy.
@@ -48,23 +57,24 @@ class Quantizer:
     grid: str
     bits: int
     granularity: str = "tensor"
-    calibrate: str = "absmax"
+    calibrate: str | Calibration = "absmax"
     limits: tuple[float, float] = (-1.0, 1.0)
     offset: bool = False
     stochastic: bool = False
     prune: str = ""
     keep_one_in: int = 1
     pass_range: tuple[float, float] | None = None
-    transform: str = ""
+    transform: str | Transform = ""
+    estimator: Estimator | None = None
+    block: int = 0
 
     def __post_init__(self) -> None:
-        Format(self.grid, self.bits, offset=self.offset)
-        choices = {
-            "granularity": tuple(GRANULARITY_AXES["activation"]),
-            "calibrate": ("absmax", "minmax", "absmean", "none"),
-            "prune": ("", "bernoulli", "topk"),
-            "transform": ("", "tanh"),
-        }
+        Format(self.grid, self.bits, offset=self.offset, block=self.block)
+        for field, kind in (("calibrate", "calibration"), ("transform", "transform"), ("estimator", "estimator")):
+            value = getattr(self, field)
+            if value not in ("", None, *RESERVED[kind]):
+                object.__setattr__(self, field, build_stage(kind, value))
+        choices = {"granularity": (*GRANULARITY_AXES["activation"], "block"), "prune": ("", "bernoulli", "topk")}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} {getattr(self, field)!r} is not one of {', '.join(map(repr, allowed))}")
@@ -72,13 +82,21 @@ class Quantizer:
             if type(getattr(self, field)) is not kind:
                 wanted = "true or false" if kind is bool else "an integer"
                 raise ValueError(f"{field} is {getattr(self, field)!r}, not {wanted}")
+        if (self.granularity == "block") != (self.block > 0):
+            raise ValueError(f"granularity {self.granularity!r} with block={self.block}: blocks need both, others neither")
+        if isinstance(self.transform, ProductTransform):
+            raise ValueError(f"transform {self.transform} is for both operands of a product: give it to the product")
+        if self.estimator is not None and self.pass_range is not None:
+            raise ValueError(f"pass_range and estimator {self.estimator} both say how the gradient passes: give one")
+        if self.prune and not isinstance(self.calibrate, str):
+            raise ValueError(f"prune goes by the range of a group: use calibrate 'minmax' or 'absmax', not {self.calibrate}")
         if self.calibrate == "minmax" and not self.offset:
             raise ValueError("calibrate 'minmax' needs an offset: use grid 'uint' with offset=True, or 'absmax'")
         if self.calibrate == "absmean" and self.grid not in ("sign", "ternary"):
             raise ValueError(f"calibrate 'absmean' is for the grids sign and ternary, not {self.grid!r}: use 'absmax'")
         if self.calibrate == "absmax" and self.grid == "uint" and not self.offset:
             raise ValueError("grid 'uint' without an offset has no negative codes: set offset=True or calibrate='none'")
-        if self.calibrate != "none" and self.grid == "fixed":
+        if self.calibrate in ("absmax", "minmax", "absmean") and self.grid == "fixed":
             raise ValueError("a fixed-point scale is 2^-fraction_length, not calibrated: use calibrate='none'")
         self._check_limits()
         if self.stochastic and self.grid == "sign":
@@ -101,13 +119,26 @@ class Quantizer:
         if self.calibrate == "none" and self.grid not in ("uint", "fixed") and low != -high:
             raise ValueError(f"limits {self.limits}: grid {self.grid!r} is symmetric, so the first must be minus the second")
 
-    def format(self, operand: str) -> Format:
-        """The Format of operand "x", "w" or "g"'s codes. ValueError for a granularity that the operand does not have."""
+    def format(self, operand: str, product: str = "") -> Format:
+        """The Format of the codes of operand "x", "w" or "g", in a product where blocks go by the axis that it sums over.
+
+        Raises:
+            ValueError: a granularity that the operand does not have.
+        """
         _known_operand(operand)
+        if self.block:
+            axes = _BLOCKED[product or {"g": "grad_input"}.get(operand, "output")][operand]
+            return Format(self.grid, self.bits, axes, self.offset, self.block)
         axes = GRANULARITY_AXES["weight" if operand == "w" else "activation"]
         if self.granularity not in axes:
             raise ValueError(f"a weight has no granularity {self.granularity!r}: choose one of {', '.join(axes)}")
         return Format(self.grid, self.bits, axes[self.granularity], self.offset)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The registered stages that this quantizer has, each once."""
+        given = (self.calibrate, self.transform, self.estimator)
+        return tuple(dict.fromkeys(stage for stage in given if isinstance(stage, Stage)))
 
     @property
     def random(self) -> bool:
@@ -121,13 +152,21 @@ class Quantizer:
         return self.bits - exponent if self.grid == "fixed" and mantissa == 0.5 else None
 
     def __str__(self) -> str:
-        bits = "" if self.grid in ("sign", "ternary", "e4m3", "e5m2") else str(self.bits)
+        bits = "" if GRIDS[self.grid].fewest == GRIDS[self.grid].most else str(self.bits)
         if self.fraction_length is not None:
             bits = f"<{self.bits},{self.fraction_length}>"
-        name = f"{self.grid}{bits}/{self.granularity}"
+        name = f"{self.grid}{bits}/{self.granularity}" + (str(self.block) if self.block else "")
+        name += "".join(f" {stage}" for stage in self.stages)
         return name + (f" keep 1/{self.keep_one_in} {self.prune}" if self.prune else "")
 
 
+_BLOCKED = {
+    "output": {"x": "NP", "w": "OK"},
+    "grad_input": {"g": "NP", "w": "KI"},
+    "grad_weight": {"g": "C", "x": "C"},
+}
+"""Product -> operand -> the axes that its blocks along the summed axis leave."""
+_STAGES = ("calibrate", "estimator", "transform")
 QUANTIZERS: dict[str, tuple[Callable[..., Quantizer], str]] = {}
 """Name -> (function that makes the Quantizer, operands it is for)."""
 
@@ -159,6 +198,8 @@ def _known_operand(operand: str) -> None:
 def build(name: str, operand: str, /, **options: object) -> Quantizer | None:
     """The quantizer `name` with its options, for operand "x", "w" or "g"; None if it says that the operand stays float.
 
+    Beside its own options every quantizer takes `calibrate`, `estimator` and `transform`: stages in place of those that it has.
+
     Raises:
         ValueError: unknown name or option, or a quantizer that is not meant for this operand.
     """
@@ -170,12 +211,17 @@ def build(name: str, operand: str, /, **options: object) -> Quantizer | None:
         meant = " and ".join(f"{letter} ({OPERANDS[letter]})" for letter in operands)
         raise ValueError(f"quantizer {name!r} is for {meant}, not for {operand} ({OPERANDS[operand]})")
     known = inspect.signature(make).parameters
+    stages = {option: value for option, value in options.items() if option in _STAGES and option not in known}
+    options = {option: value for option, value in options.items() if option not in stages}
     for option in options:
         if option not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
             raise ValueError(f"quantizer {name!r} has no option {option!r}{nearest(option, known)}; {takes}")
     try:
         quantizer = make(**options)
+        if stages and isinstance(quantizer, Quantizer):
+            without = {"pass_range": None} if "estimator" in stages else {}
+            quantizer = replace(quantizer, **without, **stages)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise ValueError(f"quantizer {name!r} with {options or 'no options'}: {error}") from error
     if quantizer is not None and not isinstance(quantizer, Quantizer):
@@ -183,10 +229,12 @@ def build(name: str, operand: str, /, **options: object) -> Quantizer | None:
     return quantizer
 
 
-def transformed(x: Tensor, quantizer: Quantizer) -> Tensor:
+def transformed(x: Tensor, quantizer: Quantizer, state: Mapping[str, nn.Module] = NO_STATE) -> Tensor:
     """The quantizer's transform, differentiable."""
     if quantizer.transform == "":
         return x
+    if isinstance(quantizer.transform, Transform):
+        return quantizer.transform.apply(x, state.get(quantizer.transform.word))
     squashed = torch.tanh(x.float())
     widest = squashed.abs().amax()
     return squashed / torch.where(widest > 0, widest, 1.0)
@@ -201,6 +249,9 @@ def quantize(
     stream: int = 0,
     fold: Tensor | None = None,
     ranges: tuple[Tensor, Tensor] | None = None,
+    state: Mapping[str, nn.Module] = NO_STATE,
+    update: bool = False,
+    product: str = "",
     backend: str = "",
 ) -> tuple[QTensor, Tensor]:
     """Quantize (N, P, C), or for a weight (O, K, I), after its transform.
@@ -210,6 +261,9 @@ def quantize(
         stream: even number of the draw within one key.
         fold: broadcastable to x, multiplied into it first.
         ranges: smallest and largest value of each folded group, (G,) float32, where the caller knows them; NaN if it holds one.
+        state: parameters and buffers of a registered calibration, by its word.
+        update: whether running statistics among them move.
+        product: that the codes are for, where blocks lie along its summed axis.
         backend: the one that must serve, "" for the fastest that does.
 
     Returns:
@@ -219,7 +273,7 @@ def quantize(
         ValueError: x has not three axes, the operand not the quantizer's granularity, a random quantizer no key, or the named
             backend no kernel for this; or ranges are not one for each group.
     """
-    format = quantizer.format(operand)
+    format = quantizer.format(operand, product)
     if x_NPC.dim() != 3:
         raise ValueError(
             f"quantize takes three axes, (N, P, C) or (O, K, I), not shape {tuple(x_NPC.shape)}: reshape, with 1 for an "
@@ -236,21 +290,52 @@ def quantize(
                     f"ranges: the {name} values are {tensor.dtype} of shape {tuple(tensor.shape)}, expected float32 of "
                     f"shape ({groups},), one for each group"
                 )
-    *tensors, mask = torch.ops.fqt.quantize(
-        x_NPC,
-        fold,
-        key,
-        low,
-        high,
-        format.name,
-        quantizer.calibrate,
-        quantizer.limits,
-        quantizer.stochastic,
-        quantizer.prune,
-        quantizer.keep_one_in,
-        stream,
-        quantizer.pass_range or (),
-        backend=backend,
-    )
+    state = state or {}
+    return codes_of(x_NPC, quantizer, format, key, stream, fold, ranges, state.get(_word(quantizer)), update, backend)
+
+
+def _word(quantizer: Quantizer) -> str:
+    return quantizer.calibrate if isinstance(quantizer.calibrate, str) else quantizer.calibrate.word
+
+
+def codes_of(
+    x_NPC: Tensor,
+    quantizer: Quantizer,
+    format: Format,
+    key: Tensor | None,
+    stream: int,
+    fold: Tensor | None,
+    ranges: tuple[Tensor, Tensor] | None,
+    state: nn.Module | None,
+    update: bool,
+    backend: str,
+) -> tuple[QTensor, Tensor]:
+    """`quantize`, of what was checked before. state: that of the registered calibration."""
     shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
-    return QTensor.from_tensors(tensors, format, shape), mask
+    if isinstance(quantizer.calibrate, str):
+        low, high = ranges or (None, None)
+        *tensors, mask = torch.ops.fqt.quantize(
+            x_NPC,
+            fold,
+            key,
+            low,
+            high,
+            format.name,
+            quantizer.calibrate,
+            quantizer.limits,
+            quantizer.stochastic,
+            quantizer.prune,
+            quantizer.keep_one_in,
+            stream,
+            quantizer.pass_range or (),
+            backend=backend,
+        )
+        return QTensor.from_tensors(tensors, format, shape), mask
+    with torch.no_grad():
+        value = x_NPC.float() if fold is None else x_NPC.float() * fold
+        scales = quantizer.calibrate.scales(group_rows(value, format), format, state, update)
+    draws = key if quantizer.stochastic else None
+    codes = torch.ops.fqt.encode(x_NPC, scales.tensors(), fold, draws, format.name, stream, backend=backend)
+    inside = quantizer.pass_range
+    mask = x_NPC.new_empty(0, dtype=torch.uint8) if inside is None else pass_mask(x_NPC, *inside)
+    return scales.of(codes, format, shape), mask

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fqt
-from fqt.functional import STREAM
+from fqt.operand import STREAM
 from fqt.quantizers import build
 from fqt.recipe import Product, Recipe
 
@@ -189,7 +189,7 @@ def test_a_module_called_twice_draws_twice(name: str) -> None:
 
 def test_every_draw_of_a_call_has_a_stream_of_its_own() -> None:
     used = [stream + extra for stream in STREAM.values() for extra in (0, 1)]  # rounding, and pruning one further
-    assert len(set(used)) == len(used) == 12
+    assert len(set(used)) == len(used) == 2 * (6 + 3)  # of operands, and of transforms of a product
 
 
 # --- state ---------------------------------------------------------------------------------------------------------------

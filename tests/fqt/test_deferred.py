@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fqt
-from fqt import functional, ops, reference
+from fqt import notes, ops, reference
 from fqt.cpu import norm as cpu_norm
 from fqt.formats import Format
 from fqt.fusion import deferred
@@ -109,7 +109,7 @@ def floats(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             return found.value() if isinstance(found, Deferred) else found
 
         monkeypatch.setattr(deferred, "batch_norm", at_once)
-        monkeypatch.setattr(functional, "possible", lambda x: False)
+        monkeypatch.setattr(deferred.Between, "gives", lambda x, recipe: False)
 
     return compute
 
@@ -412,8 +412,8 @@ def test_ranges_of_a_folded_gradient_follow_from_its_own(axes: str, rng: np.rand
         for tensor, share in ((g, 0.02), (fold, 0.2 * (case % 3))):
             chosen = torch.rand(tensor.shape, generator=generator) < share
             tensor[chosen] = special[torch.randint(len(special), (int(chosen.sum()),), generator=generator)]
-        deferred.remember_ranges(g, *torch.aminmax(g, dim=1))
-        found = deferred.ranges(g, axes, fold)
+        notes.note_ranges(g, *torch.aminmax(g, dim=1))
+        found = notes.ranges_of(g, axes, fold)
         assert (found is None) == (fold.shape[1] != 1)
         if found is None:
             continue

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fqt
 from fqt import functional
-from fqt.functional import STREAM
+from fqt.operand import STREAM
 from fqt.quantizers import Quantizer, build, quantize
 from fqt.recipe import Product, Recipe
 
@@ -334,8 +334,8 @@ def test_recipes_equal_products_of_decoded_codes(layer: Layer, name: str) -> Non
     w_transformed = w.detach()
     if w_quantizer.transform:
         w_transformed = torch.tanh(w_transformed) / torch.tanh(w_transformed).abs().max()
-    x_codes, _ = quantize(layer.canonical(x.detach()), x_quantizer, "x", key=key, stream=STREAM["output.x"])
-    w_codes, _ = quantize(layer.canonical(w_transformed), w_quantizer, "w", key=key, stream=STREAM["output.w"])
+    x_codes, _ = quantize(layer.canonical(x.detach()), x_quantizer, "x", key=key, stream=STREAM["output_x"])
+    w_codes, _ = quantize(layer.canonical(w_transformed), w_quantizer, "w", key=key, stream=STREAM["output_w"])
     x_value = layer.plain(x_codes.decode(), x).double()
     w_value = layer.plain(w_codes.decode(), w).double()
     assert_close(y.detach(), layer.float_run(x_value, w_value, b.detach().double()))
@@ -352,7 +352,7 @@ def test_recipes_equal_products_of_decoded_codes(layer: Layer, name: str) -> Non
                 groups = codes.format.axes
                 fold = codes.scale.view(1, 1, -1) if groups == "O" else codes.scale.view(-1, 1, 1)
                 other = torch.where(codes.scale.view(-1, 1, 1) > 0, codes.decode() / codes.scale.view(-1, 1, 1), 0).round()
-            g_codes, _ = quantize(layer.canonical(g), g_quantizer, "g", key=key, stream=STREAM[f"{product}.g"], fold=fold)
+            g_codes, _ = quantize(layer.canonical(g), g_quantizer, "g", key=key, stream=STREAM[f"{product}_g"], fold=fold)
             g_value = layer.plain(g_codes.decode(), g).double()
         if product == "grad_input":
             expected = layer.grad_input(g_value, layer.plain(other, w).double())

@@ -17,7 +17,8 @@ from fqt.geometry import Geometry
 from fqt.ops import KERNELS, PRODUCTS, Kernel, Request
 from fqt.qtensor import QTensor, codes_dtype
 from fqt.quantizers import Quantizer, build, quantize
-from fqt.recipe import LEFT_RIGHT, load_recipe, recipes
+from fqt.recipe import LEFT_RIGHT
+from fqt.recipe_yaml import load_recipe, recipes
 from fqt.reference import pack
 from fqt.testing import assert_same_codes, assert_same_values
 

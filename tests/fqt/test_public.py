@@ -18,10 +18,12 @@ import fqt
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = [
-    "AdaPT", "Format", "Memory", "Policy", "Precision", "Product", "Profile", "QTensor", "QuantConv2d", "QuantLinear",
-    "Quantizer", "Recipe", "Rule", "Summary", "build_policy", "convert", "count_saved_bytes", "load_recipe", "memory",
+    "AdaPT", "Calibration", "Estimator", "Format", "Grid", "Grouping", "Memory", "Policy", "Precision", "Product",
+    "ProductTransform", "Profile", "QTensor", "QuantConv2d", "QuantLinear", "QuantizedLayer", "Quantizer", "Recipe",
+    "Rule", "Scales", "Summary", "Transform", "build_policy", "convert", "count_saved_bytes", "load_recipe", "memory",
     "modelled_speedup", "observe_gradients", "profile", "quantize", "quantized_layers", "recipes", "register",
-    "register_policy", "revert", "summary",
+    "register_calibration", "register_estimator", "register_grid", "register_layer", "register_policy",
+    "register_transform", "revert", "summary",
 ]  # fmt: skip
 NOT_AT_IMPORT = ("triton", "torchvision", "timm", "train", "tensorboard", "sklearn", "torch._dynamo", "torch._inductor")
 

@@ -9,7 +9,8 @@ import pytest
 import fqt
 from fqt.formats import Format
 from fqt.quantizers import Quantizer, build
-from fqt.recipe import LEFT_RIGHT, Product, Recipe, Rule, load_recipe, recipes
+from fqt.recipe import LEFT_RIGHT, Product, Recipe, Rule
+from fqt.recipe_yaml import load_recipe, recipes
 
 # --- the built-in recipes, so that a changed YAML is noticed -----------------------------------------------------------
 

@@ -23,7 +23,7 @@ from fqt.formats import Format
 from fqt.ops import NORM, PRODUCTS
 from fqt.qtensor import QTensor
 from fqt.quantizers import build
-from fqt.recipe import recipes
+from fqt.recipe_yaml import recipes
 from fqt.reference import norm
 from fqt.reference.norm import Source, Windows
 from fqt.testing import assert_same_codes, assert_same_values

@@ -8,7 +8,7 @@ import torch
 
 from fqt import convert, load_recipe, ops
 from fqt.formats import Format
-from fqt.recipe import recipes
+from fqt.recipe_yaml import recipes
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,301 @@
+"""The one autograd function, where a layer's three products meet.
+
+Everything of x and w is encoded in the forward; of x only the packed codes and, for the clipped estimator, one bit an element
+are kept for the backward, never a float copy (unless the recipe keeps an operand in float). g is encoded in the backward, once
+for each product that runs in low bits.
+
+All random draws of one call share a 64-bit key, drawn from torch's default generator of the tensor's device, one stream a use.
+It is drawn in training mode and whenever gradients are enabled, so activation checkpointing, which first runs without
+gradients and restores the generator before it runs again, sees the same codes both times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fqt.autograd import once
+from fqt.formats import Shape3
+from fqt.geometry import Geometry
+from fqt.multiply import multiply_grad_input, multiply_grad_weight, multiply_output
+from fqt.notes import note_kept, ranges_of
+from fqt.operand import Encoded, Operand, Plan, States
+from fqt.qtensor import QTensor
+from fqt.recipe import Recipe
+from fqt.reference import apply_mask, spread
+
+_FORWARD = (("output", "x"), ("output", "w"), ("grad_weight", "x"), ("grad_input", "w"))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An input whose codes were made before.
+
+    Attributes:
+        x_NPC: a placeholder with the input's graph and shape.
+        encoded: its codes.
+        channels_last: the memory format of the images that it stands for.
+    """
+
+    x_NPC: Tensor
+    encoded: Encoded
+    channels_last: bool
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """A product of signs that is not scaled yet.
+
+    Attributes:
+        y_NPO: a placeholder with the product's graph.
+        sums: (N, P', O) int16.
+        scale: (O,) float32, of the sums.
+        bias: (O,) float32 or None.
+    """
+
+    y_NPO: Tensor
+    sums: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call computes, beside its tensors.
+
+    Attributes:
+        accumulates: whether the product's accumulators are wanted in place of the output.
+        taken: whether the input's codes were made before.
+        states: the layer's, for operands that are encoded in the backward.
+    """
+
+    recipe: Recipe
+    geometry: Geometry | None
+    x_shape: Shape3
+    w_shape: Shape3
+    x_dtype: torch.dtype
+    w_dtype: torch.dtype
+    accumulates: bool
+    taken: bool
+    states: States | None
+    backend: str
+
+    def plan(self, product: str) -> Plan:
+        return self.recipe.plan(product, "linear" if self.geometry is None else "conv")
+
+    def qtensors(self, flat: list[Tensor] | tuple[Tensor, ...]) -> dict[str, QTensor]:
+        """Name of an operand of the forward -> its codes, from the flat tensors of those that are not "saved"."""
+        found: dict[str, QTensor] = {}
+        for product, letter in _FORWARD:
+            operand = self.recipe.operand(product, letter)
+            if operand is None:
+                continue
+            if operand.saved:
+                found[operand.name] = found[f"output_{letter}"]
+            else:
+                found[operand.name] = operand.qtensor(flat[:4], self.x_shape if letter == "x" else self.w_shape)
+                flat = flat[4:]
+        return found
+
+
+def layer(
+    x_NPC: Tensor,
+    w_OKI: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    geometry: Geometry | None,
+    training: bool,
+    states: States | None,
+    taken: Taken | None,
+    gives: bool,
+    backend: str,
+) -> Tensor | Accumulated:
+    """y (N, P', O); or with `gives`, where sums fit 16 bits, a placeholder and the accumulators behind it."""
+    for name, tensor in (("input", x_NPC), ("weight", w_OKI)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"the {name} is {tensor.dtype}, not a float tensor: convert it, for instance by .float()")
+    if x_NPC.device != w_OKI.device:
+        raise ValueError(f"the input is on {x_NPC.device}, the weight on {w_OKI.device}: move one of them")
+    dtype = _output_dtype(x_NPC)
+    key = torch.ops.fqt.draw_key(x_NPC) if recipe.random and (training or torch.is_grad_enabled()) else None
+    x_shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
+    w_shape = (w_OKI.shape[0], w_OKI.shape[1], w_OKI.shape[2])
+    plain = {"x": x_NPC, "w": w_OKI}
+    values = dict(plain)
+    masks = {letter: x_NPC.new_empty(0, dtype=torch.uint8) for letter in plain}
+    flat: list[Tensor] = []
+    for product, letter in _FORWARD:
+        operand = recipe.operand(product, letter)
+        if operand is None or operand.saved:
+            continue
+        if product == "output":
+            if taken is not None and letter == "x":
+                flat += taken.encoded.q.tensors()
+                masks["x"] = taken.encoded.mask
+                continue
+            values[letter] = operand.transformed(plain[letter], states)
+            value = values[letter].detach()
+        else:
+            value = operand.transformed(plain[letter].detach(), states) if letter == "w" else values["x"].detach()
+        encoded = operand.encode(value, key=key, training=training, geometry=geometry, states=states, backend=backend)
+        flat += encoded.q.tensors()
+        if product == "output":
+            masks[letter] = encoded.mask
+            values[letter] = operand.estimated(values[letter], encoded.q, states)
+
+    accumulates = gives and w_shape[1] * w_shape[2] < 1 << 15
+    call = _Call(
+        recipe, geometry, x_shape, w_shape, values["x"].dtype, values["w"].dtype, accumulates, taken is not None, states,
+        backend,
+    )  # fmt: skip
+    run = _Products.apply if keeps_graph(values["x"], values["w"], bias) else _Products.forward
+    y = run(values["x"], values["w"], bias, key, masks["x"], masks["w"], call, *flat)
+    if isinstance(y, Tensor):
+        return y.to(dtype)
+    q = call.qtensors(flat)
+    scale = (q["output_x"].scale * q["output_w"].scale).expand(w_OKI.shape[0]).contiguous()
+    return Accumulated(y[0], y[1], scale, None if bias is None else bias.detach().float())
+
+
+def keeps_graph(*inputs: Tensor | None) -> bool:
+    """Whether a call must go through autograd. Where it need not, it must not while torch.compile looks on: torch 2.14 then
+    hands a Function with `setup_context` a context in place of its first argument."""
+    if not torch.is_grad_enabled() or not torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return any(tensor is not None and tensor.requires_grad for tensor in inputs)
+
+
+def placeholder(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """NaN in every place, of which only one is stored."""
+    return like.new_full((), torch.nan, dtype=torch.float32).expand(shape)
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    """The input's, or autocast's, which leaves float64 alone."""
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+class _Products(torch.autograd.Function):
+    """output in the forward, grad_input and grad_weight in the backward."""
+
+    @staticmethod
+    def forward(
+        x_NPC: Tensor,
+        w_OKI: Tensor,
+        bias: Tensor | None,
+        key: Tensor | None,
+        x_mask: Tensor,
+        w_mask: Tensor,
+        call: _Call,
+        *flat: Tensor,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        q = call.qtensors(flat)
+        if call.accumulates:
+            operands = (*_schema(q["output_x"]), *_schema(q["output_w"]))
+            sums = torch.ops.fqt.accumulate(*operands, _flat(call.geometry), backend=call.backend)
+            return placeholder(sums, tuple(sums.shape)), sums
+        if call.recipe.low_bit("output"):
+            operands = (*_schema(q["output_x"]), *_schema(q["output_w"]))
+            return torch.ops.fqt.output(*operands, bias, _flat(call.geometry), backend=call.backend)
+        x_NPC = q["output_x"].decode().to(call.x_dtype) if "output_x" in q else x_NPC
+        w_OKI = (q["output_w"].decode() if "output_w" in q else w_OKI).to(call.x_dtype)
+        y_NPO = multiply_output(x_NPC, w_OKI, call.geometry)
+        return y_NPO if bias is None else y_NPO + bias.to(y_NPO.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x_NPC, w_OKI, _, key, x_mask, w_mask, call, *flat = inputs
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        q = call.qtensors(flat)
+        # each side keeps only what its product reads, and a float tensor only where the recipe asks for one
+        w = q["grad_input_w"].tensors() if "grad_input_w" in q else [w_OKI]
+        x = q["grad_weight_x"].tensors() if "grad_weight_x" in q else [x_NPC]
+        saved_w = [*w, x_mask] if needs_x else []
+        saved_x = [*x, w_mask] if needs_w else []
+        ctx.save_for_backward(key, *saved_w, *saved_x)
+        ctx.call = call
+        ctx.split = len(saved_w)
+        if call.accumulates:
+            ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, g_NPO: Tensor, *_: Tensor | None):
+        with torch.no_grad():
+            grads = _Products._gradients(ctx, g_NPO)
+        return (*once(grads), *([None] * (len(ctx.needs_input_grad) - 3)))
+
+    @staticmethod
+    def _gradients(ctx, g_NPO: Tensor) -> list[Tensor | None]:
+        key, *saved = ctx.saved_tensors
+        call, saved_w, saved_x = ctx.call, saved[: ctx.split], saved[ctx.split :]
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_w = grad_bias = None
+        if needs_x:
+            grad_x = _gradient(call, call.plan("grad_input"), g_NPO, saved_w[:-1], saved_w[-1], key)
+        if needs_w:
+            grad_w = _gradient(call, call.plan("grad_weight"), g_NPO, saved_x[:-1], saved_x[-1], key)
+        if needs_bias:
+            grad_bias = g_NPO.sum((0, 1), dtype=torch.promote_types(g_NPO.dtype, torch.float32))
+        return [grad_x, grad_w, grad_bias]
+
+
+def _gradient(call: _Call, plan: Plan, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, key: Tensor | None) -> Tensor:
+    """dX = G W, or dW = G^T X, in the dtype of x or w, where the estimator's mask passes it.
+
+    Args:
+        saved: the right operand, codes or a float tensor.
+    """
+    of_x = plan.product == "grad_input"
+    dtype, shape = (call.x_dtype, call.w_shape) if of_x else (call.w_dtype, call.x_shape)
+    right = None if plan.right is None else plan.right.qtensor(saved, shape)
+    if plan.low_bit:
+        assert plan.left is not None and right is not None
+        fold = None
+        if plan.folded:
+            fold = spread(right.scale, right)
+            fold, right = fold.permute(1, 2, 0) if of_x else fold, _unscaled(right)
+        g = _encoded(call, plan.left, g_NPO, key, fold)
+        operands = (*_schema(g), *_schema(right))
+        if not of_x:
+            grad = torch.ops.fqt.grad_weight(*operands, _flat(call.geometry), backend=call.backend)
+            return (apply_mask(grad, mask) if mask.numel() else grad).to(dtype)
+        grad = torch.ops.fqt.grad_input(*operands, mask, call.x_shape, _flat(call.geometry), backend=call.backend).to(dtype)
+        if call.taken and g.index is not None and g.format.axes == "N":
+            note_kept(grad, g.index)
+        return grad
+    if plan.left is not None:
+        g_NPO = _encoded(call, plan.left, g_NPO, key, None).decode().to(g_NPO.dtype)
+    value = (saved[0] if right is None else right.decode()).to(g_NPO.dtype)
+    if of_x:
+        grad = multiply_grad_input(g_NPO, value, call.x_shape[2], call.geometry)
+    else:
+        grad = multiply_grad_weight(g_NPO, value, call.geometry)
+    return (apply_mask(grad, mask) if mask.numel() else grad).to(dtype)
+
+
+def _encoded(call: _Call, operand: Operand, g_NPO: Tensor, key: Tensor | None, fold: Tensor | None) -> QTensor:
+    """The gradient's codes; whoever wrote it may have found its ranges on the way."""
+    ranges = None if torch.compiler.is_compiling() else ranges_of(g_NPO, operand.format.axes, fold)
+    return operand.encode(
+        g_NPO, key=key, training=True, fold=fold, ranges=ranges, geometry=call.geometry, states=call.states,
+        backend=call.backend,
+    ).q  # fmt: skip
+
+
+def _schema(q: QTensor) -> tuple[list[Tensor], str, Shape3]:
+    """A QTensor as the three arguments that stand for it in an operator's schema."""
+    return q.tensors(), q.format.name, q.shape
+
+
+def _flat(geometry: Geometry | None) -> list[int]:
+    return [] if geometry is None else geometry.flat()
+
+
+def _unscaled(q: QTensor) -> QTensor:
+    """The codes with scale 1, their own scale having been folded into the other operand."""
+    return replace(q, scale=q.scale.new_ones(1), format=replace(q.format, axes=""))
