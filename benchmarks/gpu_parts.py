@@ -153,7 +153,7 @@ def quantizers(device: str, bench: Bench, shape: Shape3 = (256, 1024, 256)) -> I
             "prune": quantizer.prune, "keep_one_in": quantizer.keep_one_in, "pass_range": quantizer.pass_range,
         }  # fmt: skip
         for kernel in serving("quantize", device, (format,)):
-            row: Row = {"part": "quantize", "name": f"{name} {format.name}", "backend": kernel.backend}
+            row: Row = {"part": "quantize", "name": f"{name} {format.name}", "backend": kernel.label}
             function = ops.load(kernel.function)
             try:
                 actual, _ = function(small.to(device), format, key=key.to(device), stream=2, **asked)
@@ -186,7 +186,7 @@ def matmuls(device: str, bench: Bench, sizes: tuple[int, ...] = SIZES) -> Iterat
         formats = (Format.parse(left), Format.parse(right))
         named = f"{left} x {right}" + (f" kept {keep}" if keep < 1 else "")
         for kernel in serving(operator, device, formats):
-            row = {"part": "products", "operator": operator, "formats": named, "backend": kernel.backend}
+            row = {"part": "products", "operator": operator, "formats": named, "backend": kernel.label}
             check = ((96, 1, 264), (160, 1, 264), (96, 1, 160))
             found = wrong(kernel, operands(operator, left, right, keep, check, None), device)
             if found:
@@ -233,7 +233,7 @@ def layers(device: str, bench: Bench, batch: int = 64, layers: tuple = LAYERS) -
         for recipe, pairs in LAYER_FORMATS.items():
             for operator, (left, right) in zip(torch_ms, pairs, strict=True):
                 for kernel in serving(operator, device, (Format.parse(left), Format.parse(right)), geometry):
-                    here = row | {"recipe": recipe, "operator": operator, "backend": kernel.backend}
+                    here = row | {"recipe": recipe, "operator": operator, "backend": kernel.label}
                     small, large = (
                         ((n, size**2, inputs), (outputs, window**2, inputs), (n, out**2, outputs)) for n in (2, batch)
                     )

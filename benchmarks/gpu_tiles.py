@@ -60,7 +60,7 @@ def tiles(device: str, bench: Bench, products: tuple = TILED) -> Iterator[Row]:
     """Every tile that fits, compared with the reference and timed; `picked`: the rule's."""
     for operator, left, right, size in products:
         for kernel in serving(operator, device, (Format.parse(left), Format.parse(right))):
-            space_of = SPACES.get(kernel.backend.split()[0])
+            space_of = SPACES.get(kernel.backend)
             if space_of is None:
                 continue
             plan, name, space = space_of
@@ -76,7 +76,7 @@ def tiles(device: str, bench: Bench, products: tuple = TILED) -> Iterator[Row]:
                 function(*args)
             picked, fitting = asked
             row: Row = {"part": "tiles", "operator": operator, "formats": f"{left} x {right}", "size": size}
-            row |= {"name": f"{operator} {left} x {right} {size}", "backend": kernel.backend}
+            row |= {"name": f"{operator} {left} x {right} {size}", "backend": kernel.label}
             for tile in fitting:
                 here = row | {"tile": "x".join(map(str, astuple(tile))), "picked": tile == picked}
                 with _replaced(plan, name, lambda *_, tile=tile, **needs: tile):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.common import table, write_json
 from fqt import ops, reference
-from fqt.cpu import library, signs
+from fqt.cpu import library
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor, codes_dtype
@@ -191,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    reason = signs.refuses_output((Format("sign", 1), Format("sign", 1)), None)
+    reason = library.refuses()
     if reason is not None:
         sys.exit(reason)
     used = library.operators().instruction_set()

@@ -134,7 +134,7 @@ def convert(
         _log.info(
             "%s adds %d parameters, which an optimizer made from now on trains: %s", recipe.name, len(added), ", ".join(added)
         )
-    served = {backend for _, layer in quantized_layers(model) for backend, _ in backends(layer).values()}
+    served = {by.backend for _, layer in quantized_layers(model) for by in backends(layer).values()}
     _log.log(
         logging.WARNING if "reference" in served and not backend else logging.INFO,
         "%s: %d of %d layers converted, %d activations replaced%s%s",

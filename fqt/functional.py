@@ -1,4 +1,4 @@
-"""`linear` and `conv2d`: what torch's functions of these names compute, by a recipe. They only bring tensors and geometry along.
+"""`linear` and `conv2d`: what torch's functions of these names compute, by a recipe. They only bring the geometry.
 
 Shapes: x (N, ..., I) or (N, I, H, W); canonical x_NPC, w_OKI, g_NPO as in `fqt.formats`.
 """

@@ -1,8 +1,9 @@
-"""The operators: torch.library schemas, fake kernels, and the one table of kernels behind them.
+"""The operators: torch.library schemas and fake kernels, and the choice of the kernel that serves a call.
 
 A QTensor crosses a schema as its four tensors, its format's short name and its logical shape. Every operator looks its kernel
-up in `KERNELS`, from fast to slow; the reference comes last and takes everything. A kernel is added with one row here.
-Where a backend is named, by a call or by FQT_BACKEND, it alone serves or the call is refused: nothing falls back in silence.
+up in `KERNELS`, from fast to slow; the reference comes last and takes everything. The rows stand beside the kernels, in the
+`rows.py` of each backend. Where a backend is named, by a call or by FQT_BACKEND, it alone serves or the call is refused:
+nothing falls back in silence.
 """
 
 from __future__ import annotations
@@ -18,139 +19,47 @@ import torch
 from torch import Tensor
 
 from fqt import selfcheck
-from fqt.cpu import codes, integers, library, signs
-from fqt.cuda_kernels import products as bits
+from fqt.cpu import library
+from fqt.cpu import rows as cpu_rows
+from fqt.cuda_kernels import rows as cuda_rows
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
-from fqt.qtensor import QTensor, codes_dtype
-from fqt.triton_kernels import plan as triton
+from fqt.qtensor import QTensor, Scales, codes_dtype
+from fqt.reference import rows as reference_rows
+from fqt.reference.rows import NORM, OPERATORS, PRODUCTS
+from fqt.rows import Kernel, Request
+from fqt.triton_kernels import rows as triton_rows
 from fqt.wording import nearest
 
-ENVIRONMENT = "FQT_BACKEND"
-NORM = ("norm_sums", "norm_value", "norm_sign", "norm_grad_sums", "norm_grad")
-OPERATORS = ("quantize", "decode", "output", "grad_input", "grad_weight", "accumulate", *NORM)
-PRODUCTS = ("output", "grad_input", "grad_weight")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a call asks of a kernel. `backend`: the one that must serve, "" for the fastest that does."""
-
-    device: str
-    formats: tuple[Format, ...]
-    geometry: Geometry | None = None
-    backend: str = ""
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A row of the table.
-
-    Attributes:
-        operator: one of `OPERATORS`.
-        backend: the name that `fqt.summary` shows. Its first word is what a user names: "cpu" stands for "cpu int8" too.
-        device: torch device type, "" for any.
-        function: "module:name", imported when it is first used; its signature is that of the reference's function.
-        refuses: the reason why it cannot serve a request, None if it can.
-        native: whether it is compiled code, which is compared with the reference before it first serves (`broken`).
-        exact: whether its floats equal the reference's bit for bit; only those of 8-bit floats on tensor cores do not.
-    """
-
-    operator: str
-    backend: str
-    device: str
-    function: str
-    refuses: Callable[[Request], str | None]
-    native: bool = False
-    exact: bool = True
-
-
-KERNELS: list[Kernel] = [
-    Kernel(
-        "quantize", "cpu", "cpu", "fqt.cpu.codes:quantize", lambda request: codes.refuses_codes(request.formats), native=True
-    ),
-    Kernel("decode", "cpu", "cpu", "fqt.cpu.codes:decode", lambda request: codes.refuses_codes(request.formats), native=True),
-    Kernel("output", "cpu", "cpu", "fqt.cpu.signs:output", lambda r: signs.refuses_output(r.formats, r.geometry), native=True),
-    Kernel(
-        "grad_input",
-        "cpu",
-        "cpu",
-        "fqt.cpu.signs:grad_input",
-        lambda r: signs.refuses_grad_input(r.formats, r.geometry),
-        native=True,
-    ),
-    Kernel(
-        "grad_weight", "cpu", "cpu", "fqt.cpu.signs:grad_weight", lambda r: signs.refuses_grad_weight(r.formats), native=True
-    ),
-    Kernel(
-        "accumulate",
-        "cpu",
-        "cpu",
-        "fqt.cpu.signs:accumulate",
-        lambda r: signs.refuses_output(r.formats, r.geometry),
-        native=True,
-    ),
-    *(
-        Kernel(operator, "cpu", "cpu", f"fqt.cpu.norm:{operator}", lambda _: library.refuses(), native=True)
-        for operator in NORM
-    ),
-    *(
-        Kernel(
-            operator,
-            f"cpu int{bits}",
-            "cpu",
-            f"fqt.cpu.integers:{operator}",
-            lambda r, operator=operator, bits=bits: integers.refuses(operator, r.formats, r.geometry, bits),
-            native=True,
-        )
-        for operator in PRODUCTS
-        for bits in (8, 16)
-    ),
-    *(
-        Kernel(
-            operator,
-            "cuda b1",
-            "cuda",
-            f"fqt.cuda_kernels.products:{operator}",
-            lambda request, operator=operator: bits.refuses(operator, request.formats, request.geometry),
-            native=True,
-        )
-        for operator in (*PRODUCTS, "accumulate")
-    ),
-    # not native: Triton compiles on the machine itself, for minutes if every format were compared before the first step
-    Kernel(
-        "quantize",
-        "triton",
-        "cuda",
-        "fqt.triton_kernels.quantize:quantize",
-        lambda request: triton.refuses_quantize(request.formats),
-    ),
-    *(
-        Kernel(
-            operator,
-            f"triton{' float8' * float8}",
-            "cuda",
-            f"fqt.triton_kernels.{'weight' if operator == 'grad_weight' else 'gather'}:{operator}",
-            lambda request, operator=operator, float8=float8: triton.refuses_product(
-                operator, request.formats, request.geometry, float8
-            ),
-            exact=not float8,
-        )
-        for operator in (*PRODUCTS, "accumulate")
-        for float8 in (False, True)
-        if not (operator == "accumulate" and float8)
-    ),
-    *(
-        Kernel(operator, "triton", "cuda", f"fqt.triton_kernels.norm:{operator}", lambda _: triton.refuses_norm())
-        for operator in NORM
-    ),
-    *(
-        Kernel(
-            operator, "reference", "", f"fqt.reference{'.norm' if operator in NORM else ''}:{operator}", lambda request: None
-        )
-        for operator in OPERATORS
-    ),
+__all__ = [
+    "KERNELS",
+    "NORM",
+    "OPERATORS",
+    "PRODUCTS",
+    "Kernel",
+    "Refusal",
+    "Request",
+    "call",
+    "named_backend",
+    "operator",
+    "select",
 ]
+
+ENVIRONMENT = "FQT_BACKEND"
+KERNELS: list[Kernel] = [*cpu_rows.ROWS, *cuda_rows.ROWS, *triton_rows.ROWS, *reference_rows.ROWS]
+"""The table of kernels, from fast to slow."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a row does not serve a request. broken: it would, but its library is not the reference's equal on this machine."""
+
+    row: Kernel
+    reason: str
+    broken: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.row.label}: {self.reason}"
 
 
 def named_backend(name: str | None = None) -> str:
@@ -160,15 +69,15 @@ def named_backend(name: str | None = None) -> str:
         ValueError: no kernel has a backend of that name.
     """
     chosen = name or os.environ.get(ENVIRONMENT, "")
-    known = {kernel.backend.split()[0]: None for kernel in KERNELS} if chosen else {}
+    known = {kernel.backend: None for kernel in KERNELS} if chosen else {}
     if chosen and chosen not in known:
         where = "" if name else f" in {ENVIRONMENT}"
         raise ValueError(f"unknown backend {chosen!r}{where}{nearest(chosen, known)}; known: {', '.join(known)}")
     return chosen
 
 
-def select(operator: str, request: Request) -> tuple[Kernel, list[str]]:
-    """The first kernel that serves a request, and why each one before it does not ("backend: reason").
+def select(operator: str, request: Request) -> tuple[Kernel, list[Refusal]]:
+    """The first kernel that serves a request, and why each one before it does not.
 
     A backend named by the request, or by FQT_BACKEND, is the only one asked. `decode` multiplies nothing: only "reference"
     binds it.
@@ -179,18 +88,18 @@ def select(operator: str, request: Request) -> tuple[Kernel, list[str]]:
     wanted = named_backend(request.backend)
     if operator == "decode" and wanted != "reference":
         wanted = ""
-    reasons = []
+    refusals = []
     for kernel in KERNELS:
-        if kernel.operator != operator or kernel.device not in ("", request.device):
+        if kernel.operator != operator or kernel.device not in ("", request.device) or wanted not in ("", kernel.backend):
             continue
-        if wanted and wanted != kernel.backend.split()[0]:
-            continue
-        reason = kernel.refuses(request) or (broken(kernel) if kernel.native else None)
+        reason, fault = kernel.refuses(request), None
+        if reason is None and kernel.native:
+            reason = fault = broken(kernel)
         if reason is None:
-            return kernel, reasons
-        reasons.append(f"{kernel.backend}: {reason}")
+            return kernel, refusals
+        refusals.append(Refusal(kernel, reason, fault is not None))
     formats = " by ".join(format.name for format in request.formats)
-    why = "; ".join(reasons) or f"it has no kernel for this device{_elsewhere(operator, wanted)}"
+    why = "; ".join(map(str, refusals)) or f"it has no kernel for this device{_elsewhere(operator, wanted)}"
     raise ValueError(
         f"backend {wanted!r} does not serve {operator} of {formats} on {request.device}: {why}. Name no backend, and what "
         f"serves is chosen, or 'reference', which serves everything"
@@ -198,26 +107,27 @@ def select(operator: str, request: Request) -> tuple[Kernel, list[str]]:
 
 
 def _elsewhere(operator: str, backend: str) -> str:
-    devices = [kernel.device for kernel in KERNELS if (kernel.operator, kernel.backend.split()[0]) == (operator, backend)]
+    devices = [kernel.device for kernel in KERNELS if (kernel.operator, kernel.backend) == (operator, backend)]
     return f", only for {', '.join(devices)}: move the model there before its conversion" if devices else ""
 
 
 @functools.cache
 def broken(kernel: Kernel) -> str | None:
-    """Why a native kernel cannot be used: its library does not load, or it is not the reference's equal. Asked once a
-    process; said once in the log."""
+    """Why a native kernel cannot be used: its library does not load, it is not the reference's equal, or nothing could be
+    compared. Asked once a process; said once in the log."""
     try:
-        selfcheck.compare(
-            kernel.operator, load(kernel.function), lambda *asked: not kernel.refuses(Request(*asked)), kernel.device
-        )
-    except (OSError, AttributeError, RuntimeError, AssertionError) as error:  # what loading and comparing raise, no more
-        what = "differs from the reference" if isinstance(error, AssertionError) else "cannot be used"
-        said = " ".join(str(error.__cause__ or error).split())  # torch hides the loader's words behind its own
-        remedy = f"build it anew, {library.BUILD}" if kernel.device == "cpu" else "python -m pytest -m gpu says more"
-        reason = f"the native {kernel.operator} {what} ({said}): {remedy}"
-        logging.getLogger("fqt").warning("%s: %s; see python -m fqt doctor", kernel.backend, reason)
-        return reason
-    return None
+        count, what = selfcheck.compare(kernel, load(kernel.function)), "cannot be used"
+        said = "" if count else "the self-check has no case for it: nothing was compared"
+    except AssertionError as error:
+        what, said = "differs from the reference", str(error)
+    except (OSError, AttributeError, RuntimeError) as error:  # what loading and launching raise, no more
+        what, said = "cannot be used", str(error.__cause__ or error)  # torch hides the loader's words behind its own
+    if not said:
+        return None
+    remedy = f"build it anew, {library.BUILD}" if kernel.device == "cpu" else "python -m pytest -m gpu says more"
+    reason = f"the native {kernel.operator} {what} ({' '.join(said.split())}): {remedy}"
+    logging.getLogger("fqt").warning("%s: %s; see python -m fqt doctor", kernel.label, reason)
+    return reason
 
 
 @functools.cache
@@ -318,6 +228,67 @@ def _(x, fold, key, low, high, format, calibrate, limits, stochastic, prune, kee
         x.new_empty(groups if prune else 0, dtype=torch.int32),
         x.new_empty(mask_shape, dtype=torch.uint8),
     )
+
+
+@operator(
+    "calibrate(Tensor x, Tensor? fold, Tensor? key, Tensor? low, Tensor? high, str format, str calibrate, float[] limits,"
+    ' str prune, int keep_one_in, int stream, str backend="") -> (Tensor, Tensor, Tensor, Tensor, Tensor)'
+)
+def _calibrate(
+    x: Tensor,
+    fold: Tensor | None,
+    key: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
+    format: str,
+    calibrate: str,
+    limits: list[float],
+    prune: str,
+    keep_one_in: int,
+    stream: int,
+    backend: str = "",
+) -> tuple[Tensor, ...]:
+    parsed = Format.parse(format)
+    scales = call(
+        "calibrate",
+        Request(x.device.type, (parsed,), backend=backend),
+        x,
+        parsed,
+        calibrate=calibrate,
+        limits=(limits[0], limits[1]),
+        prune=prune,
+        keep_one_in=keep_one_in,
+        fold=fold,
+        key=key,
+        stream=stream,
+        ranges=None if low is None or high is None else (low, high),
+    )
+    return tuple(scales.tensors())
+
+
+@torch.library.register_fake("fqt::calibrate")
+def _(x, fold, key, low, high, format, calibrate, limits, prune, keep_one_in, stream, backend=""):
+    parsed = Format.parse(format)
+    groups = parsed.groups(_shape3(x.shape))
+    counts = (groups, groups, groups if parsed.offset else 0, groups if prune else 0)
+    scales = tuple(x.new_empty(count, dtype=torch.float32) for count in counts)
+    return (*scales, x.new_empty(counts[3], dtype=torch.int32))
+
+
+@operator('encode(Tensor x, Tensor[] scales, Tensor? fold, Tensor? key, str format, int stream, str backend="") -> Tensor')
+def _encode(
+    x: Tensor, scales: list[Tensor], fold: Tensor | None, key: Tensor | None, format: str, stream: int, backend: str = ""
+) -> Tensor:
+    parsed = Format.parse(format)
+    request = Request(x.device.type, (parsed,), backend=backend)
+    given = Scales.from_tensors(scales, parsed)
+    return call("encode", request, x, given, parsed, fold=fold, key=key, stream=stream)
+
+
+@torch.library.register_fake("fqt::encode")
+def _(x, scales, fold, key, format, stream, backend=""):
+    parsed = Format.parse(format)
+    return x.new_empty(parsed.packed_shape(_shape3(x.shape)), dtype=codes_dtype(parsed))
 
 
 @operator("decode(Tensor[] q, str format, SymInt[] shape) -> Tensor")

@@ -6,6 +6,7 @@ The tests ask far more (tests/fqt/test_kernels.py). This is for the machine that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -15,65 +16,53 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fqt import reference
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
-from fqt.qtensor import QTensor
+from fqt.qtensor import QTensor, Scales
 from fqt.reference import norm
+from fqt.reference.rows import NORM
+from fqt.rows import LETTERS, Kernel
 from fqt.testing import assert_same_codes, assert_same_values
 
-_QUANTIZE = (
-    ("sign", {"calibrate": "none", "pass_range": (-1.0, 1.0)}),
-    ("sign:O", {"calibrate": "absmean"}),
-    ("uint2", {"calibrate": "none", "limits": (0.0, 1.0), "pass_range": (0.0, 1.0)}),
-    ("uint4+:N", {"calibrate": "minmax", "stochastic": True}),
-    ("uint4+:N", {"calibrate": "minmax", "stochastic": True, "prune": "bernoulli", "keep_one_in": 2}),
-    ("uint4+:C", {"calibrate": "minmax", "stochastic": True}),
-    ("uint6+:NC", {"calibrate": "minmax", "stochastic": True}),
-    ("int8:N", {"calibrate": "absmax", "stochastic": True}),
-    ("fixed14", {"calibrate": "none", "limits": (-2.0, 2.0 - 2.0**-12), "stochastic": True}),
-    ("fixed29", {"calibrate": "none", "limits": (-2.0, 2.0 - 2.0**-27), "stochastic": True}),
-)
-_DECODE = ("sign:O", "ternary", "int4:NC", "uint6+:N", "int8:C", "int13:NP", "fixed21", "fixed29")
-_GRADIENTS = ("uint1+:{}", "uint4+:{}", "uint6+:{}", "int8:{}")
-_OTHERS = ("sign", "uint2", "int4", "int8", "fixed12")
-_PRODUCTS = {
-    "output": ((*_OTHERS, "sign:N", "int8:N", "fixed16"), (*_OTHERS, "sign:O", "int8:O", "fixed16")),
-    "accumulate": (("sign",), ("sign:O",)),
-    "grad_input": ([name.format("N") for name in _GRADIENTS], _OTHERS),
-    "grad_weight": ([name.format(axes) for name in _GRADIENTS for axes in ("C", "NC")], _OTHERS),
-}
-_WINDOW = Geometry(5, 4, (3, 3), (2, 1), (1, 1, 1, 1), (1, 1), 1)
-
-Accepts = Callable[[str, tuple[Format, ...], Geometry | None], bool]
-"""Whether the kernel says that it serves: device, formats, geometry."""
+_CASES = 24  # of a row
 
 
-def compare(operator: str, function: Callable, accepts: Accepts, device: str = "cpu") -> int:
-    """Raise AssertionError unless a kernel equals the reference in every case that it accepts; return how many those are.
+def compare(row: Kernel, function: Callable) -> int:
+    """Raise AssertionError unless a kernel equals the reference in cases of everything that its row says it serves; return how
+    many those are.
 
-    The kernel runs on `device`, the reference on the CPU. Whatever the kernel raises surfaces. Neither torch's generators nor
-    its modes have a part in it.
+    The kernel runs on the row's device, the reference on the CPU. Whatever the kernel raises surfaces. Neither torch's
+    generators nor its modes have a part in it.
     """
-    specification = norm if operator.startswith("norm") else reference
-    if operator in _PRODUCTS:
-        cases = _product_cases(operator)
-    else:
-        made = {"quantize": _quantize_cases, "decode": _decode_cases}.get(operator)
-        cases = _norm_cases(operator) if made is None else made()
+    specification = norm if row.operator in NORM else reference
     count = 0
     with _disable_current_modes(), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for formats, geometry, make in cases:
-            if not accepts(device, formats, geometry):
-                continue
+        for name, make in _cases(row):
             args, options = make(torch.Generator().manual_seed(count))
-            expected = getattr(specification, operator)(*args, **options)
-            moved = {name: _moved(value, device) for name, value in options.items()}
-            actual = _moved(function(*(_moved(value, device) for value in args), **moved), "cpu")
+            expected = getattr(specification, row.operator)(*args, **options)
+            moved = {key: _moved(value, row.device) for key, value in options.items()}
+            actual = _moved(function(*(_moved(value, row.device) for value in args), **moved), "cpu")
             try:
                 _assert_same(actual, expected)
             except AssertionError as error:
-                names = " by ".join(format.name for format in formats)
-                raise AssertionError(f"{names}{' under a window' if geometry else ''}: {error}") from None
+                raise AssertionError(f"{name}: {error}") from None
             count += 1
     return count
+
+
+def _cases(row: Kernel) -> Iterator[tuple[str, Callable]]:
+    """(what is compared, function of a generator that makes arguments and options)."""
+    if row.operator in NORM:
+        yield from (("norm", make) for make in _norm_cases(row.operator))
+        return
+    for formats, geometry in row.examples(_CASES):
+        name = " by ".join(format.name for format in formats) + (" under a window" if geometry else "")
+        if row.operator in LETTERS:
+            yield name, functools.partial(_product_case, row.operator, formats, geometry)
+        elif row.operator == "decode":
+            yield name, lambda generator, format=formats[0]: ((_coded(format, _SHAPE, generator),), {})
+        else:
+            for stochastic, prune in ((False, ""), (True, ""), (True, "bernoulli")):
+                if (prune == "" or formats[0].axes) and not (stochastic and formats[0].grid == "sign"):
+                    yield name, functools.partial(_codes_case, row.operator, formats[0], stochastic, prune)
 
 
 def _moved(value, device: str):
@@ -89,8 +78,12 @@ def _moved(value, device: str):
 def _assert_same(actual, expected) -> None:
     if isinstance(expected, torch.Tensor):
         return assert_same_values(actual, expected)
-    if isinstance(expected[0], torch.Tensor):
+    if isinstance(expected, tuple) and isinstance(expected[0], torch.Tensor):
         for one, other in zip(actual, expected, strict=True):
+            assert_same_values(one, other)
+        return None
+    if isinstance(expected, Scales):
+        for one, other in zip(actual.tensors(), expected.tensors(), strict=True):
             assert_same_values(one, other)
         return None
     assert_same_codes(actual[0], expected[0])
@@ -98,35 +91,39 @@ def _assert_same(actual, expected) -> None:
     return None if expected[1] is None else assert_same_values(actual[1], expected[1])
 
 
-def _quantize_cases() -> Iterator:
-    for name, options in _QUANTIZE:
-        format = Format.parse(name)
-
-        def make(generator: torch.Generator, format=format, options=options):
-            x_NPC = torch.randn(5, 19, 37, generator=generator, dtype=torch.float32)
-            return (x_NPC, format), {**options, "key": torch.tensor(-77), "stream": 2}
-
-        yield (format,), None, make
+_SHAPE = (5, 19, 37)
 
 
-def _decode_cases() -> Iterator:
-    for format in map(Format.parse, _DECODE):
-        yield (format,), None, lambda generator, format=format: ((_coded(format, (5, 19, 37), generator),), {})
+def calibration(format: Format) -> dict:
+    """A calibration that fits a format: keywords of `fqt.reference.calibrate`."""
+    if format.grid in ("sign", "ternary"):
+        return {"calibrate": "absmean"}
+    if format.grid == "fixed" or (format.grid == "uint" and not format.offset):
+        return {"calibrate": "none", "limits": (-2.0, 1.9375) if format.grid == "fixed" else (0.0, 1.0)}
+    return {"calibrate": "minmax" if format.offset else "absmax"}
 
 
-def _product_cases(operator: str) -> Iterator:
-    for (left, right), geometry in itertools.product(itertools.product(*_PRODUCTS[operator]), (None, _WINDOW)):
-        formats = (Format.parse(left), Format.parse(right))
+def _codes_case(operator: str, format: Format, stochastic: bool, prune: str, generator: torch.Generator) -> tuple[tuple, dict]:
+    x_NPC = torch.randn(_SHAPE, generator=generator, dtype=torch.float32)
+    drawn = {"key": torch.tensor(-77), "stream": 2}
+    made = {**calibration(format), "prune": prune, "keep_one_in": 2 if prune else 1}
+    if operator == "calibrate":
+        return (x_NPC, format), {**made, **drawn}
+    if operator == "quantize":
+        inside = (-1.0, 1.0) if format.grid in ("sign", "uint") else None
+        return (x_NPC, format), {**made, **drawn, "stochastic": stochastic, "pass_range": inside}
+    scales = reference.calibrate(x_NPC, format, **made, **drawn)
+    return (x_NPC, scales, format), {"key": drawn["key"] if stochastic else None, "stream": 2}
 
-        def make(generator: torch.Generator, formats=formats, geometry=geometry):
-            positions, outputs, taps = (20, 12, 9) if geometry else (3, 3, 1)
-            x, w, g = (5, positions, 37), (18, taps, 37), (5, outputs, 18)
-            first, second = {"output": (x, w), "accumulate": (x, w), "grad_input": (g, w), "grad_weight": (g, x)}[operator]
-            operands = (_coded(formats[0], first, generator), _coded(formats[1], second, generator))
-            rest = {"output": (None, geometry), "grad_input": (None, geometry, x)}.get(operator, (geometry,))
-            return (*operands, *rest), {}
 
-        yield formats, geometry, make
+def _product_case(
+    operator: str, formats: tuple[Format, ...], geometry: Geometry | None, generator: torch.Generator
+) -> tuple[tuple, dict]:
+    positions, outputs, taps = (20, 12, 9) if geometry else (3, 3, 1)
+    shapes = {"x": (5, positions, 37), "w": (18, taps, 37), "g": (5, outputs, 18)}
+    operands = [_coded(f, shapes[letter], generator) for f, letter in zip(formats, LETTERS[operator], strict=True)]
+    rest = {"output": (None, geometry), "grad_input": (None, geometry, shapes["x"])}.get(operator, (geometry,))
+    return (*operands, *rest), {}
 
 
 def _norm_cases(operator: str) -> Iterator:
@@ -146,12 +143,10 @@ def _norm_cases(operator: str) -> Iterator:
                 "norm_grad": (g, None, source, affine, windows, affine[:2]),
             }[operator], {}
 
-        yield (), None, make
+        yield make
 
 
 def _coded(format: Format, shape: Shape3, generator: torch.Generator) -> QTensor:
     """Codes of random numbers, as the reference makes them."""
     x_NPC = torch.randn(shape, generator=generator, dtype=torch.float32)
-    calibrate = {"sign": "absmean", "int": "absmax"}.get(format.grid, "minmax" if format.offset else "none")
-    limits = (0.0, 1.0) if calibrate == "none" and format.grid == "uint" else (-1.0, 1.0)
-    return reference.quantize(x_NPC, format, calibrate=calibrate, limits=limits)[0]
+    return reference.quantize(x_NPC, format, **calibration(format))[0]

@@ -5,22 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fqt.cpu import library
 from fqt.cpu.library import empty, operators
 from fqt.formats import Format
-from fqt.qtensor import QTensor, codes_dtype
+from fqt.qtensor import QTensor, Scales, codes_dtype
 
 _BIT = Format("sign", 1)
-
-
-def refuses_codes(formats: tuple[Format, ...]) -> str | None:
-    """Why `quantize` or `decode` cannot serve a request, or None."""
-    if (reason := library.refuses()) is not None:
-        return reason
-    (format,) = formats
-    if format.is_float:
-        return "codes of 8-bit floats are not vectorized"
-    return None
 
 
 def quantize(
@@ -48,12 +37,63 @@ def quantize(
     mask = None if pass_range is None else torch.empty(_BIT.packed_shape(shape), dtype=torch.uint8)
     low, high = (v.contiguous() for v in ranges) if ranges else (None, None)
     operators().quantize(
-        x_NPC if x_NPC.dtype in (torch.float32, torch.bfloat16) else x_NPC.float(),
-        None if fold is None else fold.float().expand(shape),
+        *_values(x_NPC, fold),
         key, low, high, format.grid, format.bits, format.axes, calibrate, *limits, stochastic, prune, keep_one_in, stream,
         *(pass_range or (0.0, 0.0)), codes, scale, offset, index, mask,
     )  # fmt: skip
     return QTensor(codes, scale, offset, index, format, shape), mask
+
+
+def calibrate(
+    x_NPC: Tensor,
+    format: Format,
+    *,
+    calibrate: str,
+    limits: tuple[float, float] = (-1.0, 1.0),
+    prune: str = "",
+    keep_one_in: int = 1,
+    fold: Tensor | None = None,
+    key: Tensor | None = None,
+    stream: int = 0,
+    ranges: tuple[Tensor, Tensor] | None = None,
+) -> Scales:
+    """As `fqt.reference.calibrate`."""
+    groups = format.groups((x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2]))
+    scale, inverse = torch.empty(2, groups, dtype=torch.float32)
+    offset = torch.empty(groups, dtype=torch.float32) if format.offset else None
+    factor = torch.empty(groups, dtype=torch.float32) if prune else None
+    index = torch.empty(groups, dtype=torch.int32) if prune else None
+    low, high = (v.contiguous() for v in ranges) if ranges else (None, None)
+    operators().calibrate(
+        *_values(x_NPC, fold), key, low, high, format.grid, format.bits, format.axes, calibrate, *limits, prune, keep_one_in,
+        stream, scale, inverse, offset, factor, index,
+    )  # fmt: skip
+    return Scales(scale, inverse, offset, factor, index)
+
+
+def encode(
+    x_NPC: Tensor,
+    scales: Scales,
+    format: Format,
+    *,
+    fold: Tensor | None = None,
+    key: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """As `fqt.reference.encode`."""
+    codes = torch.empty(format.packed_shape((x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])), dtype=codes_dtype(format))
+    given = (scales.scale, scales.inverse, scales.offset, scales.factor)
+    operators().encode(
+        *_values(x_NPC, fold), key, *(None if v is None else v.contiguous() for v in given), format.grid, format.bits,
+        format.axes, stream, codes,
+    )  # fmt: skip
+    return codes
+
+
+def _values(x_NPC: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What the kernels read: float32 or bfloat16, and a factor of each element."""
+    x_NPC = x_NPC if x_NPC.dtype in (torch.float32, torch.bfloat16) else x_NPC.float()
+    return x_NPC, None if fold is None else fold.float().expand(x_NPC.shape)
 
 
 def decode(q: QTensor) -> Tensor:

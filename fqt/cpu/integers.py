@@ -7,37 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fqt.cpu import library
 from fqt.cpu.library import empty, operators
-from fqt.cpu.signs import column, leaving
-from fqt.formats import Format, Shape3
+from fqt.cpu.signs import column
+from fqt.formats import Shape3
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
 from fqt.reference import spread
 
 _FEWEST_ZERO_ROWS = 4
-_MOST_WEIGHT_BITS = 30  # of more, columns are taken apart (kFewTerms in integers.h), which grad_weight does not do
-
-
-def refuses(operator: str, formats: tuple[Format, ...], geometry: Geometry | None, bits: int) -> str | None:
-    """Why a product of integers of at most `bits` bits, 8 or 16, cannot serve a request, or None."""
-    if (reason := library.refuses()) is not None:
-        return reason
-    a, b = formats
-    for format in formats:
-        if format.bits > bits or format.is_float:
-            return f"the kernel multiplies integers of at most {bits} bits, not {a.name} by {b.name}"
-        if format.grid == "uint" and format.bits > 8:
-            return f"the kernel multiplies 9 to 16 bits in two's complement, not {a.name} by {b.name}"
-    if bits > 8 and max(a.bits, b.bits) <= 8:
-        return f"the kernel is for words of 9 to {bits} bits, not {a.name} by {b.name}"
-    if operator == "grad_weight" and a.bits + b.bits > _MOST_WEIGHT_BITS:
-        return f"sums of {a.name} by {b.name} overflow 32 bits at once: {_MOST_WEIGHT_BITS} bits in both together"
-    a_axes = ("", "N", "C", "NC") if operator == "grad_weight" else leaving(geometry)
-    if a.axes not in a_axes or b.axes not in (("", "O") if operator == "output" else ("",)):
-        left, right = {"output": "xw", "grad_input": "gw", "grad_weight": "gx"}[operator]
-        return f"scales {a.axes!r} of {left} and {b.axes!r} of {right} vary along the summed axes"
-    return None
 
 
 def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:

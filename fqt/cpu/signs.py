@@ -5,51 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fqt.cpu import library
 from fqt.cpu.library import empty, operators
-from fqt.formats import Format, Shape3
+from fqt.formats import Shape3
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
 from fqt.reference import spread
-
-
-def refuses_output(formats: tuple[Format, ...], geometry: Geometry | None) -> str | None:
-    """Why `output` cannot serve a request, or None."""
-    if (reason := library.refuses()) is not None:
-        return reason
-    x, w = formats
-    if x.grid != "sign" or w.grid != "sign":
-        return f"the kernel multiplies signs by signs, not {x.name} by {w.name}"
-    if x.axes not in leaving(geometry) or w.axes not in ("", "O"):
-        return f"scales {x.axes!r} of x and {w.axes!r} of w vary along the summed axes"
-    return None
-
-
-def refuses_grad_input(formats: tuple[Format, ...], geometry: Geometry | None) -> str | None:
-    """Why `grad_input` cannot serve a request, or None."""
-    g, w = formats
-    return _refuses_gradient(g, w, (*leaving(geometry),))
-
-
-def refuses_grad_weight(formats: tuple[Format, ...]) -> str | None:
-    """Why `grad_weight` cannot serve a request, or None."""
-    g, x = formats
-    return _refuses_gradient(g, x, ("", "N", "C", "NC"))
-
-
-def leaving(geometry: Geometry | None) -> tuple[str, ...]:
-    """The axes of scales that leave `output` and `grad_input`: a convolution's window mixes positions."""
-    return ("", "N", "NP") if geometry is None else ("", "N")
-
-
-def _refuses_gradient(g: Format, other: Format, axes: tuple[str, ...]) -> str | None:
-    if (reason := library.refuses()) is not None:
-        return reason
-    if g.grid != "uint" or g.bits > 8 or other.grid != "sign":
-        return f"the kernel multiplies unsigned codes of 1 to 8 bits by signs, not {g.name} by {other.name}"
-    if g.axes not in axes or other.axes:
-        return f"scales {g.axes!r} of g and {other.axes!r} of the other operand vary along the summed axes"
-    return None
 
 
 def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:

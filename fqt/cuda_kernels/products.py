@@ -23,24 +23,6 @@ _WEIGHT = Kernel("weight", "finish_weight")
 _MOST = 2**30  # twice a sum of codes fits 31 bits
 
 
-def refuses(operator: str, formats: tuple[Format, ...], geometry: Geometry | None) -> str | None:
-    """Why a product cannot serve a request, or None."""
-    a, b = formats
-    left, right = {"output": "xw", "accumulate": "xw", "grad_input": "gw", "grad_weight": "gx"}[operator]
-    codes = a.grid == "uint" and a.bits <= 8 and operator != "accumulate"
-    signs = a.grid == "sign" and operator in ("output", "accumulate")
-    if b.grid != "sign" or not (codes or signs):
-        kinds = {"output": "signs or unsigned codes of 1 to 8 bits", "accumulate": "signs"}
-        kind = kinds.get(operator, "unsigned codes of 1 to 8 bits")
-        return f"the kernel multiplies {kind} by signs, not {a.name} by {b.name}"
-    a_axes = ("", "N", "C", "NC") if operator == "grad_weight" else ("", "N") if geometry else ("", "N", "NP")
-    if a.axes not in a_axes or b.axes not in (("", "O") if operator in ("output", "accumulate") else ("",)):
-        return f"scales {a.axes!r} of {left} and {b.axes!r} of {right} vary along the summed axes"
-    if geometry is not None and geometry.groups > 1:
-        return f"a convolution of {geometry.groups} groups has too few bits a group to fill an instruction"
-    return runtime.refuses()
-
-
 @dataclass(frozen=True)
 class _Bits:
     """Rows of words. data: (planes, rows, words) int32, contiguous; or a format's own bytes, where they lie that way."""

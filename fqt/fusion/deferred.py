@@ -162,7 +162,7 @@ def possible(x: Tensor) -> bool:
 
 def serves(device: str) -> bool:
     """Whether a type of device has kernels of `fqt.reference.norm`; the reference itself is slower than torch's own."""
-    return device in ("cpu", "meta") or (device == "cuda" and triton.refuses_norm() is None)
+    return device in ("cpu", "meta") or (device == "cuda" and triton.refuses() is None)
 
 
 def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -> Tensor | None:

@@ -16,7 +16,7 @@ import fqt
 from fqt import ops, selfcheck
 from fqt.cpu import library
 from fqt.cuda_kernels import runtime
-from fqt.ops import KERNELS, Kernel, Request
+from fqt.ops import KERNELS, Kernel
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,10 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _row(row: Kernel) -> Finding:
-    name, reason = f"  {row.operator}{row.backend.removeprefix(row.device)}", ops.broken(row)
+    name, reason = f"  {row.operator} {row.variant}".rstrip(), ops.broken(row)
     if reason is not None:
         return Finding("broken", name, reason, "until then this row refuses, and the reference serves")
-    cases = selfcheck.compare(
-        row.operator, ops.load(row.function), lambda *asked: row.refuses(Request(*asked)) is None, row.device
-    )
+    cases = selfcheck.compare(row, ops.load(row.function))
     return Finding("ok", name, f"equals the reference in {cases} random cases")
 
 

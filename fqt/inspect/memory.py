@@ -120,7 +120,7 @@ def memory(
 
 
 def _note(model: nn.Module) -> str:
-    served = {backend for _, layer in quantized_layers(model) for backend, _ in backends(layer).values()}
+    served = {by.backend for _, layer in quantized_layers(model) for by in backends(layer).values()}
     if "reference" not in served:
         return ""
     return "the reference serves some products: what it takes within an operator, several floats a number, is not predicted"

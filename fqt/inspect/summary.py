@@ -15,6 +15,7 @@ from fqt.cpu import integers
 from fqt.layers import QuantizedLayer, adapter_of, is_subclass
 from fqt.ops import PRODUCTS
 from fqt.recipe import MAX_PRODUCT_BITS
+from fqt.rows import Kernel
 
 _MACS = "_fqt_macs"
 NOTE = "_fqt_note"
@@ -137,10 +138,8 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
         for size in format.packed_shape(shape):
             codes *= size
         nbytes = codes * max(format.storage_bits, 8) // 8 + format.groups(shape) * (8 if format.offset else 4)
-    names = list(dict.fromkeys(backend for backend, _ in served.values()))
-    # a kernel of the CPU is for other formats than the next: where one serves, only that another is broken is news
-    told = [reason for backend, reason in served.values() if not backend.startswith("cpu") or "the native" in reason]
-    reasons = [*_arithmetic(layer), *dict.fromkeys(reason for reason in told if reason)]
+    names = list(dict.fromkeys(by.backend for by in served.values()))
+    reasons = [*_arithmetic(layer, served), *dict.fromkeys(by.note for by in served.values() if by.note)]
     if layer.backend:
         reasons.insert(0, f"backend {layer.backend!r} was named")
     return Row(
@@ -154,43 +153,64 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
         packed_bytes=nbytes,
         backend="+".join(names) or "torch",
         note="; ".join(reasons),
-        served={product: backend for product, (backend, _) in served.items()},
+        served={product: by.backend for product, by in served.items()},
         bits={product: recipe.bits(product) for product in PRODUCTS},
         kept={product: recipe.kept(product) for product in PRODUCTS},
     )
 
 
-def _arithmetic(layer: QuantizedLayer) -> list[str]:
+def _arithmetic(layer: QuantizedLayer, served: dict[str, Served]) -> list[str]:
     """What words of more than 8 bits are multiplied in, and the zero rows that a kernel leaves out."""
     said, recipe = [], layer.recipe
-    served = backends(layer).get("output", ("",))[0]
+    row = served["output"].row if "output" in served else None
+    variant = "" if row is None or row.device != "cpu" else row.variant
     widths = [format.bits for letter in "xw" if (format := recipe.format("output", letter)) is not None]
     if any(bits > MAX_PRODUCT_BITS for bits in widths):
         said.append(f"words of more than {MAX_PRODUCT_BITS} bits: their values are multiplied in float32")
     elif any(bits > 8 for bits in widths) and recipe.low_bit("output"):
-        how = "as 16-bit integers, added up in 64 bits" if served == "cpu int16" else "in float64"
+        how = "as 16-bit integers, added up in 64 bits" if variant == "int16" else "in float64"
         said.append(f"words of 9 to 16 bits: their codes are multiplied {how}, which is exact")
-    w = layer.quantized_weight() if served in ("cpu int8", "cpu int16") else None
+    w = layer.quantized_weight() if variant else None
     busy = None if w is None else integers.busy_rows(w, layer.window())
     if w is not None and busy is not None:
         said.append(f"{w.shape[0] - busy.numel()} of {w.shape[0]} output channels are zero and left out")
     return said
 
 
-def backends(layer: QuantizedLayer) -> dict[str, tuple[str, str]]:
-    """Product -> (backend, why no faster one), for the products that run in low bits; "none" where the named one cannot."""
+@dataclass(frozen=True)
+class Served:
+    """What serves a product of a layer.
+
+    Attributes:
+        row: of the table of kernels; None where the named backend cannot serve it.
+        note: why no faster one does, where that is news.
+    """
+
+    row: Kernel | None
+    note: str
+
+    @property
+    def backend(self) -> str:
+        """The name that summaries show."""
+        return "none" if self.row is None else self.row.label
+
+
+def backends(layer: QuantizedLayer) -> dict[str, Served]:
+    """Product -> what serves it, for the products that run in low bits."""
     served = {}
     for product, request in layer.requests().items():
         if product not in PRODUCTS:
             continue
         try:
-            kernel, reasons = ops.select(product, request)
+            row, refusals = ops.select(product, request)
         except ValueError as error:  # the layer went to another device, or has got another recipe
-            served[product] = ("none", str(error))
+            served[product] = Served(None, str(error))
             continue
-        if kernel.backend == "reference" and not reasons and not ops.named_backend(request.backend):
-            reasons = [f"no low-bit kernel for {request.device} yet"]
-        served[product] = (kernel.backend, "; ".join(reasons))
+        # the rows of a CPU serve disjoint formats, so another row's refusal is expected; that a library is broken is not
+        told = [str(refusal) for refusal in refusals if row.device != "cpu" or refusal.broken]
+        if row.backend == "reference" and not refusals and not ops.named_backend(request.backend):
+            told = [f"no low-bit kernel for {request.device} yet"]
+        served[product] = Served(row, "; ".join(told))
     return served
 
 

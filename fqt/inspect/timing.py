@@ -125,7 +125,7 @@ def record_calls(model: nn.Module, input: object) -> dict[str, Counter[Call]]:
 def time_layer(name: str, layer: QuantizedLayer, calls: Counter[Call], seconds: float) -> list[Timing]:
     """A timing of each product that the calls pay for, on layers of the same sizes. Within `undisturbed`: it draws."""
     formats = (False, True) if layer.images else (False,)
-    served, sums = backends(layer), {}
+    served, sums = {product: by.backend for product, by in backends(layer).items()}, {}
     for call, count in calls.items():
         sides = [_products(layer, call, low=True, channels_last=call.channels_last)]
         sides += [_products(layer, call, low=False, channels_last=channels_last) for channels_last in formats]
@@ -137,7 +137,7 @@ def time_layer(name: str, layer: QuantizedLayer, calls: Counter[Call], seconds: 
             sums[product] = (before[0] + count * float_ms, before[1] + count * low_ms)
     first, kind = next(iter(calls)), type(layer).__name__
     return [
-        Timing(name, kind, first.shape, calls.total(), product, float_ms, low_ms, served.get(product, ("torch", ""))[0])
+        Timing(name, kind, first.shape, calls.total(), product, float_ms, low_ms, served.get(product, "torch"))
         for product, (float_ms, low_ms) in sums.items()
     ]
 

@@ -51,7 +51,7 @@ class StepTime:
 
     def _layer(self, model: nn.Module, name: str, layer: QuantizedLayer) -> Times:
         """Milliseconds of a layer's products in float32 and as they are now."""
-        served = (name, *(f"{product} {backend}" for product, (backend, _) in backends(layer).items()))
+        served = (name, *(f"{product} {by.backend}" for product, by in backends(layer).items()))
         if served not in self._known:
             with undisturbed(model):
                 rows = time_layer(name, layer, self._calls[name], self._seconds)

@@ -39,40 +39,16 @@ def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 
 
-def refuses_quantize(formats: tuple[Format, ...]) -> str | None:
-    """Why `quantize` cannot serve a request, or None."""
-    (format,) = formats
-    if not _installed():
-        return _NO_TRITON
-    return "codes of more than 16 bits need float64 arithmetic" if format.bits > 16 else None
-
-
-def refuses_norm() -> str | None:
-    """Why the operators of `fqt.reference.norm` cannot be served, or None."""
+def refuses() -> str | None:
+    """Why no Triton kernel can serve on this machine, or None."""
     return None if _installed() else _NO_TRITON
 
 
-def refuses_product(operator: str, formats: tuple[Format, ...], geometry: Geometry | None, float8: bool) -> str | None:
-    """Why a product cannot serve a request, or None: of two integer formats, or with `float8` of two float8 formats."""
+def refuses_float8() -> str | None:
+    """Why no product of 8-bit floats can be served on this machine, or None."""
     if not _installed():
         return _NO_TRITON
-    a, b = formats
-    grids = [format.is_float for format in formats]
-    if float8:
-        if not all(grids):
-            return f"the kernel multiplies two 8-bit floats, not {a.name} by {b.name}"
-        if _capability() < FLOAT8_CAPABILITY:
-            return "8-bit floats need compute capability 8.9"
-    elif any(grids) or max(a.bits, b.bits) > 8:
-        return f"the kernel multiplies integers of at most 8 bits, not {a.name} by {b.name}"
-    leaving = ("", "N", "NP") if geometry is None else ("", "N")  # a window mixes positions
-    a_axes = ("", "N", "C", "NC") if operator == "grad_weight" else leaving
-    if a.axes not in a_axes or b.axes not in (("", "O") if operator in ("output", "accumulate") else ("",)):
-        left, right = {"grad_input": "gw", "grad_weight": "gx"}.get(operator, "xw")
-        return f"scales {a.axes!r} of {left} and {b.axes!r} of {right} vary along the summed axes"
-    if operator == "accumulate" and not a.grid == b.grid == "sign":
-        return f"accumulators of 16 bits hold products of signs, not {a.name} by {b.name}"
-    return None
+    return "8-bit floats need compute capability 8.9" if _capability() < FLOAT8_CAPABILITY else None
 
 
 # --- how tensors lie -------------------------------------------------------------------------------------------------

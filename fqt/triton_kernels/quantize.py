@@ -10,6 +10,8 @@ only a NaN can spoil a group, which is seen after others of its codes are writte
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from fqt import reference
 from fqt.formats import Format
-from fqt.qtensor import QTensor, codes_dtype
+from fqt.qtensor import QTensor, Scales, codes_dtype
 from fqt.triton_kernels import plan
 from fqt.triton_kernels.calibrate import calibrate_groups, given, load_folded
 from fqt.triton_kernels.codes import packed, row_bytes
@@ -203,42 +205,119 @@ def quantize(
         options = {"stochastic": stochastic, "prune": prune, "keep_one_in": keep_one_in, "key": key, "stream": stream}
         return reference.quantize(x_NPC, format, calibrate=calibrate, limits=limits, ranges=measured, **options)[0], mask
 
-    x = x_NPC if x_NPC.dtype in (torch.float32, torch.bfloat16, torch.float16) else x_NPC.float()
-    folded = x if fold is None else fold.float().expand(shape)
-    where = (lie.row_split, lie.split, *lie.strides(*x.stride()), *lie.strides(*folded.stride()))
+    x, folded, where = _values(x_NPC, fold, lie)
     fixed = calibrate == "none" and not prune
     codes = torch.empty(format.packed_shape(shape), dtype=codes_dtype(format), device=device)
-    low_code, high_code = format.code_range
     factor = index = None
     if fixed:
-        scale, inverse, offset = given(format, limits)
+        range_given = given(format, limits)
         calibrated = torch.zeros(groups, dtype=torch.int32, device=device)  # flags of groups that are spoilt
         scales, offsets = torch.empty(2, groups, dtype=torch.float32, device=device)
     else:
         asked = (format, calibrate, limits, fold is not None, ranges, bool(prune))
-        calibrated = calibrate_groups(x, folded, where, lie, groups, *asked)
-        scale = inverse = offset = 0.0
+        calibrated, range_given = calibrate_groups(x, folded, where, lie, groups, *asked), None
         scales, offsets = calibrated[0], calibrated[2]
     if prune:
         scales, offsets, factor, index = prune_groups(calibrated, prune, keep_one_in, key, stream + 1)
-
-    tile = plan.elementwise(lie)
-    mantissa, bias = _FLOAT8_BITS.get(format.grid, (0, 0))
-    fuse_mask = mask is not None and bool(format.grouping.in_order)
-    launch(
-        _encode, (plan.ceil_div(lie.rows, tile.rows) * plan.ceil_div(lie.length, tile.columns),),
-        x, folded, calibrated, calibrated if factor is None else factor, calibrated, key if stochastic else calibrated,
-        codes, mask if fuse_mask else codes,
-        groups, lie.rows, lie.length, lie.group_rows, row_bytes(format, lie), plan.ceil_div(lie.length, 8), *where,
-        inverse, offset, float(low_code), float(high_code), stream, *map(float, pass_range or (0.0, 0.0)),
-        GRID=format.grid, BITS=format.storage_bits, FIXED=fixed, OFFSET=format.offset, STOCHASTIC=stochastic,
-        ALIGNED=lie.length % 4 == 0 or lie.group_rows == 1, PRUNED=bool(prune), FOLD=fold is not None, MASK=fuse_mask,
-        MANTISSA=mantissa, BIAS=bias, ROWS=tile.rows, COLUMNS=tile.columns,
+    inside = mask if mask is not None and format.grouping.in_order else None
+    _launch_encode(
+        x, folded, where, fold is not None, calibrated, range_given, factor, key if stochastic else None, stream, format, lie,
+        groups, codes, inside, pass_range or (0.0, 0.0),
     )  # fmt: skip
-    if fixed:
+    if range_given is not None:
+        scale, _, offset = range_given
         launch(
             _settle, (plan.ceil_div(lie.rows, 128),), calibrated, codes.view(torch.uint8), scales, offsets,
             lie.rows, lie.group_rows, row_bytes(format, lie), scale, offset,
             OFFSET=format.offset, ROWS=128, COLUMNS=16,
         )  # fmt: skip
     return QTensor(codes, scales, offsets if format.offset else None, index, format, shape), mask
+
+
+def calibrate(
+    x_NPC: Tensor,
+    format: Format,
+    *,
+    calibrate: str,
+    limits: tuple[float, float] = (-1.0, 1.0),
+    prune: str = "",
+    keep_one_in: int = 1,
+    fold: Tensor | None = None,
+    key: Tensor | None = None,
+    stream: int = 0,
+    ranges: tuple[Tensor, Tensor] | None = None,
+) -> Scales:
+    """As `fqt.reference.calibrate`."""
+    shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
+    lie, groups = plan.stored(format, shape), format.groups(shape)
+    if x_NPC.numel() == 0:
+        options = {"prune": prune, "keep_one_in": keep_one_in, "key": key, "stream": stream}
+        return reference.calibrate(x_NPC, format, calibrate=calibrate, limits=limits, ranges=ranges, **options)
+    x, folded, where = _values(x_NPC, fold, lie)
+    calibrated = calibrate_groups(
+        x, folded, where, lie, groups, format, calibrate, limits, fold is not None, ranges, bool(prune)
+    )
+    scales = Scales(calibrated[0], calibrated[1], calibrated[2] if format.offset else None)
+    if not prune:
+        return scales
+    _, _, factor, index = prune_groups(calibrated, prune, keep_one_in, key, stream + 1)
+    return replace(scales, factor=factor, index=index)
+
+
+def encode(
+    x_NPC: Tensor,
+    scales: Scales,
+    format: Format,
+    *,
+    fold: Tensor | None = None,
+    key: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """As `fqt.reference.encode`."""
+    shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
+    lie, groups = plan.stored(format, shape), format.groups(shape)
+    codes = torch.empty(format.packed_shape(shape), dtype=codes_dtype(format), device=x_NPC.device)
+    if x_NPC.numel() == 0:
+        return codes
+    x, folded, where = _values(x_NPC, fold, lie)
+    offset = torch.zeros_like(scales.scale) if scales.offset is None else scales.offset
+    calibrated = torch.stack([scales.scale, scales.inverse, offset])
+    _launch_encode(
+        x, folded, where, fold is not None, calibrated, None, scales.factor, key, stream, format, lie, groups, codes, None,
+        (0.0, 0.0),
+    )  # fmt: skip
+    return codes
+
+
+def _values(x_NPC: Tensor, fold: Tensor | None, lie: plan.Stored) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """What the kernels read, the factor of each element (x itself where there is none), and how both lie in memory."""
+    x = x_NPC if x_NPC.dtype in (torch.float32, torch.bfloat16, torch.float16) else x_NPC.float()
+    folded = x if fold is None else fold.float().expand(x.shape)
+    return x, folded, (lie.row_split, lie.split, *lie.strides(*x.stride()), *lie.strides(*folded.stride()))
+
+
+def _launch_encode(
+    x: Tensor, folded: Tensor, where: tuple[int, ...], fold: bool, calibrated: Tensor,
+    range_given: tuple[float, float, float] | None, factor: Tensor | None, key: Tensor | None, stream: int, format: Format,
+    lie: plan.Stored, groups: int, codes: Tensor, mask: Tensor | None, pass_range: tuple[float, float],
+) -> None:  # fmt: skip
+    """Write codes, and the estimator's mask if there is one.
+
+    Args:
+        calibrated: (3 or 5, G) float32, scale, inverse and offset first; with `range_given` (scale, inverse, offset of all
+            groups) the flags of groups in which a NaN is seen.
+    """
+    tile = plan.elementwise(lie)
+    low_code, high_code = format.code_range
+    mantissa, bias = _FLOAT8_BITS.get(format.grid, (0, 0))
+    _, inverse, offset = range_given or (0.0, 0.0, 0.0)
+    launch(
+        _encode, (plan.ceil_div(lie.rows, tile.rows) * plan.ceil_div(lie.length, tile.columns),),
+        x, folded, calibrated, calibrated if factor is None else factor, calibrated, calibrated if key is None else key,
+        codes, codes if mask is None else mask,
+        groups, lie.rows, lie.length, lie.group_rows, row_bytes(format, lie), plan.ceil_div(lie.length, 8), *where,
+        inverse, offset, float(low_code), float(high_code), stream, *map(float, pass_range),
+        GRID=format.grid, BITS=format.storage_bits, FIXED=range_given is not None, OFFSET=format.offset,
+        STOCHASTIC=key is not None, ALIGNED=lie.length % 4 == 0 or lie.group_rows == 1, PRUNED=factor is not None, FOLD=fold,
+        MASK=mask is not None, MANTISSA=mantissa, BIAS=bias, ROWS=tile.rows, COLUMNS=tile.columns,
+    )  # fmt: skip

@@ -8,9 +8,8 @@ import torch
 
 from benchmarks import gpu_check, gpu_models, gpu_parts, gpu_tiles
 from fqt import ops, reference
-from fqt.cpu import codes
+from fqt.cpu import library
 from fqt.cuda_kernels import plan as cuda_plan
-from fqt.formats import Format
 from fqt.ops import Kernel
 from fqt.triton_kernels import plan as triton_plan
 
@@ -24,7 +23,7 @@ def bench(function) -> float:
 
 @pytest.fixture(autouse=True)
 def _built() -> None:
-    if codes.refuses_codes((Format("sign", 1),)) is not None:
+    if library.refuses() is not None:
         pytest.skip("the C++ kernels are not built")
 
 

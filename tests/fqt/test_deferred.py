@@ -396,7 +396,7 @@ def test_elsewhere_nothing_is_deferred(where: str) -> None:
 
 def test_activations_are_deferred_where_kernels_of_norm_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     for reason, cuda in ((None, True), ("Triton is not installed", False)):
-        monkeypatch.setattr(deferred.triton, "refuses_norm", lambda reason=reason: reason)
+        monkeypatch.setattr(deferred.triton, "refuses", lambda reason=reason: reason)
         assert [deferred.serves(device) for device in ("cpu", "meta", "cuda", "mps")] == [True, True, cuda, False]
 
 

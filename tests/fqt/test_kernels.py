@@ -11,31 +11,27 @@ import torch
 from torch import Tensor
 
 from fqt import ops, reference
-from fqt.cpu import codes, integers, library, signs
+from fqt.cpu import integers, library, signs
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.ops import KERNELS, PRODUCTS, Kernel, Request
 from fqt.qtensor import QTensor, codes_dtype
-from fqt.quantizers import Quantizer, build, quantize
-from fqt.recipe import LEFT_RIGHT
-from fqt.recipe_yaml import load_recipe, recipes
+from fqt.quantizers import build, quantize
 from fqt.reference import pack
+from fqt.rows import Serves
 from fqt.testing import assert_same_codes, assert_same_values
+from tests.fqt.random_cases import FILLS, LAYOUTS, QUANTIZE_SIZES, built_in, coded, layer, quantize_options, tensor
 
 QUANTIZE = [row for row in KERNELS if row.operator == "quantize" and row.device == "cpu"]
 DECODE = [row for row in KERNELS if row.operator == "decode" and row.device == "cpu"]
 MULTIPLY = [row for row in KERNELS if row.operator in PRODUCTS and row.device == "cpu"]
 INSTRUCTION_SETS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
-SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65)
-QUANTIZE_SIZES = (0, *SIZES, 32, 127, 128, 129)
-FILLS = ("normal", "nan", "inf", "tiny", "constant", "zeros", "huge", "negative zero")
-LAYOUTS = ("contiguous", "channels_first", "one position", "one channel", "sliced", "transposed", "part", "bfloat16")
 
 
 @pytest.fixture
 def instruction_set(request: pytest.FixtureRequest):
     """The kernels limited to one instruction set, where they are built and the machine has it."""
-    reason = codes.refuses_codes((Format("sign", 1),))
+    reason = library.refuses()
     if reason is not None:
         pytest.skip(reason)
     level = INSTRUCTION_SETS.index(request.param)
@@ -46,54 +42,6 @@ def instruction_set(request: pytest.FixtureRequest):
         yield
     finally:
         limit(len(INSTRUCTION_SETS) - 1)
-
-
-def built_in() -> list[tuple[str, Quantizer]]:
-    """Each quantizer of each recipe, and each width and granularity of the uniform ones: (operand, quantizer)."""
-    found = {
-        (letter, quantizer)
-        for recipe in map(load_recipe, recipes())
-        for product, letters in LEFT_RIGHT.items()
-        for letter in letters
-        if (quantizer := recipe.quantizer(product, letter)) is not None
-    }
-    granularities = ("tensor", "sample", "token", "channel", "sample_channel")
-    for name, bits, granularity, stochastic in itertools.product(
-        ("uniform", "affine"), range(1, 9), granularities, (False, True)
-    ):
-        if (name, bits) != ("uniform", 1):
-            found.add(("g", build(name, "g", bits=bits, granularity=granularity, stochastic=stochastic)))
-    for name, bits, granularity, stochastic in itertools.product(
-        ("uniform", "affine"), (9, 12, 16), granularities, (False, True)
-    ):
-        found.add(("g", build(name, "g", bits=bits, granularity=granularity, stochastic=stochastic)))
-    for word_length, stochastic in itertools.product((1, 5, 8, 9, 13, 16, 17, 22, 23, 24, 25, 31, 32), (False, True)):
-        for fraction_length in (3, word_length - 2):
-            x = {"word_length": word_length, "fraction_length": fraction_length, "stochastic": stochastic}
-            found.add(("x", build("fixed_point", "x", **x)))
-    found.add(("w", build("ternary_weight", "w")))
-    return sorted(found, key=str)
-
-
-def tensor(shape: Shape3, fill: str, layout: str, generator: torch.Generator) -> Tensor:
-    x = torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, shape[2], generator=generator) * 3
-    if fill in ("nan", "inf") and x.numel():
-        x.view(-1)[int(torch.randint(x.numel(), (), generator=generator))] = float(fill)
-    x = {"tiny": x * 1e-33, "constant": torch.full_like(x, 0.3), "zeros": torch.zeros_like(x), "huge": x * 2e37}.get(fill, x)
-    x = x.clamp(max=0) * -0.0 if fill == "negative zero" else x
-    if layout == "channels_first":
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "one position":
-        return x[:, :1].expand(shape)
-    if layout == "one channel":
-        return x[:, :, :1].expand(shape)
-    if layout == "sliced":
-        return torch.stack([x, x + 1], 3).flatten(2)[:, :, ::2]
-    if layout == "transposed":
-        return x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    if layout == "part":
-        return torch.cat([x, x + 1], 2)[:, :, : shape[2]]
-    return x.bfloat16() if layout == "bfloat16" else x
 
 
 def assert_quantizes_as_the_reference(row: Kernel, x: Tensor, format: Format, options: dict) -> None:
@@ -108,31 +56,8 @@ def assert_quantizes_as_the_reference(row: Kernel, x: Tensor, format: Format, op
         raise
 
 
-def quantize_options(
-    draw: random.Random, generator: torch.Generator, quantizer: Quantizer, x: torch.Tensor, format: Format
-) -> dict:
-    """Random keywords of `reference.quantize` beside the quantizer's own."""
-    shape = x.shape
-    fold_shape = draw.choice([None, None, (1, 1, shape[2]), (shape[0], 1, 1), (shape[0], shape[1], 1)])
-    options = {
-        "calibrate": quantizer.calibrate,
-        "limits": quantizer.limits,
-        "stochastic": quantizer.stochastic,
-        "prune": quantizer.prune,
-        "keep_one_in": quantizer.keep_one_in,
-        "pass_range": draw.choice([None, (-1.0, 1.0), (0.0, 0.5)]),
-        "fold": None if fold_shape is None else torch.rand(fold_shape, generator=generator),
-        "key": torch.randint(-(2**63), 2**63 - 1, (), generator=generator),
-        "stream": draw.randrange(0, 16, 2),
-    }
-    if draw.random() < 0.3:
-        folded = x.float() if fold_shape is None else x.float() * options["fold"]
-        options["ranges"] = reference.group_range(reference.group_rows(folded, format))
-    return options
-
-
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
-@pytest.mark.parametrize("row", QUANTIZE, ids=lambda row: row.backend)
+@pytest.mark.parametrize("row", QUANTIZE, ids=lambda row: row.label)
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
 def test_quantize_equals_the_reference(row: Kernel, rng: np.random.Generator):
     """Random quantizers, sizes, values, layouts, folds, masks, given ranges and thread counts, 1,300 an instruction set."""
@@ -153,7 +78,7 @@ def test_quantize_equals_the_reference(row: Kernel, rng: np.random.Generator):
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
-@pytest.mark.parametrize("row", QUANTIZE, ids=lambda row: row.backend)
+@pytest.mark.parametrize("row", QUANTIZE, ids=lambda row: row.label)
 @pytest.mark.parametrize("shape", [(3, 5000, 33), (2, 1100, 72), (700, 3, 17), (1, 1, 9001), (40, 9, 64)], ids=str)
 @pytest.mark.usefixtures("instruction_set")
 def test_quantize_equals_the_reference_across_chunks_and_threads(row: Kernel, shape: Shape3, rng: np.random.Generator):
@@ -220,102 +145,9 @@ def test_a_key_is_needed_to_draw():
 
 # --- products --------------------------------------------------------------------------------------------------------
 
-# formats of the left operand, of the right; {b}: bits
-PRODUCT_FORMATS = {
-    "output": (("sign", "sign:N", "sign:NP"), ("sign", "sign:O")),
-    "grad_input": (("uint{b}+:N", "uint{b}+:N", "uint{b}+", "uint{b}:N", "uint{b}:NP"), ("sign",)),
-    "grad_weight": (("uint{b}+:C", "uint{b}+:C", "uint{b}+:NC", "uint{b}+:N", "uint{b}+", "uint{b}:C"), ("sign",)),
-}
-# axes of the scales of the left operand, of the right
-PRODUCT_AXES = {
-    "output": (("", "N", "NP"), ("", "O")),
-    "grad_input": (("", "N", "N", "NP"), ("",)),
-    "grad_weight": (("", "C", "C", "N", "NC"), ("",)),
-}
-INTEGERS = (
-    Format("sign", 1),
-    Format("ternary", 2),
-    *(Format("int", 8) for _ in range(6)),
-    *(Format("int", bits) for bits in range(2, 9)),
-    *(Format("uint", bits, "", offset) for bits in range(1, 9) for offset in (False, True)),
-    *(Format("fixed", bits) for bits in range(1, 9)),
-)
-WORDS = tuple(Format(grid, bits) for grid in ("fixed", "int") for bits in (9, 10, 12, 13, 14, 15, 16))
-
-
-def formats(row: Kernel, draw: random.Random) -> tuple[Format, Format]:
-    """Formats of two operands that a row may serve."""
-    if row.backend == "cpu":
-        names = [draw.choice(choices) for choices in PRODUCT_FORMATS[row.operator]]
-        left, right = (Format.parse(name.format(b=draw.choice((4, 4, 4, *range(1, 9))))) for name in names)
-        return left, right
-    narrow = row.backend == "cpu int8" or draw.random() < 0.3
-    pair = [draw.choice(INTEGERS), draw.choice(INTEGERS if narrow else WORDS)]
-    if row.backend == "cpu int16":
-        pair = draw.sample([draw.choice(WORDS), pair[1]], 2)
-    left, right = (
-        replace(format, axes=draw.choice(axes)) for format, axes in zip(pair, PRODUCT_AXES[row.operator], strict=True)
-    )
-    return left, right
-
-
-def coded(format: Format, shape: Shape3, draw: random.Random, generator: torch.Generator, pruned: bool = False) -> QTensor:
-    """A quantized tensor of random codes and scales, now and then NaN; pruned: only some of its groups, at times none, kept."""
-    groups = format.groups(shape)
-    elements = shape[0] * shape[1] * shape[2] // max(groups, 1)
-    low, high = format.code_range
-    codes = torch.randint(low, high + 1, (groups, elements), generator=generator)
-    if draw.random() < 0.3:
-        codes = torch.where(codes < (low + high) / 2, low, high)
-    stored = (codes + 1) // 2 if format.grid == "sign" else codes % 2 ** min(format.storage_bits, 8)
-    stored = (codes if format.storage_bits > 8 else stored).to(codes_dtype(format))
-    scale = torch.rand(groups, generator=generator) + 0.1
-    offset = torch.randn(groups, generator=generator) if format.offset else None
-    if groups and draw.random() < 0.1:
-        scale[draw.randrange(groups)] = float("nan")
-    index = None
-    if pruned:
-        keep = torch.rand(groups, generator=generator) < draw.choice((0.0, 0.3, 0.6, 1.0))
-        kept = keep.nonzero().flatten()
-        index = torch.full((groups,), -1, dtype=torch.int32)
-        index[: kept.numel()] = kept.int()
-        scale = torch.where(keep, scale, 0.0)
-        offset = None if offset is None else torch.where(keep, offset, 0.0)
-    return QTensor(pack(stored, format, shape), scale, offset, index, format, shape)
-
-
-def layer(draw: random.Random) -> tuple[Shape3, Shape3, Shape3, Geometry | None]:
-    """Shapes of x, w and g of a random linear layer or convolution, and its geometry."""
-    n = draw.choice((0, 1, 1, 2, 3, 5, 17))
-    if draw.random() < 0.3:
-        sizes = (0, *SIZES, 127, 128, 129)
-        p, i, o = draw.choice((0, 1, 1, 2, 5, 33)), draw.choice(sizes), draw.choice(sizes)
-        n, p = draw.choice([(n, p)] * 30 + [(2100, 1), (1, 1500), (40, 33)])
-        return (n, p, i), (o, 1, i), (n, p, o), None
-    groups = draw.choice((1, 1, 1, 2, 3, 17))
-    sizes = SIZES if groups == 1 else (1, 2, 5, 8, 9) if groups < 10 else (1, 2)
-    i, o = draw.choice(sizes), draw.choice(sizes)
-    while True:
-        kernel = draw.choice([(1, 1), (1, 3), (3, 1), (2, 2), (4, 2), (5, 5), *[(3, 3)] * 4])
-        geometry = Geometry(
-            draw.randint(1, 9),
-            draw.randint(1, 9),
-            kernel,
-            (draw.randint(1, 3), draw.randint(1, 3)),
-            (draw.randint(0, 3), draw.randint(0, 3), draw.randint(0, 3), draw.randint(0, 3)),
-            (draw.randint(1, 2), draw.randint(1, 3)),
-            groups,
-        )
-        if min(geometry.output_size) > 0:
-            break
-    pixels, outputs = geometry.height * geometry.width, geometry.output_size[0] * geometry.output_size[1]
-    if n * outputs * kernel[0] * kernel[1] * i * o > 5e5:
-        n = 1
-    return (n, pixels, i * groups), (o * groups, kernel[0] * kernel[1], i), (n, outputs, o * groups), geometry
-
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
-@pytest.mark.parametrize("row", MULTIPLY, ids=lambda row: f"{row.operator}-{row.backend}")
+@pytest.mark.parametrize("row", MULTIPLY, ids=lambda row: f"{row.operator}-{row.label}")
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
 def test_products_equal_the_reference(row: Kernel, rng: np.random.Generator):
     """Random layers, formats, pruning, masks, biases and thread counts, 520 an instruction set."""
@@ -324,7 +156,8 @@ def test_products_equal_the_reference(row: Kernel, rng: np.random.Generator):
     served = 0
     while served < 520:
         x_shape, w_shape, g_shape, geometry = layer(draw)
-        left, right = formats(row, draw)
+        assert isinstance(row.refuses, Serves), "its formats are drawn from what it serves"
+        left, right = row.refuses.draw(draw, geometry)
         if row.refuses(Request("cpu", (left, right), geometry)) is not None:
             continue
         pruned = draw.random() < 0.4
@@ -349,15 +182,18 @@ def test_products_equal_the_reference(row: Kernel, rng: np.random.Generator):
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
-@pytest.mark.parametrize("row", DECODE, ids=lambda row: row.backend)
+@pytest.mark.parametrize("row", DECODE, ids=lambda row: row.label)
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
 def test_decode_equals_the_reference(row: Kernel, rng: np.random.Generator):
     """Random formats, granularities, sizes and thread counts."""
     draw = random.Random(int(rng.integers(2**62)))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    assert isinstance(row.refuses, Serves)
+    (served,) = row.refuses.operands
+    narrow = [format for format in served.formats(None) if format.bits <= 16 and not format.axes]
     wide = tuple(Format("fixed", bits) for bits in (17, 23, 24, 25, 31, 32))
     for _ in range(600):
-        format = replace(draw.choice((*INTEGERS, *WORDS, *wide)), axes=draw.choice(("", "N", "O", "NP", "C", "NC")))
+        format = replace(draw.choice((*narrow, *wide)), axes=draw.choice(("", "N", "O", "NP", "C", "NC")))
         shape = (draw.choice((0, 1, 2, 5, 33)), draw.choice(QUANTIZE_SIZES), draw.choice(QUANTIZE_SIZES))
         shape = draw.choice((shape, shape, shape, (3, 700, 33), (1, 1, 40_000)))
         assert row.refuses(Request("cpu", (format,))) is None
@@ -467,25 +303,35 @@ def test_sums_over_a_batch_pass_32_bits():
         ("output", ("sign:NP", "sign"), True, "cpu: scales 'NP' of x and '' of w vary"),
         ("output", ("uint9", "sign"), False, "cpu: the kernel multiplies signs by signs, not uint9 by sign"),
         ("output", ("uint9", "sign"), False, "cpu int8: the kernel multiplies integers of at most 8 bits, not uint9 by sign"),
-        ("output", ("fixed17", "sign"), False, "cpu int16: the kernel multiplies integers of at most 16 bits, not fixed17"),
-        ("output", ("uint9", "sign"), False, "cpu int16: the kernel multiplies 9 to 16 bits in two's complement, not uint9"),
-        ("output", ("int8:NP", "int8:O"), True, "cpu int16: the kernel is for words of 9 to 16 bits, not int8:NP by int8:O"),
-        ("grad_weight", ("int16", "fixed15"), False, "cpu int16: sums of int16 by fixed15 overflow 32 bits at once: 30 bits"),
+        (
+            "output",
+            ("fixed17", "sign"),
+            False,
+            "cpu int16: the kernel multiplies integers of at most 16 bits",
+        ),
+        ("output", ("uint9", "sign"), False, "those of more than 8 in two's complement, not uint9 by sign"),
+        (
+            "output",
+            ("int8:NP", "int8:O"),
+            True,
+            "cpu int16: the kernel is for words of more than 8 bits, not int8:NP",
+        ),
+        ("grad_weight", ("int16", "fixed15"), False, "cpu int16: sums of int16 by fixed15 overflow 32 bits at once"),
         ("output", ("int8", "e4m3"), False, "integers of at most 8 bits, not int8 by e4m3"),
         ("output", ("int8:NP", "int8:O"), True, "cpu int8: scales 'NP' of x and 'O' of w vary"),
         ("grad_input", ("uint9:N", "sign"), False, "cpu: the kernel multiplies unsigned codes of 1 to 8 bits"),
-        ("grad_input", ("uint4:C", "sign"), False, "cpu: scales 'C' of g and '' of the other operand vary"),
-        ("grad_input", ("uint4:N", "sign:O"), False, "cpu: scales 'N' of g and 'O' of the other operand vary"),
+        ("grad_input", ("uint4:C", "sign"), False, "cpu: scales 'C' of g and '' of w vary"),
+        ("grad_input", ("uint4:N", "sign:O"), False, "cpu: scales 'N' of g and 'O' of w vary"),
         ("grad_input", ("int8:N", "int8:O"), False, "cpu int8: scales 'N' of g and 'O' of w vary"),
         ("grad_weight", ("uint4:NP", "sign"), False, "cpu: scales 'NP' of g"),
         ("grad_weight", ("int8:NP", "int8"), False, "cpu int8: scales 'NP' of g and '' of x vary"),
     ],
 )
 def test_products_refuse_with_a_reason(operator: str, formats: tuple[str, str], convolution: bool, reason: str):
-    if signs.refuses_output((Format("sign", 1), Format("sign", 1)), None) is not None:
+    if library.refuses() is not None:
         pytest.skip("the kernels are not built")
     geometry = Geometry(3, 3, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1), 1) if convolution else None
     request = Request("cpu", (Format.parse(formats[0]), Format.parse(formats[1])), geometry)
     kernel, reasons = ops.select(operator, request)
     assert kernel.backend == "reference"
-    assert any(reason in text for text in reasons), reasons
+    assert any(reason in text for text in map(str, reasons)), reasons

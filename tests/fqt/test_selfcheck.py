@@ -14,6 +14,7 @@ import torch
 import fqt
 from fqt import ops, reference, selfcheck
 from fqt.cpu import integers, library, signs
+from fqt.formats import Format
 from fqt.native import refuse_truncated
 from fqt.ops import KERNELS, Kernel, Request
 
@@ -32,20 +33,16 @@ def _ask_anew():
     ops.load.cache_clear()
 
 
-def accepts(row: Kernel):
-    return lambda *asked: row.refuses(Request(*asked)) is None
-
-
 @built
-@pytest.mark.parametrize("row", NATIVE, ids=lambda row: f"{row.operator}-{row.backend}")
+@pytest.mark.parametrize("row", NATIVE, ids=lambda row: f"{row.operator}-{row.label}")
 def test_every_native_row_passes_and_is_asked_something(row: Kernel) -> None:
     assert ops.broken(row) is None
-    assert selfcheck.compare(row.operator, ops.load(row.function), accepts(row)) >= 2
+    assert selfcheck.compare(row, ops.load(row.function)) >= 2
 
 
 def test_every_row_compiled_beforehand_is_checked() -> None:
     """Triton compiles a kernel for each format on the machine itself; the reference is what the others are checked against."""
-    assert {row.backend.split()[0] for row in KERNELS if not row.native} == {"triton", "reference"}
+    assert {row.backend for row in KERNELS if not row.native} == {"triton", "reference"}
 
 
 @pytest.mark.parametrize("operator", ["quantize", *ops.PRODUCTS])
@@ -55,10 +52,19 @@ def test_a_wrong_kernel_is_found_out(operator: str) -> None:
         (result if isinstance(result, torch.Tensor) else result[0].scale).view(-1)[-1] += 1e-3
         return result
 
-    assert selfcheck.compare(operator, getattr(reference, operator), lambda *asked: True) >= 8
+    row = next(row for row in NATIVE if row.operator == operator)
+    assert selfcheck.compare(row, getattr(reference, operator)) >= 8
     with pytest.raises(AssertionError, match="expected"):
-        selfcheck.compare(operator, wrong, lambda *asked: True)
-    assert selfcheck.compare(operator, wrong, lambda *asked: False) == 0
+        selfcheck.compare(row, wrong)
+
+
+def test_a_row_of_which_nothing_can_be_compared_refuses(monkeypatch) -> None:
+    nothing = Kernel("output", "mine", "cpu", "fqt.reference:output", lambda request: None, native=True)
+    monkeypatch.setattr(ops, "KERNELS", [nothing, *ops.KERNELS])
+    signs = Request("cpu", (Format("sign", 1), Format("sign", 1)))
+    served, refusals = ops.select("output", signs)
+    assert served.backend != "mine"
+    assert refusals[0].broken and "the self-check has no case for it: nothing was compared" in str(refusals[0])
 
 
 @built

@@ -14,7 +14,7 @@ from fqt.ops import Request
 from fqt.qtensor import QTensor
 from fqt.testing import assert_same_values
 from tests.fqt.cuda_kernels.test_products import FORMATS, case
-from tests.fqt.test_kernels import coded
+from tests.fqt.random_cases import coded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TILES = (*plan.MMA, *plan.WGMMA)
@@ -115,4 +115,4 @@ def test_the_operators_choose_the_kernels():
     left_of = {"output": "sign:N", "grad_input": "uint4+:N", "grad_weight": "uint4+:C", "accumulate": "sign"}
     for operator, left in left_of.items():
         request = Request("cuda", (Format.parse(left), Format("sign", 1)))
-        assert ops.select(operator, request)[0].backend == "cuda b1"
+        assert ops.select(operator, request)[0].label == "cuda b1"

@@ -156,8 +156,8 @@ def test_products_refuse_with_a_reason(operator: str, formats: tuple[str, str], 
     geometry = Geometry(3, 3, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1), groups)
     request = Request("cuda", (Format.parse(formats[0]), Format.parse(formats[1])), geometry)
     kernel, reasons = ops.select(operator, request)
-    assert kernel.backend.split()[0] != "cuda"
-    assert any(text.startswith("cuda b1: ") and reason in text for text in reasons), reasons
+    assert kernel.backend != "cuda"
+    assert any(text.startswith("cuda b1: ") and reason in text for text in map(str, reasons)), reasons
 
 
 @pytest.fixture
@@ -177,17 +177,17 @@ def test_the_rows_refuse_what_this_machine_lacks(monkeypatch: pytest.MonkeyPatch
     ):
         runtime.missing.cache_clear()
         _, reasons = ops.select("output", request)
-        assert f"cuda b1: {reason}" in reasons
+        assert f"cuda b1: {reason}" in map(str, reasons)
         found.add(package)
     runtime.missing.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     _, reasons = ops.select("output", request)
-    assert "cuda b1: torch sees no GPU" in reasons
+    assert "cuda b1: torch sees no GPU" in map(str, reasons)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(runtime, "device", lambda index: plan.Device((10, 0), 148, 232_448))
     _, reasons = ops.select("output", request)
-    assert any("cuda b1: compute capability 10.0 emulates 1-bit products" in text for text in reasons)
+    assert any("cuda b1: compute capability 10.0 emulates 1-bit products" in text for text in map(str, reasons))
 
 
 def test_a_gpu_of_the_right_generation_is_served(monkeypatch: pytest.MonkeyPatch):
@@ -200,7 +200,7 @@ def test_a_gpu_of_the_right_generation_is_served(monkeypatch: pytest.MonkeyPatch
         ("accumulate", "sign"),
     ):
         kernel, reasons = ops.select(operator, Request("cuda", (Format.parse(left), SIGN)))
-        assert (kernel.backend, reasons) == ("cuda b1", [])
+        assert (kernel.label, reasons) == ("cuda b1", [])
         assert ops.select(operator, Request("cuda", (Format.parse(left), SIGN), backend="cuda"))[0] is kernel
         assert ops.select(operator, Request("cpu", (Format.parse(left), SIGN)))[0].device != "cuda"
 

@@ -26,11 +26,13 @@ from fqt.quantizers import build
 from fqt.recipe_yaml import recipes
 from fqt.reference import norm
 from fqt.reference.norm import Source, Windows
+from fqt.rows import Serves
 from fqt.testing import assert_same_codes, assert_same_values
 from fqt.triton_kernels import gather, plan, weight
 from fqt.triton_kernels import norm as norm_kernels
 from fqt.triton_kernels.quantize import quantize
-from tests.fqt import test_kernels, test_norm
+from fqt.triton_kernels.rows import ROWS
+from tests.fqt import random_cases, test_norm
 
 _SMALL = (plan.Tile(16, 16, 32, 4, 2), plan.Tile(32, 16, 32, 4, 2))
 """Tiles of which small operands take several."""
@@ -38,7 +40,7 @@ _SMALL = (plan.Tile(16, 16, 32, 4, 2), plan.Tile(32, 16, 32, 4, 2))
 
 def _quantizers() -> list:
     """The recipes' and the uniform ones, as the C++ kernels are tested with, and those that these have not."""
-    found = [(quantizer, quantizer.format(operand)) for operand, quantizer in test_kernels.built_in()]
+    found = [(quantizer, quantizer.format(operand)) for operand, quantizer in random_cases.built_in()]
     wide = [
         build("uniform", "g", bits=12, granularity="sample", stochastic=True),
         build("affine", "g", bits=16, granularity="channel"),
@@ -48,7 +50,7 @@ def _quantizers() -> list:
         for grid, granularity, stochastic in itertools.product(("e4m3", "e5m2"), ("tensor", "channel", "sample"), (False, True))
     ]
     found += [(quantizer, quantizer.format("g")) for quantizer in wide + 3 * floats]
-    return [(quantizer, format) for quantizer, format in found if plan.refuses_quantize((format,)) is None]
+    return [(quantizer, format) for quantizer, format in found if ROWS[0].refuses(ops.Request("cuda", (format,))) is None]
 
 
 def fuzz_quantize(device: str, seed: int, count: int) -> None:
@@ -58,8 +60,8 @@ def fuzz_quantize(device: str, seed: int, count: int) -> None:
     for case in range(count):
         quantizer, format = draw.choice(quantizers)
         shape = (draw.choice((0, 1, 2, 5, 9)), draw.choice((0, 1, 2, 7, 9, 33)), draw.choice((0, 1, 3, 4, 8, 17, 65, 130)))
-        x = test_kernels.tensor(shape, draw.choice(test_kernels.FILLS), draw.choice(test_kernels.LAYOUTS), generator)
-        options = test_kernels.quantize_options(draw, generator, quantizer, x, format)
+        x = random_cases.tensor(shape, draw.choice(random_cases.FILLS), draw.choice(random_cases.LAYOUTS), generator)
+        options = random_cases.quantize_options(draw, generator, quantizer, x, format)
         expected, expected_mask = reference.quantize(x, format, **options)
         with _told(f"case {case}: {format.name}, {shape} {x.stride()} {x.dtype}, {options}"), _another_default():
             actual, mask = quantize(x.to(device), format, **{name: _to(value, device) for name, value in options.items()})
@@ -96,13 +98,12 @@ def fuzz_products(device: str, seed: int, count: int) -> None:
     defaults = plan.TILES, plan.EXPAND_FROM, plan.PROCESSORS, plan.WIDE
     served = 0
     while served < count:
-        x_shape, w_shape, g_shape, geometry = test_kernels.layer(draw)
+        x_shape, w_shape, g_shape, geometry = random_cases.layer(draw)
         operator = draw.choice((*PRODUCTS, "accumulate"))
-        left, right = Format("sign", 1), Format("sign", 1, draw.choice(("", "O")))
-        if operator != "accumulate":
-            axes = test_kernels.PRODUCT_AXES[operator]
-            left, right = (replace(draw.choice(test_kernels.INTEGERS), axes=draw.choice(choices)) for choices in axes)
-        if plan.refuses_product(operator, (left, right), geometry, False) is not None:
+        serves = next(row.refuses for row in ROWS if (row.operator, row.variant) == (operator, ""))
+        assert isinstance(serves, Serves)
+        left, right = serves.draw(draw, geometry)
+        if serves(ops.Request("cuda", (left, right), geometry)) is not None:
             continue
         terms = g_shape[1] * w_shape[1] * w_shape[2] * g_shape[2]
         if x_shape[0] * terms > 3e5:
@@ -112,19 +113,19 @@ def fuzz_products(device: str, seed: int, count: int) -> None:
             mask_shape = Format("sign", 1).packed_shape(x_shape)
             mask = draw.choice((None, torch.randint(256, mask_shape, generator=generator, dtype=torch.uint8)))
             coded = (
-                test_kernels.coded(left, g_shape, draw, generator, pruned),
-                test_kernels.coded(right, w_shape, draw, generator),
+                random_cases.coded(left, g_shape, draw, generator, pruned),
+                random_cases.coded(right, w_shape, draw, generator),
             )
             args = (*coded, mask, geometry, x_shape)
         elif operator == "grad_weight":
             coded = (
-                test_kernels.coded(left, g_shape, draw, generator, pruned),
-                test_kernels.coded(right, x_shape, draw, generator),
+                random_cases.coded(left, g_shape, draw, generator, pruned),
+                random_cases.coded(right, x_shape, draw, generator),
             )
             args = (*coded, geometry)
         else:
             bias = draw.choice((None, torch.randn(w_shape[0], generator=generator)))
-            coded = test_kernels.coded(left, x_shape, draw, generator), test_kernels.coded(right, w_shape, draw, generator)
+            coded = random_cases.coded(left, x_shape, draw, generator), random_cases.coded(right, w_shape, draw, generator)
             args = (*coded, bias, geometry) if operator == "output" else (*coded, geometry)
         expected = getattr(reference, operator)(*args)
         plan.TILES = draw.choice((_SMALL[:1], _SMALL[1:], defaults[0]))
@@ -147,7 +148,7 @@ def fuzz_float8(device: str, seed: int, count: int) -> None:
     """Products of 8-bit floats: exact where every sum fits a float16's mantissa, else within 2^-10 of the sum of magnitudes."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     for case in range(count):
-        x_shape, w_shape, g_shape, geometry = test_kernels.layer(draw)
+        x_shape, w_shape, g_shape, geometry = random_cases.layer(draw)
         if 0 in (*x_shape, *w_shape, *g_shape) or x_shape[0] * g_shape[1] * w_shape[1] * w_shape[2] * g_shape[2] > 3e5:
             continue
         small = draw.random() < 0.5 and max(w_shape[1] * max(w_shape[2], w_shape[0]), g_shape[0] * g_shape[1]) < 1000
@@ -222,7 +223,7 @@ def fuzz_steps(device: str, seed: int, count: int) -> None:
     """
     assert device == "cpu"
     draw, rows = random.Random(seed), list(ops.KERNELS)
-    ops.KERNELS[:] = [replace(row, device="cpu") if row.backend.startswith("triton") else row for row in rows]
+    ops.KERNELS[:] = [replace(row, device="cpu") if row.backend == "triton" else row for row in rows]
     try:
         for _ in range(count):
             name, fuse = draw.choice([name for name in recipes() if name != "fp32"]), draw.random() < 0.5

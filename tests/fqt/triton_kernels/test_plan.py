@@ -14,6 +14,7 @@ from fqt.formats import Format
 from fqt.geometry import Geometry
 from fqt.reference import group_rows
 from fqt.triton_kernels import plan
+from fqt.triton_kernels.rows import ROWS
 
 WINDOW = Geometry(8, 8, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)
 CHIPS = ((8, 0), (8, 7), (8, 9), (9, 0), (10, 0))
@@ -118,22 +119,24 @@ def test_samples_are_worked_off_apart_where_tiles_are_few():
 def test_refusals_say_why(operator: str, names: tuple[str, str], geometry: Geometry | None, reason: str | None):
     pytest.importorskip("triton", reason="Triton is not installed")
     formats = (Format.parse(names[0]), Format.parse(names[1]))
-    said = plan.refuses_product(operator, formats, geometry, False)
+    said = next(row for row in ROWS if (row.operator, row.variant) == (operator, "")).refuses(
+        ops.Request("cuda", formats, geometry)
+    )
     assert said is None if reason is None else said is not None and reason in said
     kernel, reasons = ops.select(operator, ops.Request("cuda", formats, geometry))
-    assert (kernel.backend == "triton") == (reason is None)
-    assert reason is None or any(reason in text for text in reasons)
+    assert (kernel.label == "triton") == (reason is None)
+    assert reason is None or any(reason in text for text in map(str, reasons))
 
 
 def test_float8_is_a_row_of_its_own_that_promises_no_bits(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     request = ops.Request("cuda", (Format("e4m3", 8), Format("e5m2", 8)))
     kernel, _ = ops.select("output", request)
-    assert kernel.backend == "triton float8" and not kernel.exact
-    assert all(row.exact for row in ops.KERNELS if row.backend != "triton float8")
+    assert kernel.label == "triton float8" and not kernel.exact
+    assert all(row.exact for row in ops.KERNELS if row.label != "triton float8")
     monkeypatch.setattr(plan, "_capability", lambda: (8, 0))
     kernel, reasons = ops.select("output", request)
-    assert kernel.backend == "reference" and "triton float8: 8-bit floats need compute capability 8.9" in reasons
+    assert kernel.backend == "reference" and "triton float8: 8-bit floats need compute capability 8.9" in map(str, reasons)
 
 
 def test_without_triton_every_row_refuses(monkeypatch: pytest.MonkeyPatch):
@@ -141,8 +144,9 @@ def test_without_triton_every_row_refuses(monkeypatch: pytest.MonkeyPatch):
     sign = Format("sign", 1)
     for operator, formats in (("quantize", (sign,)), ("output", (sign, sign)), ("norm_sign", ())):
         kernel, reasons = ops.select(operator, ops.Request("cuda", formats))
-        assert kernel.backend == "reference" and "triton: Triton is not installed: pip install triton" in reasons
+        assert kernel.backend == "reference" and "triton: Triton is not installed: pip install triton" in map(str, reasons)
 
 
 def test_codes_of_more_than_16_bits_are_refused():
-    assert plan.refuses_quantize((Format("fixed", 17),)) == "codes of more than 16 bits need float64 arithmetic"
+    reason = ROWS[0].refuses(ops.Request("cuda", (Format("fixed", 17),)))
+    assert reason == "the kernel is for codes of at most 16 bits: more need float64 arithmetic, not fixed17"

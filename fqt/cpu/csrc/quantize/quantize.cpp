@@ -370,46 +370,135 @@ std::vector<float> dense(View& x, const View* fold) {
   return copied;
 }
 
+// What codes mean, as fqt.formats.Format says it.
+struct Meaning {
+  bool sign, unsigned_codes, fixed;
+  int64_t storage;
+  double low, high;  // smallest and largest code
+
+  Meaning(const std::string& grid, int64_t bits)
+      : sign(grid == "sign"),
+        unsigned_codes(grid == "uint"),
+        fixed(grid == "fixed"),
+        storage(bits <= 2 ? bits : bits <= 4 ? 4 : bits <= 8 ? 8 : bits <= 16 ? 16 : 32) {
+    const double half = std::ldexp(1.0, static_cast<int>(bits) - 1);
+    high = unsigned_codes ? 2 * half - 1 : std::max(half - 1, fixed ? 0.0 : 1.0);
+    low = unsigned_codes ? 0.0 : fixed ? -half : -high;
+  }
+};
+
+uint64_t number(const std::optional<Tensor>& key) {
+  return key ? static_cast<uint64_t>(*key->const_data_ptr<int64_t>()) : 0;
+}
+
+float* floats(const std::optional<Tensor>& t) { return t ? t->mutable_data_ptr<float>() : nullptr; }
+
+// How a job's codes are rounded and where they are written.
+Encoding encoding(const Meaning& meaning, bool stochastic, uint64_t key, int64_t stream, uint8_t* codes) {
+  return {meaning.sign ? Grid::sign : Grid::uniform,
+          static_cast<int>(meaning.storage),
+          meaning.low,
+          meaning.high,
+          stochastic && !meaning.sign,
+          key,
+          static_cast<uint32_t>(stream),
+          codes,
+          nullptr,
+          0.0f,
+          0.0f};
+}
+
+Range range_of(const std::string& calibrate) {
+  return calibrate == "none"     ? Range::none
+         : calibrate == "minmax" ? Range::minmax
+         : calibrate == "absmax" ? Range::absmax
+                                 : Range::absmean;
+}
+
+// A tensor and its folded factor, cut into a job's tasks. `copied` holds x * fold where codes of a channel begin within a byte.
+struct Input {
+  View from, factor;
+  std::vector<float> copied;
+  const View* folded;
+
+  Input(const Tensor& x, const std::optional<Tensor>& fold)
+      : from(view(x)), factor(fold ? view(*fold) : View{}), folded(fold ? &factor : nullptr) {}
+  Input(const Input&) = delete;
+
+  void cut(Job& job, const std::string& axes, int64_t storage, bool stochastic) {
+    if (axes == "C" && from.n > 1 && from.p % 8 != 0 && !(merges(from) && (folded == nullptr || merges(factor)))) {
+      copied = dense(from, folded);
+      folded = nullptr;
+    }
+    job.plan = plan(from, folded, axes, storage, stochastic, false);
+    job.ordered = plan(from, folded, axes, storage, false, true);
+  }
+};
+
+// The names and values that tell how groups are calibrated and pruned.
+struct Asked {
+  std::string calibrate;
+  double first, last;
+  std::string prune;
+  int64_t keep_one_in, stream;
+  uint64_t key;
+  bool pruned() const { return !prune.empty(); }
+};
+
+// The numbers of all groups: ranges, given or found, and what follows from them. Returns what pruning multiplies each group by.
+std::vector<float> calibrate_all(const Job& job, const Asked& asked, const std::optional<Tensor>& low,
+                                 const std::optional<Tensor>& high, bool range_is_given, Numbers& all,
+                                 const std::optional<Tensor>& index) {
+  const bool empty = job.elements == 0, mean = job.calibration.range == Range::absmean;
+  if (low) {
+    std::copy_n(low->const_data_ptr<float>(), job.groups, all.low.data());
+    std::copy_n(high->const_data_ptr<float>(), job.groups, all.high.data());
+  } else if (!empty && !range_is_given && (!mean || asked.pruned())) {  // a mean shows what is not finite as a range does
+    job.ranges(all);
+  }
+  if (mean && !empty) job.means(all);
+  job.calibrate(all, job.groups);
+  std::vector<float> factor(job.groups, 1.0f);
+  if (asked.pruned()) {
+    const uint32_t draws = static_cast<uint32_t>(asked.stream + 1);
+    factors(all.low, all.high, asked.prune == "topk", asked.keep_one_in, asked.key, draws, factor);
+    int32_t* kept = index->mutable_data_ptr<int32_t>();
+    std::fill(kept, kept + job.groups, -1);
+    for (int64_t g = 0; g < job.groups; ++g) {
+      if (factor[g] > 0) *kept++ = static_cast<int32_t>(g);
+      all.keep[g] &= factor[g] > 0;
+    }
+  }
+  return factor;
+}
+
+Job job_of(const Tensor& x, const Meaning& meaning, const Asked& asked, int64_t groups, bool offset) {
+  Job job;
+  job.calibration = {range_of(asked.calibrate),         static_cast<float>(asked.first), static_cast<float>(asked.last),
+                     static_cast<float>(meaning.low), static_cast<float>(meaning.high), offset,
+                     meaning.fixed};
+  job.groups = groups;
+  job.elements = x.numel() / groups;
+  job.scale = job.offset = nullptr;
+  return job;
+}
+
+// Calibrate and encode in one: image by image where groups lie within one, and without a read for a range that is given.
 void quantize(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, std::optional<Tensor> low,
               std::optional<Tensor> high, std::string grid, int64_t bits, std::string axes, std::string calibrate,
               double first, double last, bool stochastic, std::string prune, int64_t keep_one_in, int64_t stream,
               double pass_low, double pass_high, Tensor codes, Tensor scale, std::optional<Tensor> offset,
               std::optional<Tensor> index, std::optional<Tensor> mask) {
-  View from = view(x);
   if (scale.numel() == 0) return;
-  const View factor = fold ? view(*fold) : View{}, *folded = fold ? &factor : nullptr;
-  const bool sign = grid == "sign", unsigned_codes = grid == "uint", fixed = grid == "fixed";
-  stochastic = stochastic && !sign;
-  const int64_t storage = bits <= 2 ? bits : bits <= 4 ? 4 : bits <= 8 ? 8 : bits <= 16 ? 16 : 32;
-  const double half = std::ldexp(1.0, static_cast<int>(bits) - 1);
-  const double top = unsigned_codes ? 2 * half - 1 : std::max(half - 1, fixed ? 0.0 : 1.0);
-
-  Job job;
-  job.encoding = {sign ? Grid::sign : Grid::uniform,
-                  static_cast<int>(storage),
-                  unsigned_codes ? 0.0 : fixed ? -half : -top,
-                  top,
-                  stochastic,
-                  key ? static_cast<uint64_t>(*key->const_data_ptr<int64_t>()) : 0,
-                  static_cast<uint32_t>(stream),
-                  static_cast<uint8_t*>(codes.mutable_data_ptr()),
-                  nullptr,
-                  static_cast<float>(pass_low),
-                  static_cast<float>(pass_high)};
-  job.calibration = {calibrate == "none"     ? Range::none
-                     : calibrate == "minmax" ? Range::minmax
-                     : calibrate == "absmax" ? Range::absmax
-                                             : Range::absmean,
-                     static_cast<float>(first),
-                     static_cast<float>(last),
-                     static_cast<float>(job.encoding.low),
-                     static_cast<float>(top),
-                     offset.has_value(),
-                     fixed};
+  const Meaning meaning(grid, bits);
+  const Asked asked{calibrate, first, last, prune, keep_one_in, stream, number(key)};
+  Input input(x, fold);
+  Job job = job_of(x, meaning, asked, scale.numel(), offset.has_value());
+  job.encoding = encoding(meaning, stochastic, asked.key, stream, static_cast<uint8_t*>(codes.mutable_data_ptr()));
+  job.encoding.pass_low = static_cast<float>(pass_low);
+  job.encoding.pass_high = static_cast<float>(pass_high);
   job.scale = scale.mutable_data_ptr<float>();
-  job.offset = offset ? offset->mutable_data_ptr<float>() : nullptr;
-  job.groups = scale.numel();
-  job.elements = x.numel() / job.groups;
+  job.offset = floats(offset);
 
   const bool empty = job.elements == 0;
   if (mask && !empty) {  // in the same read as the codes where both come from x, row by row
@@ -418,53 +507,68 @@ void quantize(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, s
     if (fold || axes == "C" || axes == "NC") {
       other.encoding.mask = std::exchange(job.encoding.mask, nullptr);
       other.encoding.codes = nullptr;
-      other.plan = plan(from, nullptr, "", 1, false, false);
+      other.plan = plan(input.from, nullptr, "", 1, false, false);
       other.encode_all(Numbers(1), false);
     }
   }
-  std::vector<float> copied;
-  if (!empty && axes == "C" && from.n > 1 && from.p % 8 != 0 && !(merges(from) && (!fold || merges(factor)))) {
-    copied = dense(from, folded);
-    folded = nullptr;
-  }
-  if (!empty) {
-    job.plan = plan(from, folded, axes, storage, stochastic, false);
-    job.ordered = plan(from, folded, axes, storage, false, true);
-  }
+  if (!empty) input.cut(job, axes, meaning.storage, job.encoding.stochastic);
 
-  const bool mean = job.calibration.range == Range::absmean, pruned = !prune.empty();
-  const bool fixed_range = job.calibration.range == Range::none && job.groups == 1 && !pruned && !low;
-  if (!empty && !pruned && !fixed_range && !low && job.by_image() && (!mean || job.plan.parts == Parts::whole)) {
+  const bool mean = job.calibration.range == Range::absmean;
+  const bool range_is_given = job.calibration.range == Range::none && job.groups == 1 && !asked.pruned() && !low;
+  if (!empty && !asked.pruned() && !range_is_given && !low && job.by_image() && (!mean || job.plan.parts == Parts::whole)) {
     return job.encode_image_by_image();
   }
   Numbers all(job.groups);
-  if (low) {
-    std::copy_n(low->const_data_ptr<float>(), job.groups, all.low.data());
-    std::copy_n(high->const_data_ptr<float>(), job.groups, all.high.data());
-  } else if (!empty && !fixed_range && (!mean || pruned)) {  // a mean shows what is not finite as well as a range does
-    job.ranges(all);
-  }
-  if (mean && !empty) job.means(all);
-  job.calibrate(all, job.groups);
-  std::vector<float> factor_of(job.groups, 1.0f);
-  if (pruned) {
-    factors(all.low, all.high, prune == "topk", keep_one_in, job.encoding.key, static_cast<uint32_t>(stream + 1), factor_of);
-    int32_t* kept = index->mutable_data_ptr<int32_t>();
-    std::fill(kept, kept + job.groups, -1);
-    for (int64_t g = 0; g < job.groups; ++g) {
-      if (factor_of[g] > 0) *kept++ = static_cast<int32_t>(g);
-      all.keep[g] &= factor_of[g] > 0;
-    }
-  }
+  const std::vector<float> factor = calibrate_all(job, asked, low, high, range_is_given, all, index);
   for (int64_t g = 0; g < job.groups; ++g) {
-    job.scale[g] = pruned && !(factor_of[g] > 0) ? 0.0f : all.scale[g] * factor_of[g];
-    if (offset) job.offset[g] = pruned && !(factor_of[g] > 0) ? 0.0f : all.offset[g] * factor_of[g];
+    const bool kept = !asked.pruned() || factor[g] > 0;
+    job.scale[g] = kept ? all.scale[g] * factor[g] : 0.0f;
+    if (offset) job.offset[g] = kept ? all.offset[g] * factor[g] : 0.0f;
   }
-  if (!empty && job.encode_all(all, fixed_range)) {
+  if (!empty && job.encode_all(all, range_is_given)) {
     job.scale[0] = kNaN;
     if (offset) job.offset[0] = 0.0f;
-    std::memset(job.encoding.codes, 0, codes.numel() * (storage <= 8 ? 1 : storage / 8));
+    std::memset(job.encoding.codes, 0, codes.numel() * (meaning.storage <= 8 ? 1 : meaning.storage / 8));
   }
+}
+
+// What `encode` reads, and what pruning multiplies each group by, of fqt.qtensor.Scales.
+void calibrate(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, std::optional<Tensor> low,
+               std::optional<Tensor> high, std::string grid, int64_t bits, std::string axes, std::string calibrate, double first,
+               double last, std::string prune, int64_t keep_one_in, int64_t stream, Tensor scale, Tensor inverse,
+               std::optional<Tensor> offset, std::optional<Tensor> factor, std::optional<Tensor> index) {
+  if (scale.numel() == 0) return;
+  const Meaning meaning(grid, bits);
+  const Asked asked{calibrate, first, last, prune, keep_one_in, stream, number(key)};
+  Input input(x, fold);
+  Job job = job_of(x, meaning, asked, scale.numel(), offset.has_value());
+  if (job.elements != 0) input.cut(job, axes, meaning.storage, false);
+  Numbers all(job.groups);
+  const std::vector<float> multiplied = calibrate_all(job, asked, low, high, false, all, index);
+  std::copy_n(all.scale.data(), job.groups, scale.mutable_data_ptr<float>());
+  std::copy_n(all.inverse.data(), job.groups, inverse.mutable_data_ptr<float>());
+  if (offset) std::copy_n(all.offset.data(), job.groups, floats(offset));
+  if (factor) std::copy_n(multiplied.data(), job.groups, floats(factor));
+}
+
+// Codes by scales from anywhere. With a key rounding is stochastic. A group whose scale is NaN, or whose factor is 0, has bits 0.
+void encode(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, Tensor scale, Tensor inverse,
+            std::optional<Tensor> offset, std::optional<Tensor> factor, std::string grid, int64_t bits, std::string axes,
+            int64_t stream, Tensor codes) {
+  if (x.numel() == 0) return;
+  const Meaning meaning(grid, bits);
+  Input input(x, fold);
+  Job job = job_of(x, meaning, {"none", -1.0, 1.0, "", 1, stream, number(key)}, scale.numel(), offset.has_value());
+  job.encoding = encoding(meaning, key.has_value(), number(key), stream, static_cast<uint8_t*>(codes.mutable_data_ptr()));
+  input.cut(job, axes, meaning.storage, job.encoding.stochastic);
+  Numbers all(job.groups);
+  for (int64_t g = 0; g < job.groups; ++g) {
+    const float of_group = scale.const_data_ptr<float>()[g];
+    all.inverse[g] = inverse.const_data_ptr<float>()[g];
+    all.offset[g] = offset ? floats(offset)[g] : 0.0f;
+    all.keep[g] = of_group == of_group && (!factor || floats(factor)[g] > 0);
+  }
+  job.encode_all(all, false);
 }
 
 }  // namespace
@@ -474,10 +578,19 @@ STABLE_TORCH_LIBRARY(fqt_cpu, m) {
       "quantize(Tensor x, Tensor? fold, Tensor? key, Tensor? low, Tensor? high, str grid, int bits, str axes, str calibrate,"
       " float first, float last, bool stochastic, str prune, int keep_one_in, int stream, float pass_low, float pass_high,"
       " Tensor(a!) codes, Tensor(b!) scale, Tensor(c!)? offset, Tensor(d!)? index, Tensor(e!)? mask) -> ()");
+  m.def(
+      "calibrate(Tensor x, Tensor? fold, Tensor? key, Tensor? low, Tensor? high, str grid, int bits, str axes, str calibrate,"
+      " float first, float last, str prune, int keep_one_in, int stream, Tensor(a!) scale, Tensor(b!) inverse,"
+      " Tensor(c!)? offset, Tensor(d!)? factor, Tensor(e!)? index) -> ()");
+  m.def(
+      "encode(Tensor x, Tensor? fold, Tensor? key, Tensor scale, Tensor inverse, Tensor? offset, Tensor? factor, str grid,"
+      " int bits, str axes, int stream, Tensor(a!) codes) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fqt_cpu, CompositeExplicitAutograd, m) {
   m.impl("quantize", TORCH_BOX(&quantize));
+  m.impl("calibrate", TORCH_BOX(&calibrate));
+  m.impl("encode", TORCH_BOX(&encode));
 }
 
 }  // namespace fqt
