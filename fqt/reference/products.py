@@ -8,7 +8,8 @@ The products accumulate codes exactly, turn the accumulator into float32 once, a
     t = t + (number of terms * a_offset) * b_offset        if both have
 
 where the sums run over the positions inside the image: zero padding is the value 0, not the code 0. `grad_weight` with a
-scale for each sample does this within every sample and adds the samples in ascending order. Bias or mask come last.
+scale for each sample does this within every sample and adds the samples in ascending order; formats with blocks go through
+`fqt.reference.blocks`. Bias or mask come last.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fqt.multiply import (
     multiply_output,
 )
 from fqt.qtensor import QTensor
+from fqt.reference import blocks
 from fqt.reference.packing import apply_mask, spread, unpack
 
 _BLOCK_ELEMENTS = 1 << 24  # of unfolded images at a time, in a product with a scale for each sample
@@ -35,6 +37,9 @@ _EXACT_IN_FLOAT32 = 1 << 24
 
 def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
     """Y = X * W, (N, P', O) float32. x's scale: tensor, sample (linear layers: token); w's: tensor or channel."""
+    if blocks.has_blocks(x, w):
+        y = blocks.output(x, w, geometry)
+        return y if bias is None else y + bias.float()
     groups = geometry.groups if geometry else 1
     x_codes, w_codes = unpack(x.codes, x.format, x.shape), unpack(w.codes, w.format, w.shape)
     terms = w.shape[1] * w.shape[2]
@@ -62,6 +67,9 @@ def accumulate(x: QTensor, w: QTensor, geometry: Geometry | None) -> Tensor:
 
 def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry | None, x_shape: Shape3) -> Tensor:
     """The gradient of X, G * W, (N, P, C) float32. g's scale: tensor, sample (linear: token); w's: tensor."""
+    if blocks.has_blocks(g, w):
+        grad = blocks.grad_input(g, w, geometry, x_shape[1])
+        return grad if mask is None else apply_mask(grad, mask)
     groups = geometry.groups if geometry else 1
     n, p, c = x_shape
     terms = w.shape[0] * w.shape[1]
@@ -92,6 +100,8 @@ def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry |
 
 def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
     """The gradient of W, G^T * X, (O, K, I) float32. g's scale: any but token; x's: tensor."""
+    if blocks.has_blocks(g, x):
+        return blocks.grad_weight(g, x, geometry)
     groups = geometry.groups if geometry else 1
     taps = geometry.kernel[0] * geometry.kernel[1] if geometry else 1
     grad = x.scale.new_zeros(g.shape[2], taps, x.shape[2] // groups)

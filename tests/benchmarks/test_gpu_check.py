@@ -50,7 +50,7 @@ def test_a_wrong_kernel_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatc
     assert "wrong: values:" in gpu_check.show(rows, SMALL)
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda b1"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_the_pick_is_set_against_every_tile_that_fits(backend: str, monkeypatch: pytest.MonkeyPatch):
     """A kernel that asks for a tile, is slow with all but one, wrong with another, and does not run with a third."""
     h200, taken, module = cuda_plan.Device((9, 0), 132, 232_448), [], type(sys)(f"a_tiled_kernel_{backend[:4]}")
