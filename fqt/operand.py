@@ -105,7 +105,8 @@ class Operand:
         if isinstance(quantizer.calibrate, Calibration):
             state = self.state(states).get(quantizer.calibrate.word)
             # a forward that an activation checkpoint computes again runs within a backward
-            update = training and (self.letter == "g" or torch._C._current_graph_task_id() == -1)
+            again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+            update = training and (self.letter == "g" or not again)
         made = codes_of(value, quantizer, self.format, key, STREAM[self.name], fold, ranges, state, update, backend)
         return Encoded(*made)
 
