@@ -134,6 +134,8 @@ class Operand:
         of the convolution; samples and positions, of which a window moves the positions."""
         assert self.transform is not None
         side = LEFT_RIGHT[self.product].index(self.letter)
+        if key is None and self.transform.random:  # an evaluation draws nothing: the same numbers every time
+            key = torch.zeros((), dtype=torch.int64, device=value.device)
         groups = geometry.groups if geometry is not None and self.product != "grad_weight" else 1
         a, b, c = value.shape
         if self.product == "grad_weight":
