@@ -7,6 +7,7 @@ Each backend's rows stand beside its kernels, in its own `rows.py`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -121,8 +122,13 @@ class Serves:
     def __call__(self, request: Request) -> str | None:
         return self.unfit(request.formats, request.geometry) or self.available()
 
-    def unfit(self, formats: tuple[Format, ...], geometry: Geometry | None) -> str | None:
-        """Why the kernel is for other formats or another geometry, whatever the machine has; None if it is for these."""
+    @functools.cached_property
+    def unfit(self) -> Callable[[tuple[Format, ...], Geometry | None], str | None]:
+        """Why the kernel is for other formats or another geometry, whatever the machine has; None if it is for these.
+        Asked with every call of an operator, so that answers are kept."""
+        return functools.lru_cache(maxsize=1024)(self._unfit)
+
+    def _unfit(self, formats: tuple[Format, ...], geometry: Geometry | None) -> str | None:
         if not self.operands:
             return None
         asked = list(zip(self.operands, formats, strict=True))

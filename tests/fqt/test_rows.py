@@ -47,9 +47,10 @@ def test_examples_and_draws_are_served(row: Kernel) -> None:
     ("operator", "names"),
     [
         ("quantize", ["sign"]), ("quantize", ["uint4+:N"]), ("quantize", ["uint6+:NC"]), ("quantize", ["fixed29"]),
-        ("decode", ["int13:NP"]), ("output", ["sign", "sign:O"]), ("output", ["sign:N", "sign"]), ("output", ["int8:N", "int8:O"]),
-        ("output", ["uint2", "fixed16"]), ("grad_input", ["uint4+:N", "sign"]), ("grad_input", ["int8:N", "fixed12"]),
-        ("grad_weight", ["uint4+:C", "sign"]), ("grad_weight", ["uint4+:NC", "int4"]), ("accumulate", ["sign", "sign:O"]),
+        ("decode", ["int13:NP"]), ("output", ["sign", "sign:O"]), ("output", ["sign:N", "sign"]),
+        ("output", ["int8:N", "int8:O"]), ("output", ["uint2", "fixed16"]),
+        ("grad_input", ["uint4+:N", "sign"]), ("grad_input", ["int8:N", "fixed12"]), ("grad_weight", ["uint4+:C", "sign"]),
+        ("grad_weight", ["uint4+:NC", "int4"]), ("accumulate", ["sign", "sign:O"]),
     ],
     ids=lambda value: value if isinstance(value, str) else " by ".join(value),
 )  # fmt: skip
