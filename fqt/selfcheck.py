@@ -20,7 +20,7 @@ from fqt.qtensor import QTensor, Scales
 from fqt.reference import norm
 from fqt.reference.rows import NORM
 from fqt.rows import LETTERS, Kernel
-from fqt.testing import assert_same_codes, assert_same_values
+from fqt.testing import assert_same_codes, assert_same_scales, assert_same_values
 
 _SHAPE = (5, 19, 37)
 
@@ -83,9 +83,7 @@ def _assert_same(actual, expected) -> None:
             assert_same_values(one, other)
         return None
     if isinstance(expected, Scales):
-        for one, other in zip(actual.tensors(), expected.tensors(), strict=True):
-            assert_same_values(one, other)
-        return None
+        return assert_same_scales(actual, expected)
     assert_same_codes(actual[0], expected[0])
     assert (actual[1] is None) == (expected[1] is None), "a mask that is missing, or was not asked for"
     return None if expected[1] is None else assert_same_values(actual[1], expected[1])
