@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -43,7 +45,7 @@ _WINDOW = Geometry(16, 16, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was asked for. `instruction`: whether it is a product, for the tensor cores."""
+    """A launch that was asked for. `product`: whether it is for the tensor cores."""
 
     call: str
     kernel: triton.JITFunction
@@ -54,6 +56,19 @@ class Launch:
     @property
     def product(self) -> bool:
         return {"M", "N", "K"} <= set(self.constants)
+
+
+@dataclass(frozen=True)
+class _On(plan.Rules):
+    """The rules on a chip that is not here. forced: the tile of every product whose sums it can hold in registers there."""
+
+    chip: tuple[int, int] = (9, 0)
+    forced: plan.Tile | None = None
+
+    def tile(self, m: int, n: int, k: int, capability: tuple[int, int], programs: int = 1, **needs: Any) -> plan.Tile:
+        if self.forced is not None and plan.fits_registers(self.forced, self.chip, **needs):
+            return self.forced
+        return super().tile(m, n, k, self.chip, programs, **needs)
 
 
 class _Elsewhere:
@@ -92,8 +107,8 @@ def recorded(call: str, function: Callable[[], object]) -> list[Launch]:
     return found
 
 
-def calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name and call, of every family: formats, granularities, windows, pruning."""
+def calls(quick: bool, rules: plan.Rules = plan.RULES) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Name and call, of every family: formats, granularities, windows, pruning. rules: of the products."""
     x, key = torch.zeros(8, 256, 128), torch.tensor(1)
     channels_first = torch.zeros(8, 128, 256).transpose(1, 2)
     quantizers = [
@@ -137,7 +152,7 @@ def calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     for operator, left, right, pruned in products:
         for geometry in (_WINDOW, None) if not quick else (_WINDOW if left != "int8:N" else None,):
             where = "3x3" if geometry else "linear"
-            run = functools.partial(product, operator, left, right, geometry, pruned)
+            run = functools.partial(product, operator, left, right, geometry, pruned, rules)
             yield f"{operator} {left} {right} {where}", run
 
     affine, windows = torch.zeros(4, 128), Windows(16, 16, (2, 2))
@@ -156,20 +171,22 @@ def calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         yield name, lambda n=name, a=args: getattr(norm, n)(*a)
 
 
-def product(operator: str, left: str, right: str, geometry: Geometry | None, pruned: bool, channels: int = 256) -> Tensor:
+def product(
+    operator: str, left: str, right: str, geometry: Geometry | None, pruned: bool, rules: plan.Rules, channels: int = 256
+) -> Tensor:
     """A product of zeros: 64 images of 16 x 16, or as many tokens."""
     shape = (64, 256, channels)
     w_shape = (channels, 9 if geometry else 1, channels)
     if operator in ("output", "accumulate"):
         a, b = zeros(left, shape), zeros(right, w_shape)
-        return (
-            gather.output(a, b, torch.zeros(channels), geometry) if operator == "output" else gather.accumulate(a, b, geometry)
-        )
+        if operator == "accumulate":
+            return gather.accumulate(a, b, geometry, rules=rules)
+        return gather.output(a, b, torch.zeros(channels), geometry, rules=rules)
     g = zeros(left, shape, pruned)
     if operator == "grad_input":
         mask = torch.zeros(Format("sign", 1).packed_shape(shape), dtype=torch.uint8)
-        return gather.grad_input(g, zeros(right, w_shape), mask, geometry, shape)
-    return weight.grad_weight(g, zeros(right, shape), geometry)
+        return gather.grad_input(g, zeros(right, w_shape), mask, geometry, shape, rules=rules)
+    return weight.grad_weight(g, zeros(right, shape), geometry, rules=rules)
 
 
 def zeros(name: str, shape: Shape3, pruned: bool = False) -> QTensor:
@@ -229,12 +246,13 @@ def measure(capabilities: list[int], quick: bool, only: str = "") -> tuple[list[
         seen: set[tuple] = set()
         chip = (capability // 10, capability % 10)
         fitting = [t for t in plan.TILES if t.bytes <= plan.shared_bytes(chip)]
-        for name, function in calls(quick):
+        made = [dict(calls(quick, _On(chip=chip, forced=forced))) for forced in ([None] if quick else fitting)]
+        for name in made[0]:
             if only not in name:
                 continue
             if capability < 89 and ("e4m3" in name or "e5m2" in name) and not name.startswith("quantize"):
                 continue  # refused there
-            for launch in launches(name, function, chip, [None] if quick else fitting):
+            for launch in itertools.chain.from_iterable(recorded(name, functions[name]) for functions in made):
                 key = (launch.kernel.fn.__name__, str(sorted(launch.constants.items())), str([type(a) for a in launch.args]))
                 if key in seen:
                     continue
@@ -245,23 +263,6 @@ def measure(capabilities: list[int], quick: bool, only: str = "") -> tuple[list[
                 except Exception as error:  # noqa: BLE001  the rest of the table is worth having
                     failures.append(" ".join(f"sm_{capability}, {name}: {type(error).__name__}: {error}".split())[:600])
     return rows, failures
-
-
-def launches(name: str, function: Callable[[], object], chip: tuple[int, int], tiles: list) -> Iterator[Launch]:
-    """The launches of a call on a chip, with each of the tiles; None: with the one that is picked."""
-    picked, found = plan.tile, []
-    for forced in tiles:
-
-        def pick(m, n, k, _, programs=1, *, forced=forced, **needs) -> plan.Tile:
-            takes = forced is not None and plan.fits_registers(forced, chip, **needs)
-            return forced if takes else picked(m, n, k, chip, programs, **needs)
-
-        try:
-            plan.tile = pick
-            found += recorded(name, function)
-        finally:
-            plan.tile = picked
-    yield from found
 
 
 def main() -> None:

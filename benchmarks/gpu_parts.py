@@ -118,10 +118,10 @@ def operands(
     return (coded(left, first, keep, device), coded(right, second, device=device), *rest)
 
 
-def wrong(row: Kernel, args: tuple, device: str) -> str:
-    """The first difference of a product from the reference on the CPU, or ""."""
+def wrong(row: Kernel, args: tuple, device: str, **options: object) -> str:
+    """The first difference of a product from the reference on the CPU, or "". options: further ones of the kernel."""
     there = (moved(arg, device) if isinstance(arg, QTensor) else arg for arg in args)
-    actual, expected = ops.load(row.function)(*there).cpu(), getattr(reference, row.operator)(*args)
+    actual, expected = ops.load(row.function)(*there, **options).cpu(), getattr(reference, row.operator)(*args)
     try:
         if row.exact:
             assert_same_values(actual, expected)

@@ -1,15 +1,13 @@
 """The part of `gpu_check` that times every tile of a product: is the one that the rule picks the best, and if not by how much?
 
-No tile is chosen by what is found here: whoever has the figures mends the rule (`plan.tile`, `plan.tile_of`).
+No tile is chosen by what is found here: whoever has the figures mends the rule (`plan.Rules.tile` of either backend).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import astuple
-from types import ModuleType
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 from benchmarks.gpu_parts import Bench, Row, operands, serving, wrong
@@ -28,66 +26,60 @@ TILED = (
 CHECKED = 256  # a size that Triton compiles no other program for than for those above
 
 
-def _triton_space(_m: int, _n: int, _k: int, capability: tuple[int, int], *_: int, **needs: Any) -> list[triton.Tile]:
-    """The tiles that a call of `plan.tile` may pick from, but for its rule."""
-    limit = triton.shared_bytes(capability)
-    return [t for t in triton.TILES if t.bytes <= limit and triton.fits_registers(t, capability, **needs)]
+@dataclass(frozen=True)
+class _TritonAsked(triton.Rules):
+    """The usual rules, and in `found` the tile that they gave last and those that they might have given."""
+
+    found: list[Any] = field(default_factory=list)
+
+    def tile(self, m: int, n: int, k: int, capability: tuple[int, int], programs: int = 1, **needs: Any) -> triton.Tile:
+        picked = super().tile(m, n, k, capability, programs, **needs)
+        limit = triton.shared_bytes(capability)
+        fitting = [t for t in self.tiles if t.bytes <= limit and triton.fits_registers(t, capability, **needs)]
+        self.found[:] = [picked, fitting]
+        return picked
 
 
-def _cuda_space(device: cuda.Device, *_: int) -> list[cuda.Tile]:
-    """As `_triton_space`, of `plan.tile_of`."""
-    return [t for t in (cuda.WGMMA if device.capability[0] == 9 else ()) + cuda.MMA if t.shared <= device.shared]
+@dataclass(frozen=True)
+class _CudaAsked(cuda.Rules):
+    """As `_TritonAsked`."""
+
+    found: list[Any] = field(default_factory=list)
+
+    def tile(self, device: cuda.Device, rows: int, columns: int, slices: int = 1) -> cuda.Tile:
+        picked = super().tile(device, rows, columns, slices)
+        self.found[:] = [picked, self.held(device)]
+        return picked
 
 
-SPACES: dict[str, tuple[ModuleType, str, Callable[..., list]]] = {
-    "triton": (triton, "tile", _triton_space),
-    "cuda": (cuda, "tile_of", _cuda_space),
-}
-"""First word of a backend -> the plan and its function that picks, and what there is to pick from."""
-
-
-@contextmanager
-def _replaced(plan: ModuleType, name: str, function: Callable) -> Iterator[None]:
-    before = getattr(plan, name)
-    setattr(plan, name, function)
-    try:
-        yield
-    finally:
-        setattr(plan, name, before)
+ASKED = {"triton": _TritonAsked, "cuda": _CudaAsked}
+"""Backend -> its rules, which tell what they were asked."""
 
 
 def tiles(device: str, bench: Bench, products: tuple = TILED) -> Iterator[Row]:
     """Every tile that fits, compared with the reference and timed; `picked`: the rule's."""
     for operator, left, right, size in products:
         for kernel in serving(operator, device, (Format.parse(left), Format.parse(right))):
-            space_of = SPACES.get(kernel.backend)
-            if space_of is None:
+            if kernel.backend not in ASKED:
                 continue
-            plan, name, space = space_of
-            rule, function, asked = getattr(plan, name), ops.load(kernel.function), []
-
-            def picks(*args, asked=asked, rule=rule, space=space, **needs):
-                asked[:] = [rule(*args, **needs), space(*args, **needs)]
-                return asked[0]
-
+            rules, function = ASKED[kernel.backend](), ops.load(kernel.function)
             shapes = ((size, 1, size),) * 3
             args = operands(operator, left, right, 1.0, shapes, None, device)
-            with _replaced(plan, name, picks):
-                function(*args)
-            picked, fitting = asked
+            function(*args, rules=rules)
+            picked, fitting = rules.found
             row: Row = {"part": "tiles", "operator": operator, "formats": f"{left} x {right}", "size": size}
             row |= {"name": f"{operator} {left} x {right} {size}", "backend": kernel.label}
             for tile in fitting:
                 here = row | {"tile": "x".join(map(str, astuple(tile))), "picked": tile == picked}
-                with _replaced(plan, name, lambda *_, tile=tile, **needs: tile):
-                    small = operands(operator, left, right, 1.0, ((CHECKED, 1, CHECKED),) * 3, None)
-                    try:
-                        found = wrong(kernel, small, device)
-                        here |= {"wrong": found} if found else {"ms": bench(functools.partial(function, *args))}
-                    except TimeoutError:
-                        raise
-                    except Exception as error:  # noqa: BLE001  a tile that does not run is a finding, and the rest go on
-                        here |= {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:160]}
+                forced = replace(rules, tiles=(tile,))
+                small = operands(operator, left, right, 1.0, ((CHECKED, 1, CHECKED),) * 3, None)
+                try:
+                    found = wrong(kernel, small, device, rules=forced)
+                    here |= {"wrong": found} if found else {"ms": bench(functools.partial(function, *args, rules=forced))}
+                except TimeoutError:
+                    raise
+                except Exception as error:  # noqa: BLE001  a tile that does not run is a finding, and the rest go on
+                    here |= {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:160]}
                 yield here
 
 

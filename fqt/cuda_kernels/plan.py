@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ROW_BYTES = 128  # of a tile's row, as kRowBytes in tiles.h
-_WORKSPACE = 256 << 20  # bytes of integers, at most, of a product in slices
 
 
 @dataclass(frozen=True)
@@ -64,19 +63,6 @@ def refuses(capability: tuple[int, int]) -> str | None:
     return None
 
 
-def tile_of(device: Device, rows: int, columns: int, slices: int = 1) -> Tile:
-    """The largest tile that the device holds and of which every multiprocessor gets one; else the smallest.
-
-    A tile that reaches further beyond the result's columns than a smaller one has to is passed over.
-    """
-    tiles = [tile for tile in (WGMMA if device.capability[0] == 9 else ()) + MMA if tile.shared <= device.shared]
-    for tile in tiles[:-1]:
-        wasteful = tile.columns > 64 and columns <= tile.columns // 2
-        if not wasteful and tile.blocks(rows, columns) * slices >= device.processors:
-            return tile
-    return tiles[-1]
-
-
 def words_of(bits: int, whole: bool = False) -> int:
     """32-bit words for `bits`, padded to 1, 2 or a multiple of 4, so that a copy of 4, 8 or 16 bytes never ends within one.
 
@@ -92,23 +78,54 @@ def unit_of(words: int) -> int:
     return 4 * min(words, 4)
 
 
-def splits_of(device: Device, rows: int, columns: int, units: int) -> int:
-    """Into how many slices of units a sum is cut, so that two blocks come on each multiprocessor.
-
-    A slice is no shorter than eight tiles, and the integers of all slices fit the workspace.
-    """
-    per_tile = ROW_BYTES // 16
-    wanted = -(-2 * device.processors // max(1, tile_of(device, rows, columns, 1 << 30).blocks(rows, columns)))
-    longest = units // (8 * per_tile)
-    return max(1, min(wanted, longest, _WORKSPACE // max(1, rows * columns * 4)))
-
-
 def slice_units(units: int, splits: int) -> int:
     """Units of a slice, whole tiles: `splits` of them, at most, are `units`."""
     per_tile = ROW_BYTES // 16
     return -(-units // (splits * per_tile)) * per_tile
 
 
-def samples_together(rows: int, columns: int) -> int:
-    """How many samples' integers fit the workspace."""
-    return max(1, min(65535, _WORKSPACE // max(1, rows * columns * 4)))
+@dataclass(frozen=True)
+class Rules:
+    """How a product's launch is decided. No result depends on it: tests and benchmarks hand a kernel other rules than `RULES`.
+
+    Attributes:
+        tiles: the tiles to choose from, from large to small.
+        workspace: bytes of integers, at most, of a product in slices.
+    """
+
+    tiles: tuple[Tile, ...] = WGMMA + MMA
+    workspace: int = 256 << 20
+
+    def held(self, device: Device) -> list[Tile]:
+        """The tiles that the device has instructions and shared memory for."""
+        return [t for t in self.tiles if t.shared <= device.shared and (t not in WGMMA or device.capability[0] == 9)]
+
+    def tile(self, device: Device, rows: int, columns: int, slices: int = 1) -> Tile:
+        """The largest tile that the device holds and of which every multiprocessor gets one; else the smallest.
+
+        A tile that reaches further beyond the result's columns than a smaller one has to is passed over.
+        """
+        tiles = self.held(device)
+        for tile in tiles[:-1]:
+            wasteful = tile.columns > 64 and columns <= tile.columns // 2
+            if not wasteful and tile.blocks(rows, columns) * slices >= device.processors:
+                return tile
+        return tiles[-1]
+
+    def splits(self, device: Device, rows: int, columns: int, units: int) -> int:
+        """Into how many slices of units a sum is cut, so that two blocks come on each multiprocessor.
+
+        A slice is no shorter than eight tiles, and the integers of all slices fit the workspace.
+        """
+        per_tile = ROW_BYTES // 16
+        wanted = -(-2 * device.processors // max(1, self.tile(device, rows, columns, 1 << 30).blocks(rows, columns)))
+        longest = units // (8 * per_tile)
+        return max(1, min(wanted, longest, self.workspace // max(1, rows * columns * 4)))
+
+    def samples_together(self, rows: int, columns: int) -> int:
+        """How many samples' integers fit the workspace."""
+        return max(1, min(65535, self.workspace // max(1, rows * columns * 4)))
+
+
+RULES = Rules()
+"""By which kernels are launched."""

@@ -81,17 +81,19 @@ class _Window:
         return self.out_width, self.height, self.width, *self.mul, *self.step, *self.base
 
 
-def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
+def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None, *, rules: plan.Rules = plan.RULES) -> Tensor:
     """As `fqt.reference.output`, of signs or unsigned codes by signs."""
-    return _forward(x, w, None if bias is None else bias.float().contiguous(), geometry, torch.float32)
+    return _forward(x, w, None if bias is None else bias.float().contiguous(), geometry, torch.float32, rules)
 
 
-def accumulate(x: QTensor, w: QTensor, geometry: Geometry | None) -> Tensor:
+def accumulate(x: QTensor, w: QTensor, geometry: Geometry | None, *, rules: plan.Rules = plan.RULES) -> Tensor:
     """As `fqt.reference.accumulate`, of signs."""
-    return _forward(x, w, None, geometry, torch.int16)
+    return _forward(x, w, None, geometry, torch.int16, rules)
 
 
-def _forward(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None, dtype: torch.dtype) -> Tensor:
+def _forward(
+    x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None, dtype: torch.dtype, rules: plan.Rules
+) -> Tensor:
     n, positions, channels = x.shape
     outputs, taps, _ = w.shape
     window = _Window.forward(geometry or _column(positions))
@@ -100,11 +102,19 @@ def _forward(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | N
     words = plan.words_of(channels)
     a = _planes_of_rows(x, n, positions, None, words)
     b = _planes_of_rows(w, outputs * taps, 1, None, words)
-    _multiply(a, _Bits(b.data, 1, outputs, taps * words), x, w, None, bias, None, window, channels, y)
+    _multiply(a, _Bits(b.data, 1, outputs, taps * words), x, w, None, bias, None, window, channels, y, rules)
     return y
 
 
-def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry | None, x_shape: Shape3) -> Tensor:
+def grad_input(
+    g: QTensor,
+    w: QTensor,
+    mask: Tensor | None,
+    geometry: Geometry | None,
+    x_shape: Shape3,
+    *,
+    rules: plan.Rules = plan.RULES,
+) -> Tensor:
     """As `fqt.reference.grad_input`, of unsigned codes and signs."""
     n, positions, channels = x_shape
     outputs, taps, _ = w.shape
@@ -116,11 +126,11 @@ def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry |
     taken = _Window(1, outputs * taps, 1, (taps, 1), (1, 1), (0, 0), (1, 1), 1, taps)
     b = _planes_of_columns(w, channels, taken, (1, 1, outputs), None, words, tap_words=words, row_words=taps * words)
     window = _Window.backward(geometry or _column(positions))
-    _multiply(a, b, g, w, index, None, None if mask is None else mask.contiguous(), window, outputs, grad)
+    _multiply(a, b, g, w, index, None, None if mask is None else mask.contiguous(), window, outputs, grad, rules)
     return grad
 
 
-def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
+def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None, *, rules: plan.Rules = plan.RULES) -> Tensor:
     """As `fqt.reference.grad_weight`, of unsigned codes and signs.
 
     Raises:
@@ -152,7 +162,7 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
         a = _planes_of_columns(g, outputs, _Window.row(size), cut, samples, words, 0, slices * words)
     window = _Window.forward(geometry or _column(size))
     b = _planes_of_columns(x, channels, window, cut, samples, words, channels * slices * words, slices * words, inside=True)
-    _multiply_slices(a, b, g, x, index, words // 4, grad)
+    _multiply_slices(a, b, g, x, index, words // 4, grad, rules)
     return grad
 
 
@@ -226,12 +236,13 @@ def _multiply(
     window: _Window,
     channels: int,
     y: Tensor,
+    rules: plan.Rules,
 ) -> None:
     """`output` and `grad_input`: windows of A's image by B's rows, and the float part, into y (N, positions, columns)."""
     n, positions, columns = y.shape
     unit = plan.unit_of(b.words // window.taps)
     device = runtime.of(y)
-    tile = plan.tile_of(device, n * positions, columns)
+    tile = rules.tile(device, n * positions, columns)
     scale_sample, scale_position = {"": (0, 0), "N": (1, 0), "NP": (positions, 1)}[left.format.axes]
     integers = y.dtype == torch.int16
     units = b.words * 4 // unit
@@ -245,7 +256,9 @@ def _multiply(
     runtime.launch(runtime.gemm(tile, unit), tile.blocks(n * positions, columns) if y.numel() else 0, 1, arguments)
 
 
-def _multiply_slices(a: _Bits, b: _Bits, g: QTensor, x: QTensor, index: Tensor | None, sample_units: int, grad: Tensor) -> None:
+def _multiply_slices(
+    a: _Bits, b: _Bits, g: QTensor, x: QTensor, index: Tensor | None, sample_units: int, grad: Tensor, rules: plan.Rules
+) -> None:
     """`grad_weight`: integers of slices of the sum, then the float part. sample_units: of 16 bytes, in a sample's slice."""
     outputs, taps, channels = grad.shape
     by_sample, units = "N" in g.format.axes, a.words // 4
@@ -253,11 +266,11 @@ def _multiply_slices(a: _Bits, b: _Bits, g: QTensor, x: QTensor, index: Tensor |
     x_sums = b.sums(slots)
     if by_sample:
         length, slices = sample_units, slots
-        together = min(slots, plan.samples_together(outputs, b.rows))
+        together = min(slots, rules.samples_together(outputs, b.rows))
     else:
-        length = plan.slice_units(units, plan.splits_of(device, outputs, b.rows, units))
+        length = plan.slice_units(units, rules.splits(device, outputs, b.rows, units))
         together = slices = -(-units // length)
-    tile = plan.tile_of(device, outputs, b.rows, together)
+    tile = rules.tile(device, outputs, b.rows, together)
     partial = a.data.new_empty((together, outputs, b.rows))
     scale_channel, scale_sample = {"": (0, 0), "N": (0, 1), "C": (1, 0), "NC": (g.shape[0], 1)}[g.format.axes]
     samples, kept = (index, None) if by_sample else (None, index)

@@ -171,21 +171,23 @@ def _gather(
     tl.store(y_ptr + y_at, y, mask=ok)
 
 
-def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
+def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None, *, rules: plan.Rules = plan.RULES) -> Tensor:
     """As `fqt.reference.output`."""
     if 0 in (*x.shape, *w.shape):  # nothing to launch
         return reference.output(x, w, bias, geometry)
-    return _forward(x, w, bias, geometry, torch.float32)
+    return _forward(x, w, bias, geometry, torch.float32, rules)
 
 
-def accumulate(x: QTensor, w: QTensor, geometry: Geometry | None) -> Tensor:
+def accumulate(x: QTensor, w: QTensor, geometry: Geometry | None, *, rules: plan.Rules = plan.RULES) -> Tensor:
     """As `fqt.reference.accumulate`."""
     if 0 in (*x.shape, *w.shape):
         return reference.accumulate(x, w, geometry)
-    return _forward(x, w, None, geometry, torch.int16)
+    return _forward(x, w, None, geometry, torch.int16, rules)
 
 
-def _forward(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None, dtype: torch.dtype) -> Tensor:
+def _forward(
+    x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None, dtype: torch.dtype, rules: plan.Rules
+) -> Tensor:
     n, positions, _ = x.shape
     window = geometry or _column(positions)
     height, width = window.output_size
@@ -193,17 +195,25 @@ def _forward(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | N
     rows = n * height * width
     columns, taps, depth = w.shape[0] // window.groups, w.shape[1], w.shape[2]
     shifted = _shifted(x, w)
-    t = plan.tile(rows, columns, depth, capability(y), window.groups, holds=_holds(x, shifted, window))
-    x_bytes = shifted > 0 or plan.expands(x.format, taps * plan.ceil_div(columns, t.n), window.groups)
-    w_bytes = shifted > 0 or plan.expands(w.format, plan.ceil_div(rows, t.m), window.groups)
+    t = rules.tile(rows, columns, depth, capability(y), window.groups, holds=_holds(x, shifted, window))
+    x_bytes = shifted > 0 or rules.expands(x.format, taps * plan.ceil_div(columns, t.n), window.groups)
+    w_bytes = shifted > 0 or rules.expands(w.format, plan.ceil_div(rows, t.m), window.groups)
     bias = None if bias is None else bias.float().contiguous()
     a = expanded(x) if x_bytes else x.codes
     b = expanded(w) if w_bytes else w.codes
-    _launch(x, w, a, b, y, bias, None, None, window, (height, width), (columns, taps, depth), t, forward=True)
+    _launch(x, w, a, b, y, bias, None, None, window, (height, width), (columns, taps, depth), t, rules, forward=True)
     return y
 
 
-def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry | None, x_shape: Shape3) -> Tensor:
+def grad_input(
+    g: QTensor,
+    w: QTensor,
+    mask: Tensor | None,
+    geometry: Geometry | None,
+    x_shape: Shape3,
+    *,
+    rules: plan.Rules = plan.RULES,
+) -> Tensor:
     """As `fqt.reference.grad_input`. Pruned samples are not multiplied."""
     if 0 in (*g.shape, *w.shape):
         return reference.grad_input(g, w, mask, geometry, x_shape)
@@ -215,8 +225,8 @@ def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry |
     grad = make(n, positions, channels, dtype=torch.float32, device=g.codes.device)
     shifted = _shifted(g, w)
     holds = _holds(g, max(shifted, int(mask is not None)), window)
-    t = plan.tile(n * positions, columns, depth, capability(grad), window.groups, holds=holds)
-    g_bytes = shifted > 0 or plan.expands(g.format, taps * plan.ceil_div(columns, t.n), window.groups)
+    t = rules.tile(n * positions, columns, depth, capability(grad), window.groups, holds=holds)
+    g_bytes = shifted > 0 or rules.expands(g.format, taps * plan.ceil_div(columns, t.n), window.groups)
     a = expanded(g) if g_bytes else g.codes
     if window.groups == 1:
         b = expanded(w, (2, 1, 0))  # (I, K, O): the summed channels on end
@@ -225,7 +235,7 @@ def grad_input(g: QTensor, w: QTensor, mask: Tensor | None, geometry: Geometry |
         b = grouped.permute(0, 3, 2, 1).contiguous()
     mask = None if mask is None else mask.contiguous()
     image = (window.height, window.width)
-    _launch(g, w, a, b, grad, None, mask, index, window, image, (columns, taps, depth), t, forward=False)
+    _launch(g, w, a, b, grad, None, mask, index, window, image, (columns, taps, depth), t, rules, forward=False)
     return grad
 
 
@@ -244,7 +254,8 @@ def _holds(a: QTensor, extras: int, window: Geometry) -> str:
 
 def _launch(
     a: QTensor, b: QTensor, a_codes: Tensor, b_codes: Tensor, y: Tensor, bias: Tensor | None, mask: Tensor | None,
-    index: Tensor | None, window: Geometry, image: tuple[int, int], sizes: tuple[int, int, int], t: plan.Tile, *, forward: bool,
+    index: Tensor | None, window: Geometry, image: tuple[int, int], sizes: tuple[int, int, int], t: plan.Tile,
+    rules: plan.Rules, *, forward: bool,
 ) -> None:  # fmt: skip
     columns, taps, depth = sizes
     groups = window.groups
@@ -280,7 +291,7 @@ def _launch(
         A_GRID=a.format.grid, A_BITS=a_bits, A_AXES=a.format.axes, A_OFFSET=a.offset is not None,
         A_CENTRE=plan.centre(a.format), B_GRID=b.format.grid, B_BITS=b_bits, B_AXES=b.format.axes,
         B_OFFSET=b.offset is not None, B_CENTRE=plan.centre(b.format), BIAS=bias is not None, MASK=mask is not None,
-        WIDE=plan.bound(taps * depth, a.format, b.format) >= plan.WIDE,
+        WIDE=plan.bound(taps * depth, a.format, b.format) >= rules.wide,
         FLOAT=a.format.is_float, M=t.m, N=t.n, K=t.k, BAND=8, warps=t.warps, stages=t.stages,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ SHARED_BYTES = {
 """Shared memory of a block by compute capability, where it is less than the 232,448 bytes of Hopper and Blackwell."""
 FLOAT8_CAPABILITY = (8, 9)
 WIDE = 1 << 31
-"""Sums from here on are kept in 64 bits."""
+"""What a sum of 32 bits cannot hold."""
 _NO_TRITON = "Triton is not installed: pip install triton"
 
 
@@ -175,28 +175,7 @@ TILES = (
     Tile(64, 64, 64, 4, 4),
     Tile(32, 32, 32, 4, 2),
 )
-"""The space of tiles, from large to small; `tile` picks one by rule."""
-PROCESSORS = 132
-
-
-def tile(
-    m: int, n: int, k: int, capability: tuple[int, int], programs: int = 1, *, turned: bool = False, holds: str = ""
-) -> Tile:
-    """The largest tile that fits shared memory, wastes no half of itself and gives each processor work (else the smallest fit).
-
-    Args:
-        k: terms that lie on end.
-        programs: into how many programs the sum itself is cut, conv groups included.
-        turned, holds: see `fits_registers`.
-    """
-    limit = shared_bytes(capability)
-    tiles = [t for t in TILES if fits_registers(t, capability, turned=turned, holds=holds)]
-    fits = [t for t in tiles if t.bytes <= limit and t.m < 2 * m and t.n < 2 * n and t.k < 2 * max(k, 17)]
-    fits = fits or [tiles[-1]]
-    for candidate in fits:
-        if ceil_div(m, candidate.m) * ceil_div(n, candidate.n) * programs >= PROCESSORS:
-            return candidate
-    return min(fits, key=lambda t: (t.m * t.n, -t.k))
+"""The space of tiles, from large to small; `Rules.tile` picks one."""
 
 
 HOLDS = {
@@ -223,20 +202,6 @@ def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False
         return False
     *most, terms = HOLDS[holds]
     return sums <= most[min(max(capability[0], 8), 10) - 8] and t.k <= terms
-
-
-EXPAND_FROM = 3
-"""A packed operand that at least so many tiles read is unpacked once, in memory; below, each tile unpacks it in registers."""
-
-
-def expands(format: Format, reads: int, groups: int) -> bool:
-    """Whether an operand is unpacked to a byte a code before the product.
-
-    A tile unpacks some four instructions a code, as long as the tensor cores take for 64 multiply-adds of it. Conv groups need
-    not begin at a byte, and a byte of 8 unsigned bits is centred to fit the signed tensor cores: both take this way. Other
-    bytes are as they should be, and nothing is done.
-    """
-    return format.storage_bits == 8 or groups > 1 or reads >= EXPAND_FROM
 
 
 def centre(format: Format) -> int:
@@ -266,19 +231,76 @@ class Split:
     splits: int
 
 
-def split(tiles: int, terms: int, t: Tile, *formats: Format) -> Split:
-    """Cuts such that every processor has work, none less than 8 steps, and no 32-bit sum overflows."""
-    most = (WIDE - 1) // max(bound(1, *formats), 1) // t.k * t.k
-    wanted = max(1, PROCESSORS * 2 // max(tiles, 1))
-    chunk = max(ceil_div(ceil_div(terms, wanted), t.k) * t.k, 8 * t.k)
-    chunk = min(chunk, most)
-    return Split(chunk, ceil_div(terms, chunk))
+@dataclass(frozen=True)
+class Rules:
+    """How a product's launch is decided. No result depends on it: tests and benchmarks hand a kernel other rules than `RULES`.
 
-
-def samples_apart(tiles: int, samples: int, size: int) -> bool:
-    """Whether a product with a scale for each sample works samples off side by side and writes down their terms of
-    `size` floats.
-
-    It does where the tiles leave most processors without work, and the terms take at most 256 MiB.
+    Attributes:
+        tiles: the tiles to choose from, from large to small.
+        processors: of the device, each of which is to get work.
+        expand_from: a packed operand that at least so many tiles read is unpacked once, in memory; below, each tile unpacks it
+            in registers.
+        wide: sums that may reach this are kept in 64 bits.
     """
-    return 1 < samples < 1 << 16 and tiles < PROCESSORS // 2 and samples * size * 4 <= 1 << 28
+
+    tiles: tuple[Tile, ...] = TILES
+    processors: int = 132
+    expand_from: int = 3
+    wide: int = WIDE
+
+    def tile(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        capability: tuple[int, int],
+        programs: int = 1,
+        *,
+        turned: bool = False,
+        holds: str = "",
+    ) -> Tile:
+        """The largest tile that fits shared memory, wastes no half of itself and gives each processor work (else the smallest
+        fit).
+
+        Args:
+            k: terms that lie on end.
+            programs: into how many programs the sum itself is cut, conv groups included.
+            turned, holds: see `fits_registers`.
+        """
+        limit = shared_bytes(capability)
+        tiles = [t for t in self.tiles if fits_registers(t, capability, turned=turned, holds=holds)] or [self.tiles[-1]]
+        fits = [t for t in tiles if t.bytes <= limit and t.m < 2 * m and t.n < 2 * n and t.k < 2 * max(k, 17)]
+        fits = fits or [tiles[-1]]
+        for candidate in fits:
+            if ceil_div(m, candidate.m) * ceil_div(n, candidate.n) * programs >= self.processors:
+                return candidate
+        return min(fits, key=lambda t: (t.m * t.n, -t.k))
+
+    def expands(self, format: Format, reads: int, groups: int) -> bool:
+        """Whether an operand is unpacked to a byte a code before the product.
+
+        A tile unpacks some four instructions a code, as long as the tensor cores take for 64 multiply-adds of it. Conv groups
+        need not begin at a byte, and a byte of 8 unsigned bits is centred to fit the signed tensor cores: both take this way.
+        Other bytes are as they should be, and nothing is done.
+        """
+        return format.storage_bits == 8 or groups > 1 or reads >= self.expand_from
+
+    def split(self, tiles: int, terms: int, t: Tile, *formats: Format) -> Split:
+        """Cuts such that every processor has work, none less than 8 steps, and no 32-bit sum overflows."""
+        most = (self.wide - 1) // max(bound(1, *formats), 1) // t.k * t.k
+        wanted = max(1, self.processors * 2 // max(tiles, 1))
+        chunk = max(ceil_div(ceil_div(terms, wanted), t.k) * t.k, 8 * t.k)
+        chunk = min(chunk, most)
+        return Split(chunk, ceil_div(terms, chunk))
+
+    def samples_apart(self, tiles: int, samples: int, size: int) -> bool:
+        """Whether a product with a scale for each sample works samples off side by side and writes down their terms of
+        `size` floats.
+
+        It does where the tiles leave most processors without work, and the terms take at most 256 MiB.
+        """
+        return 1 < samples < 1 << 16 and tiles < self.processors // 2 and samples * size * 4 <= 1 << 28
+
+
+RULES = Rules()
+"""By which kernels are launched."""

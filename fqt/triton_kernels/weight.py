@@ -225,7 +225,7 @@ def _add(terms_ptr, y_ptr, index_ptr, samples, size, GATHER: tl.constexpr, BLOCK
     tl.store(y_ptr + e, y, mask=e < size)
 
 
-def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
+def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None, *, rules: plan.Rules = plan.RULES) -> Tensor:
     """As `fqt.reference.grad_weight`. Pruned samples, or channels, are not multiplied."""
     n, positions, all_outputs = g.shape
     if 0 in (*g.shape, *x.shape):  # nothing to launch
@@ -238,12 +238,12 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
     terms = positions if blocks else n * positions
     device = g.codes.device
     cuts = n if blocks else plan.ceil_div(terms, 1024)  # into which the sum may be cut
-    t = plan.tile(outputs, channels, terms, capability(g.codes), groups * taps * cuts, turned=not linear, holds="added")
+    t = rules.tile(outputs, channels, terms, capability(g.codes), groups * taps * cuts, turned=not linear, holds="added")
     tiles = plan.ceil_div(outputs, t.m) * taps * plan.ceil_div(channels, t.n)
 
     x_codes = expanded(x, (2, 0, 1) if linear else (0, 1, 2))
     need_g, need_x = _shifted(x), _shifted(g)
-    if need_g or g.format.grouping.in_order or plan.expands(g.format, taps * plan.ceil_div(channels, t.n), groups):
+    if need_g or g.format.grouping.in_order or rules.expands(g.format, taps * plan.ceil_div(channels, t.n), groups):
         g_codes, g_bits, g_sample = expanded(g, (2, 0, 1)), 8, positions
         g_row = n * positions
     else:
@@ -265,12 +265,12 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
     }  # fmt: skip
     how = {
         "WINDOW": not linear, "G_GRID": g.format.grid, "G_BITS": g_bits, "FLOAT": is_float,
-        "WIDE": plan.bound(terms, g.format, x.format) >= plan.WIDE, "M": t.m, "N": t.n, "K": t.k,
+        "WIDE": plan.bound(terms, g.format, x.format) >= rules.wide, "M": t.m, "N": t.n, "K": t.k,
         "warps": t.warps, "stages": t.stages,
     }  # fmt: skip
     shape = (all_outputs, taps, channels)
     if blocks:
-        apart = plan.samples_apart(tiles * groups, n, all_outputs * taps * channels)
+        apart = rules.samples_apart(tiles * groups, n, all_outputs * taps * channels)
         y = torch.empty((n, *shape) if apart else shape, dtype=torch.float32, device=device)
         launch(
             _blocks, (tiles, groups, n if apart else 1), g_codes, x_codes, y, g.scale, x.scale, *offsets, g_sums, x_sums,
@@ -283,7 +283,7 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
         launch(_add, (plan.ceil_div(added.numel(), 1024),), y, added, index, n, added.numel(), GATHER=gathered, BLOCK=1024)
         return added
 
-    cut = plan.split(tiles * groups, terms, t, g.format, x.format) if not is_float else plan.Split(terms, 1)
+    cut = rules.split(tiles * groups, terms, t, g.format, x.format) if not is_float else plan.Split(terms, 1)
     dtype = torch.float32 if is_float else torch.int64 if how["WIDE"] else torch.int32
     sums = torch.zeros(shape, dtype=dtype, device=device)
     launch(

@@ -34,8 +34,8 @@ def on_gpu(value):
     return value.cuda() if isinstance(value, torch.Tensor) else value
 
 
-def assert_equal_on_gpu(operator: str, args: tuple) -> None:
-    actual = getattr(products, operator)(*(on_gpu(value) for value in args)).cpu()
+def assert_equal_on_gpu(operator: str, args: tuple, rules: plan.Rules) -> None:
+    actual = getattr(products, operator)(*(on_gpu(value) for value in args), rules=rules).cpu()
     try:
         assert_same_values(actual, getattr(reference, operator)(*args))
     except AssertionError as error:
@@ -46,19 +46,15 @@ def assert_equal_on_gpu(operator: str, args: tuple) -> None:
 
 @pytest.mark.parametrize("operator", FORMATS)
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.family}-{tile.rows}x{tile.columns}")
-def test_products_equal_the_reference(
-    operator: str, tile: plan.Tile, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-):
+def test_products_equal_the_reference(operator: str, tile: plan.Tile, rng: np.random.Generator):
     """The cases that the emulator runs, then larger ones: many blocks, deep sums, windows."""
-    device = runtime.device(torch.cuda.current_device())
-    if tile.shared > device.shared or (tile in plan.WGMMA and device.capability[0] != 9):
+    rules = plan.Rules(tiles=(tile,))
+    if not rules.held(runtime.device(torch.cuda.current_device())):
         pytest.skip("this GPU has no such tile")
-    monkeypatch.setattr(plan, "MMA", (tile,))
-    monkeypatch.setattr(plan, "WGMMA", ())
     draw = random.Random(int(rng.integers(2**62)))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     for _ in range(60):
-        assert_equal_on_gpu(operator, case(operator, draw, generator))
+        assert_equal_on_gpu(operator, case(operator, draw, generator), rules)
     window = Geometry(28, 28, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1)
     outputs = window.output_size[0] * window.output_size[1]
     for shapes in (
@@ -67,7 +63,7 @@ def test_products_equal_the_reference(
         ((16, 784, 64), (64, 9, 64), (16, outputs, 64), window),
     ):
         for _ in range(3):
-            assert_equal_on_gpu(operator, case(operator, draw, generator, shapes))
+            assert_equal_on_gpu(operator, case(operator, draw, generator, shapes), rules)
 
 
 def operands(axes: str) -> tuple[QTensor, QTensor]:

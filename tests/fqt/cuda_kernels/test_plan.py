@@ -25,7 +25,7 @@ H200 = plan.Device((9, 0), 132, 232_448)
     ],
 )
 def test_a_tile_fits_the_device_and_leaves_none_of_it_idle(device: plan.Device, rows: int, columns: int, expected: tuple):
-    tile = plan.tile_of(device, rows, columns)
+    tile = plan.RULES.tile(device, rows, columns)
     assert (tile.family, tile.rows, tile.columns) == expected
     assert tile.shared <= device.shared
 
@@ -33,7 +33,7 @@ def test_a_tile_fits_the_device_and_leaves_none_of_it_idle(device: plan.Device, 
 def test_every_tile_of_a_generation_fits_its_data_centre_chip():
     for device, tiles in ((A100, plan.MMA), (H200, plan.WGMMA + plan.MMA)):
         assert all(tile.shared <= device.shared for tile in tiles)
-    assert not any(tile.family == "gemm_wgmma" for tile in (plan.tile_of(A100, n, n) for n in (64, 1024, 16384)))
+    assert not any(tile.family == "gemm_wgmma" for tile in (plan.RULES.tile(A100, n, n) for n in (64, 1024, 16384)))
 
 
 def test_architectures():
@@ -67,16 +67,16 @@ def test_words_hold_the_bits_and_a_copy_ends_with_them():
 
 def test_slices_cover_the_sum_once_and_fit_the_workspace():
     for rows, columns, units in itertools.product((1, 64, 512, 2048), (70, 600, 5000), (1, 63, 64, 1000, 8192, 40_000)):
-        splits = plan.splits_of(H200, rows, columns, units)
+        splits = plan.RULES.splits(H200, rows, columns, units)
         length = plan.slice_units(units, splits)
         slices = -(-units // length)
         assert length % 8 == 0 and (slices - 1) * length < units <= slices * length
         assert slices <= splits and (splits == 1 or splits * rows * columns * 4 <= 256 << 20)
         assert slices == 1 or length >= 64, "a slice is too short to be worth its sums"
-    assert plan.splits_of(H200, 64, 585, 8192) > 20, "few tiles and a long sum: the device would be idle"
+    assert plan.RULES.splits(H200, 64, 585, 8192) > 20, "few tiles and a long sum: the device would be idle"
 
 
 def test_samples_fit_the_workspace():
-    assert plan.samples_together(512, 4617) * 512 * 4617 * 4 <= 256 << 20
-    assert plan.samples_together(1, 1) == 65535, "as many slices as a grid may have"
-    assert plan.samples_together(1 << 20, 1 << 20) == 1
+    assert plan.RULES.samples_together(512, 4617) * 512 * 4617 * 4 <= 256 << 20
+    assert plan.RULES.samples_together(1, 1) == 65535, "as many slices as a grid may have"
+    assert plan.RULES.samples_together(1 << 20, 1 << 20) == 1

@@ -68,9 +68,9 @@ def case(operator: str, draw: random.Random, generator: torch.Generator, shapes=
     return coded(left, g_shape, draw, generator, pruned), coded(right, x_shape, draw, generator), geometry
 
 
-def assert_multiplies_as_the_reference(operator: str, args: tuple) -> None:
+def assert_multiplies_as_the_reference(operator: str, args: tuple, rules: plan.Rules) -> None:
     try:
-        assert_same_values(getattr(products, operator)(*args), getattr(reference, operator)(*args))
+        assert_same_values(getattr(products, operator)(*args, rules=rules), getattr(reference, operator)(*args))
     except AssertionError as error:
         a, b, geometry = args[0], args[1], next((v for v in args if isinstance(v, Geometry)), None)
         error.add_note(f"{operator} {a.format.name} {a.shape} x {b.format.name} {b.shape}, {geometry}, index {a.index}")
@@ -80,33 +80,25 @@ def assert_multiplies_as_the_reference(operator: str, args: tuple) -> None:
 @pytest.mark.parametrize("operator", FORMATS)
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.family}-{tile.rows}x{tile.columns}")
 @pytest.mark.usefixtures("poisoned_memory")
-def test_products_equal_the_reference(
-    operator: str, tile: plan.Tile, emulator: machine.Emulator, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-):
+def test_products_equal_the_reference(operator: str, tile: plan.Tile, emulator: machine.Emulator, rng: np.random.Generator):
     """Random layers, windows, formats, pruning, masks and biases, whose results are smaller than a tile, and ragged."""
-    monkeypatch.setattr(plan, "MMA", (tile,))
-    monkeypatch.setattr(plan, "WGMMA", ())
     draw = random.Random(int(rng.integers(2**62)))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     for _ in range(40):
-        assert_multiplies_as_the_reference(operator, case(operator, draw, generator))
+        assert_multiplies_as_the_reference(operator, case(operator, draw, generator), plan.Rules(tiles=(tile,)))
     gemms = [kernel for kernel, *_ in emulator.launched if kernel.instance]
     assert {kernel.file for kernel in gemms} == {tile.family}
     assert operator == "grad_weight" or {kernel.instance[3] for kernel in gemms} >= {4, 8}
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.family}-{tile.rows}x{tile.columns}")
-def test_many_tiles_and_stages_equal_the_reference(
-    tile: plan.Tile, emulator: machine.Emulator, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-):
+def test_many_tiles_and_stages_equal_the_reference(tile: plan.Tile, emulator: machine.Emulator, rng: np.random.Generator):
     """Results of several ragged tiles, sums deeper than the stages, a sum in slices, planes and windows among them."""
-    monkeypatch.setattr(plan, "MMA", (tile,))
-    monkeypatch.setattr(plan, "WGMMA", ())
     draw = random.Random(int(rng.integers(2**62)))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     window = Geometry(9, 8, (3, 3), (2, 1), (1, 1, 1, 0), (1, 1), 1)
     outputs = window.output_size[0] * window.output_size[1]
-    emulator.device = plan.Device((8, 0), 8, 232_448)
+    emulator.device = plan.Device((9, 0), 8, 232_448)
     deep, wide, convolution = (1, 140, 4136), (1, 70, 270), (4, 72, 260)
     for operator, shapes in (
         ("output", (deep, (270, 1, 4136), (1, 140, 270), None)),
@@ -115,7 +107,7 @@ def test_many_tiles_and_stages_equal_the_reference(
         ("output", (convolution, (70, 9, 260), (4, outputs, 70), window)),
         ("grad_input", (convolution, (70, 9, 260), (4, outputs, 70), window)),
     ):
-        assert_multiplies_as_the_reference(operator, case(operator, draw, generator, shapes))
+        assert_multiplies_as_the_reference(operator, case(operator, draw, generator, shapes), plan.Rules(tiles=(tile,)))
 
 
 def test_the_float_part_of_a_split_sum_comes_once(emulator: machine.Emulator):
@@ -130,27 +122,28 @@ def test_the_float_part_of_a_split_sum_comes_once(emulator: machine.Emulator):
         assert [slices for kernel, _, slices, _ in emulator.launched if kernel.instance] == [expected]
 
 
-def test_samples_that_exceed_the_workspace_go_by_parts(emulator: machine.Emulator, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(plan, "_WORKSPACE", 3 * 10 * 30 * 4)  # integers of three samples
+def test_samples_that_exceed_the_workspace_go_by_parts(emulator: machine.Emulator):
+    rules = plan.Rules(workspace=3 * 10 * 30 * 4)  # integers of three samples
     draw, generator = random.Random(6), torch.Generator().manual_seed(6)
     geometry = Geometry(4, 5, (3, 1), (1, 1), (1, 1, 0, 0), (1, 1), 1)
     x = coded(Format("sign", 1), (8, 20, 9), draw, generator)
     for axes, pruned in (("NC", False), ("N", False), ("N", True)):
         g = coded(Format("uint", 4, axes, True), (8, 20, 10), draw, generator, pruned)
         emulator.launched.clear()
-        assert_same_values(products.grad_weight(g, x, geometry), reference.grad_weight(g, x, geometry))
+        assert_same_values(products.grad_weight(g, x, geometry, rules=rules), reference.grad_weight(g, x, geometry))
         assert [slices for kernel, _, slices, _ in emulator.launched if kernel.instance] == [3, 3, 2]
 
 
-def test_pruned_samples_cost_no_product(emulator: machine.Emulator, monkeypatch: pytest.MonkeyPatch):
+def test_pruned_samples_cost_no_product(emulator: machine.Emulator):
     """Blocks of pruned samples return before they multiply anything."""
-    monkeypatch.setattr(plan, "MMA", (plan.MMA[1],))
+    rules = plan.Rules(tiles=(plan.MMA[1],))
     codes = torch.randint(256, (4, 64, 32), dtype=torch.uint8)
     index, scale = torch.tensor([2, -1, -1, -1], dtype=torch.int32), torch.tensor([0.0, 0.0, 0.5, 0.0])
     format = Format("uint", 4, "N")
     g = QTensor(codes, scale, None, index, format, (4, 64, 64))
     w = QTensor(torch.randint(256, (64, 1, 8), dtype=torch.uint8), torch.ones(1), None, None, Format("sign", 1), (64, 1, 64))
-    assert_same_values(products.grad_input(g, w, None, None, (4, 64, 64)), reference.grad_input(g, w, None, None, (4, 64, 64)))
+    args = (g, w, None, None, (4, 64, 64))
+    assert_same_values(products.grad_input(*args, rules=rules), reference.grad_input(*args))
     _, blocks, _, instructions = emulator.launched[-1]
     assert (blocks, instructions) == (4, 4 * 4 * 8), "of one block in four: its planes, by 4 x 8 instructions a tile of 64 x 64"
 

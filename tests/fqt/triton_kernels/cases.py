@@ -117,7 +117,6 @@ def fuzz_prune(device: str, seed: int, count: int) -> None:
 def fuzz_products(device: str, seed: int, count: int) -> None:
     """Random layers, formats, pruning, masks and biases; tiles, cuts and sums of 64 bits where they would not be needed."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    defaults = plan.TILES, plan.EXPAND_FROM, plan.PROCESSORS, plan.WIDE
     served = 0
     while served < count:
         x_shape, w_shape, g_shape, geometry = random_cases.layer(draw)
@@ -148,19 +147,16 @@ def fuzz_products(device: str, seed: int, count: int) -> None:
             coded = random_cases.coded(left, x_shape, draw, generator), random_cases.coded(right, w_shape, draw, generator)
             args = (*coded, bias, geometry) if operator == "output" else (*coded, geometry)
         expected = getattr(reference, operator)(*args)
-        plan.TILES = draw.choice((_SMALL[:1], _SMALL[1:], defaults[0]))
-        plan.EXPAND_FROM, plan.PROCESSORS, plan.WIDE = (
-            draw.choice((0, 3, 10**9)),
-            draw.choice((1, 132)),
-            draw.choice((2**31, 2**22)),
+        rules = plan.Rules(
+            tiles=draw.choice((_SMALL[:1], _SMALL[1:], plan.TILES)),
+            processors=draw.choice((1, 132)),
+            expand_from=draw.choice((0, 3, 10**9)),
+            wide=draw.choice((plan.WIDE, 1 << 22)),
         )
-        where = f"case {served}: {operator} {left.name} x {right.name}, {x_shape}, {w_shape}, {geometry}, pruned {pruned}, "
-        try:
-            with _told(f"{where}{plan.TILES[0]}, {plan.EXPAND_FROM}, {plan.PROCESSORS}, {plan.WIDE}"), _another_default():
-                kernel = getattr(weight if operator == "grad_weight" else gather, operator)
-                assert_same_values(kernel(*(_to(arg, device) for arg in args)), expected)
-        finally:
-            plan.TILES, plan.EXPAND_FROM, plan.PROCESSORS, plan.WIDE = defaults
+        where = f"{operator} {left.name} x {right.name}, {x_shape}, {w_shape}, {geometry}, pruned {pruned}, {rules}"
+        with _told(f"case {served}: {where}"), _another_default():
+            kernel = getattr(weight if operator == "grad_weight" else gather, operator)
+            assert_same_values(kernel(*(_to(arg, device) for arg in args), rules=rules), expected)
         served += 1
 
 

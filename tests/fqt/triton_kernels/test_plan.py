@@ -60,16 +60,16 @@ def test_a_reduction_covers_every_element_once(rng: np.random.Generator):
 def test_tiles_fit_their_chip_and_the_product(chip: tuple[int, int]):
     for m, n, k in itertools.product((1, 16, 64, 100, 512, 16384), repeat=3):
         for turned, holds in itertools.product((False, True), plan.HOLDS):
-            t = plan.tile(m, n, k, chip, turned=turned, holds=holds)
+            t = plan.RULES.tile(m, n, k, chip, turned=turned, holds=holds)
             assert t.bytes <= plan.shared_bytes(chip) and t.k >= 32 and plan.fits_registers(t, chip, turned=turned, holds=holds)
             assert t == plan.TILES[-1] or (t.m < 2 * m and t.n < 2 * n)
-    assert plan.tile(8192, 8192, 8192, (9, 0)) == plan.TILES[0]
+    assert plan.RULES.tile(8192, 8192, 8192, (9, 0)) == plan.TILES[0]
     assert plan.shared_bytes((8, 7)) == plan.shared_bytes((8, 0)) < plan.shared_bytes((9, 0))
 
 
 def test_the_largest_tile_that_gives_every_processor_work():
-    assert plan.tile(1024, 1024, 1024, (9, 0)).m * plan.tile(1024, 1024, 1024, (9, 0)).n == 64 * 64
-    assert plan.tile(1024, 1024, 1024, (9, 0), programs=8) == plan.tile(8192, 8192, 1024, (9, 0))
+    assert plan.RULES.tile(1024, 1024, 1024, (9, 0)).m * plan.RULES.tile(1024, 1024, 1024, (9, 0)).n == 64 * 64
+    assert plan.RULES.tile(1024, 1024, 1024, (9, 0), programs=8) == plan.RULES.tile(8192, 8192, 1024, (9, 0))
 
 
 def test_cuts_of_a_sum_cover_it_and_do_not_overflow(rng: np.random.Generator):
@@ -78,7 +78,7 @@ def test_cuts_of_a_sum_cover_it_and_do_not_overflow(rng: np.random.Generator):
     for _ in range(500):
         terms, tiles = draw.choice((1, 31, 1000, 10**5, 10**7)), draw.choice((1, 9, 500))
         t, pair = draw.choice(plan.TILES), (draw.choice(formats), draw.choice(formats))
-        cut = plan.split(tiles, terms, t, *pair)
+        cut = plan.RULES.split(tiles, terms, t, *pair)
         assert cut.chunk % t.k == 0 and (cut.splits - 1) * cut.chunk < terms <= cut.splits * cut.chunk
         assert plan.bound(cut.chunk, *pair) < plan.WIDE
 
@@ -92,15 +92,15 @@ def test_bounds_hold_while_bytes_are_centred():
 
 def test_operands_that_many_tiles_read_are_unpacked_once():
     sign = Format("sign", 1)
-    assert not plan.expands(sign, 2, 1) and plan.expands(sign, 3, 1) and plan.expands(sign, 1, 2)
-    assert plan.expands(Format("uint", 8), 1, 1)
+    assert not plan.RULES.expands(sign, 2, 1) and plan.RULES.expands(sign, 3, 1) and plan.RULES.expands(sign, 1, 2)
+    assert plan.RULES.expands(Format("uint", 8), 1, 1)
 
 
 def test_samples_are_worked_off_apart_where_tiles_are_few():
-    assert plan.samples_apart(10, 128, 36_864)
-    assert not plan.samples_apart(200, 128, 36_864)
-    assert not plan.samples_apart(10, 1, 36_864)
-    assert not plan.samples_apart(10, 1 << 20, 36_864)
+    assert plan.RULES.samples_apart(10, 128, 36_864)
+    assert not plan.RULES.samples_apart(200, 128, 36_864)
+    assert not plan.RULES.samples_apart(10, 1, 36_864)
+    assert not plan.RULES.samples_apart(10, 1 << 20, 36_864)
 
 
 @pytest.mark.parametrize(
