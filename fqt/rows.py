@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fqt.formats import GRIDS, Format
 from fqt.geometry import Geometry
@@ -213,6 +214,8 @@ class Kernel:
         variant: which of the backend's kernels it is, shown behind its name.
         native: whether it is compiled code, which is compared with the reference before it first serves.
         exact: whether its floats equal the reference's bit for bit; only those of 8-bit floats on tensor cores do not.
+        settings: keywords of the function, each of which is compared too before the row first serves: what larger operands
+            than those of the comparison are multiplied with.
         label: backend and variant, as summaries show them.
     """
 
@@ -224,6 +227,7 @@ class Kernel:
     variant: str = ""
     native: bool = False
     exact: bool = True
+    settings: Callable[[], Iterable[Mapping[str, Any]]] = tuple
     label: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -23,27 +23,31 @@ from fqt.rows import LETTERS, Kernel
 from fqt.testing import assert_same_codes, assert_same_scales, assert_same_values
 
 _SHAPE = (5, 19, 37)
+_STRIDE = 5
 
 
 def compare(row: Kernel, function: Callable) -> int:
     """Raise AssertionError unless a kernel equals the reference in every example of what its row says it serves; return how
-    many were compared.
+    many were compared. With each of the row's settings every `_STRIDE`th example is compared once more.
 
     The kernel runs on the row's device, the reference on the CPU. Whatever the kernel raises surfaces. Neither torch's
-    generators nor its modes have a part in it.
+    generators nor its modes and default device have a part in it.
     """
     specification = norm if row.operator in NORM else reference
-    count = 0
-    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for name, args, options in _cases(row):
+    count, settings = 0, tuple(row.settings())
+    no_autocast = torch.autocast("cpu", enabled=False)
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad(), no_autocast:
+        for number, (name, args, options) in enumerate(_cases(row)):
             expected = getattr(specification, row.operator)(*args, **options)
-            moved = {key: _moved(value, row.device) for key, value in options.items()}
-            actual = _moved(function(*(_moved(value, row.device) for value in args), **moved), "cpu")
-            try:
-                _assert_same(actual, expected)
-            except AssertionError as error:
-                raise AssertionError(f"{name}: {error}") from None
-            count += 1
+            args, options = _moved(args, row.device), {key: _moved(value, row.device) for key, value in options.items()}
+            for setting in ({}, *(settings if number % _STRIDE == 0 else ())):
+                actual = _moved(function(*args, **options, **setting), "cpu")
+                try:
+                    _assert_same(actual, expected)
+                except AssertionError as error:
+                    where = "".join(f" with {key}={value}" for key, value in setting.items())
+                    raise AssertionError(f"{name}{where}: {error}") from None
+                count += 1
     return count
 
 

@@ -1,6 +1,8 @@
 """The 1-bit products of NVIDIA GPUs."""
 
-from fqt.cuda_kernels import runtime
+import torch
+
+from fqt.cuda_kernels import plan, runtime
 from fqt.rows import SIGN, UNSIGNED, Kernel, Serves, by_product
 
 _LEFT = {
@@ -9,6 +11,13 @@ _LEFT = {
     "grad_input": (UNSIGNED, "unsigned codes of 1 to 8 bits"),
     "grad_weight": (UNSIGNED, "unsigned codes of 1 to 8 bits"),
 }
+
+
+def _tiles() -> list[dict[str, plan.Rules]]:
+    """Every tile that the current device has; large operands take other ones than the small ones of a check."""
+    held = plan.RULES.held(runtime.device(torch.cuda.current_device()))
+    return [{"rules": plan.Rules(tiles=(tile,))} for tile in held]
+
 
 ROWS = [
     Kernel(
@@ -24,6 +33,7 @@ ROWS = [
         ),
         "b1",
         native=True,
+        settings=_tiles,
     )
     for operator, (left, what) in _LEFT.items()
 ]

@@ -13,11 +13,10 @@ from fqt.geometry import Geometry
 from fqt.ops import Request
 from fqt.qtensor import QTensor
 from fqt.testing import assert_same_values
-from tests.fqt.cuda_kernels.test_products import FORMATS, case
+from tests.fqt.cuda_kernels.cases import OPERATORS, TILES, case
 from tests.fqt.random_cases import coded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-TILES = (*plan.MMA, *plan.WGMMA)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +43,7 @@ def assert_equal_on_gpu(operator: str, args: tuple, rules: plan.Rules) -> None:
         raise
 
 
-@pytest.mark.parametrize("operator", FORMATS)
+@pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.family}-{tile.rows}x{tile.columns}")
 def test_products_equal_the_reference(operator: str, tile: plan.Tile, rng: np.random.Generator):
     """The cases that the emulator runs, then larger ones: many blocks, deep sums, windows."""

@@ -9,22 +9,13 @@ import torch
 
 from fqt import reference, selfcheck
 from fqt.cuda_kernels import plan, products, runtime
-from fqt.cuda_kernels.rows import ROWS
 from fqt.formats import Format
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
-from fqt.rows import Kernel, Request
 from fqt.testing import assert_same_values
 from tests.fqt.cuda_kernels import machine
-from tests.fqt.random_cases import coded, layer
-
-TILES = (*plan.MMA, *plan.WGMMA)
-FORMATS = {
-    "output": (("sign", "sign:N", "sign:NP", "uint2", "uint4+:N", "uint8:NP"), ("sign", "sign:O")),
-    "accumulate": (("sign",), ("sign:O",)),
-    "grad_input": (("uint1+:N", "uint4+:N", "uint3+", "uint6:N", "uint4+:NP", "uint8+:N"), ("sign",)),
-    "grad_weight": (("uint1+:C", "uint4+:C", "uint3+", "uint6:N", "uint4+:NC", "uint8+:N", "uint2:NC"), ("sign",)),
-}
+from tests.fqt.cuda_kernels.cases import OPERATORS, TILES, case, row
+from tests.fqt.random_cases import coded
 
 
 @pytest.fixture(scope="module")
@@ -41,33 +32,6 @@ def emulator(library, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch)
     return emulator
 
 
-def row(operator: str) -> Kernel:
-    """The row of the table of an operator."""
-    return next(row for row in ROWS if row.operator == operator)
-
-
-def case(operator: str, draw: random.Random, generator: torch.Generator, shapes=None):
-    """Arguments of a product of random operands: a random layer, or the given one (x, w, g, geometry)."""
-    while True:
-        x_shape, w_shape, g_shape, geometry = shapes or layer(draw)
-        left, right = (Format.parse(draw.choice(names)) for names in FORMATS[operator])
-        work = g_shape[0] * g_shape[1] * g_shape[2] * w_shape[1] * w_shape[2]
-        if row(operator).refuses(Request("cuda", (left, right), geometry)) is None and (
-            shapes or (work < 3e5 and g_shape[0] <= 40)
-        ):
-            break
-    pruned = draw.random() < 0.4
-    if operator in ("output", "accumulate"):
-        operands = coded(left, x_shape, draw, generator), coded(right, w_shape, draw, generator)
-        bias = draw.choice((None, torch.randn(w_shape[0], generator=generator)))
-        return (*operands, bias, geometry) if operator == "output" else (*operands, geometry)
-    if operator == "grad_input":
-        mask_shape = Format("sign", 1).packed_shape(x_shape)
-        mask = draw.choice((None, torch.randint(256, mask_shape, generator=generator, dtype=torch.uint8)))
-        return coded(left, g_shape, draw, generator, pruned), coded(right, w_shape, draw, generator), mask, geometry, x_shape
-    return coded(left, g_shape, draw, generator, pruned), coded(right, x_shape, draw, generator), geometry
-
-
 def assert_multiplies_as_the_reference(operator: str, args: tuple, rules: plan.Rules) -> None:
     try:
         assert_same_values(getattr(products, operator)(*args, rules=rules), getattr(reference, operator)(*args))
@@ -77,7 +41,7 @@ def assert_multiplies_as_the_reference(operator: str, args: tuple, rules: plan.R
         raise
 
 
-@pytest.mark.parametrize("operator", FORMATS)
+@pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.family}-{tile.rows}x{tile.columns}")
 @pytest.mark.usefixtures("poisoned_memory")
 def test_products_equal_the_reference(operator: str, tile: plan.Tile, emulator: machine.Emulator, rng: np.random.Generator):
@@ -148,13 +112,23 @@ def test_pruned_samples_cost_no_product(emulator: machine.Emulator):
     assert (blocks, instructions) == (4, 4 * 4 * 8), "of one block in four: its planes, by 4 x 8 instructions a tile of 64 x 64"
 
 
-@pytest.mark.parametrize("operator", FORMATS)
-@pytest.mark.usefixtures("emulator")
-def test_the_check_before_a_row_first_serves_asks_something(operator: str):
-    emulated = replace(row(operator), device="cpu")
-    assert selfcheck.compare(emulated, getattr(products, operator)) >= 2
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_check_before_a_row_first_serves_runs_every_tile(operator: str, emulator: machine.Emulator):
+    every = [{"rules": plan.Rules(tiles=(tile,))} for tile in TILES]
+    emulated, function = replace(row(operator), device="cpu", settings=lambda: every), getattr(products, operator)
+    once = selfcheck.compare(replace(emulated, settings=tuple), function)
+    emulator.launched.clear()
+    assert selfcheck.compare(emulated, function) > once >= 9
+    gemms = {(kernel.file, *kernel.instance[:2]) for kernel, *_ in emulator.launched if kernel.instance}
+    assert gemms == {(tile.family, tile.rows, tile.columns) for tile in TILES}
     with pytest.raises(AssertionError, match="by sign"):
-        selfcheck.compare(emulated, lambda *args: -getattr(products, operator)(*args))
+        selfcheck.compare(emulated, lambda *args, **options: -function(*args, **options))
+
+    def wrong_on_one(*args, **options):
+        return function(*args, **options) + (options.get("rules") == every[-1]["rules"])
+
+    with pytest.raises(AssertionError, match=r"by sign.* with rules=Rules\(tiles=\(Tile\(family='gemm_wgmma'"):
+        selfcheck.compare(emulated, wrong_on_one)
 
 
 def test_sums_beyond_31_bits_are_refused():
