@@ -202,7 +202,7 @@ def build_stage(kind: str, value: object) -> Any:
     if isinstance(value, Mapping) and len(value) == 1:
         ((value, options),) = value.items()
     if not isinstance(value, str):
-        raise ValueError(f"a {kind} is a name or {{name: {{option: value}}}}, not {value!r}")
+        raise ValueError(f"the {kind} is a name or {{name: {{option: value}}}}, not {value!r}")
     if value not in words:
         known = (*RESERVED[kind], *sorted(words))
         raise ValueError(f"unknown {kind} {value!r}{nearest(value, known)}; known: {', '.join(known)}")
