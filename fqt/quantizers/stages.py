@@ -45,6 +45,9 @@ class Stage:
     word: ClassVar[str] = ""
     operands: ClassVar[str] = "xwg"
 
+    def check(self, format: Format) -> None:
+        """Raise ValueError for a format that the stage cannot serve; asked when a recipe is built."""
+
     def state(self, letter: str, layer: nn.Module | None) -> nn.Module | None:
         """The parameters and buffers of one operand, None if the stage has none.
 
