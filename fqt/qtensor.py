@@ -83,9 +83,9 @@ class Scales:
 
     def tensors(self) -> list[Tensor]:
         """[scale, inverse, offset, factor, index], an empty tensor for each that is absent: what crosses a schema."""
-        empty = self.scale.new_empty(0)
-        offset, factor = (empty if v is None else v for v in (self.offset, self.factor))
-        return [self.scale, self.inverse, offset, factor, empty.int() if self.index is None else self.index]
+        offset, factor = (self.scale.new_empty(0) if v is None else v for v in (self.offset, self.factor))
+        index = self.scale.new_empty(0, dtype=torch.int32) if self.index is None else self.index
+        return [self.scale, self.inverse, offset, factor, index]
 
     @staticmethod
     def from_tensors(tensors: Sequence[Tensor], format: Format) -> Scales:

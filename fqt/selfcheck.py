@@ -20,23 +20,22 @@ from fqt.qtensor import QTensor, Scales
 from fqt.reference import norm
 from fqt.reference.rows import NORM
 from fqt.rows import LETTERS, Kernel
-from fqt.testing import assert_same_codes, assert_same_values
+from fqt.testing import assert_same_codes, assert_same_scales, assert_same_values
 
-_CASES = 24  # of a row
+_SHAPE = (5, 19, 37)
 
 
 def compare(row: Kernel, function: Callable) -> int:
-    """Raise AssertionError unless a kernel equals the reference in cases of everything that its row says it serves; return how
-    many those are.
+    """Raise AssertionError unless a kernel equals the reference in every example of what its row says it serves; return how
+    many were compared.
 
     The kernel runs on the row's device, the reference on the CPU. Whatever the kernel raises surfaces. Neither torch's
     generators nor its modes have a part in it.
     """
     specification = norm if row.operator in NORM else reference
     count = 0
-    with _disable_current_modes(), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for name, make in _cases(row):
-            args, options = make(torch.Generator().manual_seed(count))
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for name, args, options in _cases(row):
             expected = getattr(specification, row.operator)(*args, **options)
             moved = {key: _moved(value, row.device) for key, value in options.items()}
             actual = _moved(function(*(_moved(value, row.device) for value in args), **moved), "cpu")
@@ -48,21 +47,22 @@ def compare(row: Kernel, function: Callable) -> int:
     return count
 
 
-def _cases(row: Kernel) -> Iterator[tuple[str, Callable]]:
-    """(what is compared, function of a generator that makes arguments and options)."""
+def _cases(row: Kernel) -> Iterator[tuple[str, tuple, dict]]:
+    """(what is compared, arguments, options) of every case, made one at a time."""
+    generator = torch.Generator().manual_seed(0)
     if row.operator in NORM:
-        yield from (("norm", make) for make in _norm_cases(row.operator))
+        yield from _norm_cases(row.operator, generator)
         return
-    for formats, geometry in row.examples(_CASES):
+    coded = functools.cache(functools.partial(_coded, generator=generator))  # many cases share an operand
+    for formats, geometry in row.examples():
         name = " by ".join(format.name for format in formats) + (" under a window" if geometry else "")
         if row.operator in LETTERS:
-            yield name, functools.partial(_product_case, row.operator, formats, geometry)
+            yield name, _product(row.operator, formats, geometry, coded), {}
         elif row.operator == "decode":
-            yield name, lambda generator, format=formats[0]: ((_coded(format, _SHAPE, generator),), {})
+            yield name, (coded(formats[0], _SHAPE),), {}
         else:
-            for stochastic, prune in ((False, ""), (True, ""), (True, "bernoulli")):
-                if (prune == "" or formats[0].axes) and not (stochastic and formats[0].grid == "sign"):
-                    yield name, functools.partial(_codes_case, row.operator, formats[0], stochastic, prune)
+            for args, options in _codes_cases(row.operator, formats[0], generator):
+                yield name, args, options
 
 
 def _moved(value, device: str):
@@ -83,70 +83,72 @@ def _assert_same(actual, expected) -> None:
             assert_same_values(one, other)
         return None
     if isinstance(expected, Scales):
-        for one, other in zip(actual.tensors(), expected.tensors(), strict=True):
-            assert_same_values(one, other)
-        return None
+        return assert_same_scales(actual, expected)
     assert_same_codes(actual[0], expected[0])
     assert (actual[1] is None) == (expected[1] is None), "a mask that is missing, or was not asked for"
     return None if expected[1] is None else assert_same_values(actual[1], expected[1])
 
 
-_SHAPE = (5, 19, 37)
-
-
-def calibration(format: Format) -> dict:
-    """A calibration that fits a format: keywords of `fqt.reference.calibrate`."""
+def _calibrations(format: Format) -> list[dict]:
+    """Calibrations that fit a format, the usual one first: keywords of `fqt.reference.calibrate`."""
+    if format.grid == "fixed":
+        step = 2.0 ** (2 - format.bits)
+        return [{"calibrate": "none", "limits": (-2.0, 2.0 - step)}]
+    given = {"calibrate": "none", "limits": (0.0, 1.0) if format.grid == "uint" else (-1.0, 1.0)}
     if format.grid in ("sign", "ternary"):
-        return {"calibrate": "absmean"}
-    if format.grid == "fixed" or (format.grid == "uint" and not format.offset):
-        return {"calibrate": "none", "limits": (-2.0, 1.9375) if format.grid == "fixed" else (0.0, 1.0)}
-    return {"calibrate": "minmax" if format.offset else "absmax"}
+        return [{"calibrate": "absmean"}, given]
+    if format.offset:
+        return [{"calibrate": "minmax"}]
+    return [given] if format.grid == "uint" else [{"calibrate": "absmax"}]
 
 
-def _codes_case(operator: str, format: Format, stochastic: bool, prune: str, generator: torch.Generator) -> tuple[tuple, dict]:
+def _codes_cases(operator: str, format: Format, generator: torch.Generator) -> Iterator[tuple[tuple, dict]]:
+    """Calibrating, encoding or both: every calibration that fits, and pruning where the format is a gradient's."""
     x_NPC = torch.randn(_SHAPE, generator=generator, dtype=torch.float32)
     drawn = {"key": torch.tensor(-77), "stream": 2}
-    made = {**calibration(format), "prune": prune, "keep_one_in": 2 if prune else 1}
-    if operator == "calibrate":
-        return (x_NPC, format), {**made, **drawn}
-    if operator == "quantize":
-        inside = (-1.0, 1.0) if format.grid in ("sign", "uint") else None
-        return (x_NPC, format), {**made, **drawn, "stochastic": stochastic, "pass_range": inside}
-    scales = reference.calibrate(x_NPC, format, **made, **drawn)
-    return (x_NPC, scales, format), {"key": drawn["key"] if stochastic else None, "stream": 2}
+    stochastic = format.grid != "sign"
+    made = [{**calibration, "prune": ""} for calibration in _calibrations(format)]
+    if format.offset and format.axes:
+        made.append({**made[0], "prune": "bernoulli", "keep_one_in": 2})
+    for calibration in made:
+        if operator == "calibrate":
+            yield (x_NPC, format), {**calibration, **drawn}
+        elif operator == "quantize":
+            inside = calibration["limits"] if calibration["calibrate"] == "none" else None
+            yield (x_NPC, format), {**calibration, **drawn, "stochastic": stochastic, "pass_range": inside}
+        else:
+            scales = reference.calibrate(x_NPC, format, **calibration, **drawn)
+            for key in (drawn["key"], None) if stochastic else (None,):
+                yield (x_NPC, scales, format), {"key": key, "stream": 2}
 
 
-def _product_case(
-    operator: str, formats: tuple[Format, ...], geometry: Geometry | None, generator: torch.Generator
-) -> tuple[tuple, dict]:
+def _product(operator: str, formats: tuple[Format, ...], geometry: Geometry | None, coded: Callable) -> tuple:
+    """Arguments of a product."""
     positions, outputs, taps = (20, 12, 9) if geometry else (3, 3, 1)
     shapes = {"x": (5, positions, 37), "w": (18, taps, 37), "g": (5, outputs, 18)}
-    operands = [_coded(f, shapes[letter], generator) for f, letter in zip(formats, LETTERS[operator], strict=True)]
+    operands = [coded(format, shapes[letter]) for format, letter in zip(formats, LETTERS[operator], strict=True)]
     rest = {"output": (None, geometry), "grad_input": (None, geometry, shapes["x"])}.get(operator, (geometry,))
-    return (*operands, *rest), {}
+    return (*operands, *rest)
 
 
-def _norm_cases(operator: str) -> Iterator:
+def _norm_cases(operator: str, generator: torch.Generator) -> Iterator[tuple[str, tuple, dict]]:
     for codes, kernel in itertools.product((False, True), ((1, 1), (2, 2))):
-
-        def make(generator: torch.Generator, codes=codes, kernel=kernel):
-            y_NPC, windows = torch.randn(5, 20, 37, generator=generator, dtype=torch.float32), norm.Windows(4, 5, kernel)
-            source = norm.Source((y_NPC * 9).short(), y_NPC[0, 0].contiguous()) if codes else norm.Source(y_NPC)
-            affine = torch.randn(4, 37, generator=generator, dtype=torch.float32)
-            height, width = windows.pooled_size
-            g = torch.randn(5, height * width, 37, generator=generator, dtype=torch.float32)
-            return {
-                "norm_sums": (source,),
-                "norm_value": (source, affine, windows),
-                "norm_sign": (source, affine, windows, -1.0, 1.0),
-                "norm_grad_sums": (g, None, source, affine, windows),
-                "norm_grad": (g, None, source, affine, windows, affine[:2]),
-            }[operator], {}
-
-        yield make
+        y_NPC, windows = torch.randn(5, 20, 37, generator=generator, dtype=torch.float32), norm.Windows(4, 5, kernel)
+        source = norm.Source((y_NPC * 9).short(), y_NPC[0, 0].contiguous()) if codes else norm.Source(y_NPC)
+        affine = torch.randn(4, 37, generator=generator, dtype=torch.float32)
+        height, width = windows.pooled_size
+        g = torch.randn(5, height * width, 37, generator=generator, dtype=torch.float32)
+        args = {
+            "norm_sums": (source,),
+            "norm_value": (source, affine, windows),
+            "norm_sign": (source, affine, windows, -1.0, 1.0),
+            "norm_grad_sums": (g, None, source, affine, windows),
+            "norm_grad": (g, None, source, affine, windows, affine[:2]),
+        }[operator]
+        yield f"{'int16' if codes else 'float32'} under a window of {kernel}", args, {}
 
 
 def _coded(format: Format, shape: Shape3, generator: torch.Generator) -> QTensor:
     """Codes of random numbers, as the reference makes them."""
     x_NPC = torch.randn(shape, generator=generator, dtype=torch.float32)
-    return reference.quantize(x_NPC, format, **calibration(format))[0]
+    return reference.quantize(x_NPC, format, **_calibrations(format)[0])[0]

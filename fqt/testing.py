@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fqt.qtensor import QTensor, check
+from fqt.qtensor import QTensor, Scales, check
 from fqt.reference import unpack
 
 _SHOWN = 10
+_SCALES = ("scale", "inverse", "offset", "factor", "index")
 
 
 def assert_same_codes(actual: QTensor, expected: QTensor) -> None:
@@ -24,6 +25,16 @@ def assert_same_codes(actual: QTensor, expected: QTensor) -> None:
     names = ("stored codes (only bits that pad the last byte differ)", "scale", "offset", "index")
     for name, one, other in zip(names, actual.tensors(), expected.tensors(), strict=True):
         _assert_same(name, one.cpu(), other.cpu())
+
+
+def assert_same_scales(actual: Scales, expected: Scales) -> None:
+    """Raise AssertionError unless what two calibrations found is the same: scales, inverses, offsets, factors, kept groups.
+
+    As of `assert_same_values`, NaN equals NaN; the message says which of them differs, and where first.
+    """
+    for name, one, other in zip(_SCALES, actual.tensors(), expected.tensors(), strict=True):
+        assert one.dtype == other.dtype, f"{name}: dtype {one.dtype}, expected {other.dtype}"
+        _assert_same(name, one.detach().cpu(), other.detach().cpu())
 
 
 def assert_same_values(actual: Tensor, expected: Tensor) -> None:
@@ -56,4 +67,4 @@ def _shown(value: Tensor) -> str:
     return str(int(number)) if number.is_integer() and abs(number) < 2**53 else f"{number!r} ({number.hex()})"
 
 
-__all__ = ["assert_same_codes", "assert_same_values"]
+__all__ = ["assert_same_codes", "assert_same_scales", "assert_same_values"]

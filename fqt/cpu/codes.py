@@ -59,7 +59,7 @@ def calibrate(
 ) -> Scales:
     """As `fqt.reference.calibrate`."""
     groups = format.groups((x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2]))
-    scale, inverse = torch.empty(2, groups, dtype=torch.float32)
+    scale, inverse = (torch.empty(groups, dtype=torch.float32) for _ in range(2))  # outputs of an operator share no memory
     offset = torch.empty(groups, dtype=torch.float32) if format.offset else None
     factor = torch.empty(groups, dtype=torch.float32) if prune else None
     index = torch.empty(groups, dtype=torch.int32) if prune else None

@@ -1,7 +1,7 @@
 """The 1-bit products of NVIDIA GPUs."""
 
 from fqt.cuda_kernels import runtime
-from fqt.rows import LETTERS, SIGN, UNSIGNED, Kernel, Serves, by_product
+from fqt.rows import SIGN, UNSIGNED, Kernel, Serves, by_product
 
 _LEFT = {
     "output": ({**SIGN, **UNSIGNED}, "signs or unsigned codes of 1 to 8 bits"),
@@ -19,7 +19,6 @@ ROWS = [
         Serves(
             by_product(operator, left, SIGN),
             f"multiplies {what} by signs",
-            LETTERS[operator],
             conv_groups=False,
             available=lambda: runtime.refuses(),
         ),

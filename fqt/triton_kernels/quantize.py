@@ -257,7 +257,8 @@ def calibrate(
     calibrated = calibrate_groups(
         x, folded, where, lie, groups, format, calibrate, limits, fold is not None, ranges, bool(prune)
     )
-    scales = Scales(calibrated[0], calibrated[1], calibrated[2] if format.offset else None)
+    scale, inverse, offset = (v.clone() for v in calibrated[:3])  # outputs of an operator share no memory
+    scales = Scales(scale, inverse, offset if format.offset else None)
     if not prune:
         return scales
     _, _, factor, index = prune_groups(calibrated, prune, keep_one_in, key, stream + 1)

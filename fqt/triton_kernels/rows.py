@@ -1,11 +1,10 @@
 """The Triton kernels. None is `native`: Triton compiles where it runs, and to compare every format first would take minutes."""
 
-from fqt.formats import GRIDS
 from fqt.reference.rows import NORM, PRODUCTS
-from fqt.rows import INTEGERS, LETTERS, SIGN, Codes, Kernel, Serves, at_most, by_product
+from fqt.rows import SIGN, Codes, Kernel, Serves, at_most, by_product
 from fqt.triton_kernels import plan
 
-FLOAT8 = {name: (8, 8) for name in ("e4m3", "e5m2") if GRIDS[name].is_float}
+FLOAT8 = {"e4m3": (8, 8), "e5m2": (8, 8)}
 _CODES = Serves(
     (Codes({**at_most(16), **FLOAT8}, ("", "N", "O", "NP", "C", "NC")),),
     "is for codes of at most 16 bits: more need float64 arithmetic",
@@ -14,7 +13,7 @@ _CODES = Serves(
 
 
 def _product(operator: str, float8: bool) -> Serves:
-    left = right = FLOAT8 if float8 else at_most(8, INTEGERS)
+    left = right = FLOAT8 if float8 else at_most(8)
     what = "multiplies two 8-bit floats" if float8 else "multiplies integers of at most 8 bits"
     if operator == "accumulate":
         left = right = SIGN
@@ -22,7 +21,6 @@ def _product(operator: str, float8: bool) -> Serves:
     return Serves(
         by_product(operator, left, right),
         what,
-        LETTERS[operator],
         available=(lambda: plan.refuses_float8()) if float8 else (lambda: plan.refuses()),
     )
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from fqt import reference
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
-from fqt.qtensor import QTensor, codes_dtype
+from fqt.qtensor import QTensor, Scales, codes_dtype
 from fqt.quantizers import Quantizer, build
 from fqt.recipe import LEFT_RIGHT
 from fqt.recipe_yaml import load_recipe, recipes
 from fqt.reference import pack
+from fqt.reference.pruning import kept_index
 
 SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65)
 QUANTIZE_SIZES = (0, *SIZES, 32, 127, 128, 129)
@@ -92,6 +93,30 @@ def quantize_options(
         folded = x.float() if fold_shape is None else x.float() * options["fold"]
         options["ranges"] = reference.group_range(reference.group_rows(folded, format))
     return options
+
+
+def calibration_options(options: dict) -> dict:
+    """Those keywords of `quantize_options` that `reference.calibrate` takes."""
+    return {name: value for name, value in options.items() if name not in ("stochastic", "pass_range")}
+
+
+def scales(x: Tensor, format: Format, fold: Tensor | None, draw: random.Random, generator: torch.Generator) -> Scales:
+    """Scales of a tensor that no built-in calibration makes, as of a learned step: one step for all groups or one for each,
+    offsets anywhere, groups without a range, groups left out. A group that holds a NaN cannot be encoded."""
+    rows_GE = reference.group_rows(x.float() if fold is None else x.float() * fold, format)
+    groups = rows_GE.shape[0]
+    scale = torch.rand(1 if draw.random() < 0.5 else groups, generator=generator).expand(groups) * 0.3 + 0.01
+    inverse = 1 / scale
+    offset = torch.randn(groups, generator=generator) if format.offset else None
+    flat = rows_GE.isfinite().all(1) & (torch.rand(groups, generator=generator) < 0.1)
+    scale, inverse = torch.where(flat, 0.0, scale), torch.where(flat, 0.0, inverse)
+    bad = rows_GE.isnan().any(1)
+    scale, inverse = torch.where(bad, torch.nan, scale), torch.where(bad, 0.0, inverse)
+    if draw.random() < 0.6:
+        return Scales(scale, inverse, offset)
+    kept = torch.rand(groups, generator=generator) < draw.choice((0.0, 0.4, 1.0))
+    factor = torch.where(kept, 1 + torch.rand(groups, generator=generator), 0.0)
+    return Scales(scale, inverse, offset, factor, kept_index(kept.nonzero().flatten(), groups))
 
 
 def coded(format: Format, shape: Shape3, draw: random.Random, generator: torch.Generator, pruned: bool = False) -> QTensor:

@@ -1,8 +1,11 @@
 """Every row of the table of kernels that this machine supports equals the reference, bit for bit."""
 
 import itertools
+import math
 import platform
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -19,10 +22,23 @@ from fqt.qtensor import QTensor, codes_dtype
 from fqt.quantizers import build, quantize
 from fqt.reference import pack
 from fqt.rows import Serves
-from fqt.testing import assert_same_codes, assert_same_values
-from tests.fqt.random_cases import FILLS, LAYOUTS, QUANTIZE_SIZES, built_in, coded, layer, quantize_options, tensor
+from fqt.testing import assert_same_codes, assert_same_scales, assert_same_values
+from tests.fqt.random_cases import (
+    FILLS,
+    LAYOUTS,
+    QUANTIZE_SIZES,
+    built_in,
+    calibration_options,
+    coded,
+    layer,
+    quantize_options,
+    scales,
+    tensor,
+)
 
 QUANTIZE = [row for row in KERNELS if row.operator == "quantize" and row.device == "cpu"]
+CALIBRATE = [row for row in KERNELS if row.operator == "calibrate" and row.device == "cpu"]
+ENCODE = [row for row in KERNELS if row.operator == "encode" and row.device == "cpu"]
 DECODE = [row for row in KERNELS if row.operator == "decode" and row.device == "cpu"]
 MULTIPLY = [row for row in KERNELS if row.operator in PRODUCTS and row.device == "cpu"]
 INSTRUCTION_SETS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
@@ -44,37 +60,91 @@ def instruction_set(request: pytest.FixtureRequest):
         limit(len(INSTRUCTION_SETS) - 1)
 
 
-def assert_quantizes_as_the_reference(row: Kernel, x: Tensor, format: Format, options: dict) -> None:
-    actual, actual_mask = ops.load(row.function)(x, format, **options)
-    expected, expected_mask = reference.quantize(x, format, **options)
+def seeded(rng: np.random.Generator) -> tuple[random.Random, torch.Generator]:
+    """Python's and torch's generators, by the test's own."""
+    return random.Random(int(rng.integers(2**62))), torch.Generator().manual_seed(int(rng.integers(2**62)))
+
+
+@contextmanager
+def told(x: Tensor, format: Format, options: dict) -> Iterator[None]:
+    """Adds what was asked to an error."""
     try:
-        assert_same_codes(actual, expected)
-        assert (actual_mask is None) == (expected_mask is None)
-        assert expected_mask is None or torch.equal(actual_mask, expected_mask), "masks differ"
+        yield
     except AssertionError as error:
-        error.add_note(f"{format.name}, {tuple(x.shape)} {x.stride()} {x.dtype}, {torch.get_num_threads()} threads, {options}")
+        threads = torch.get_num_threads()
+        error.add_note(f"{format.name}, {tuple(x.shape)} {x.stride()} {x.dtype}, {threads} threads, {options}")
         raise
 
 
+def quantizer_cases(
+    row: Kernel, count: int, draw: random.Random, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Format, dict]]:
+    """Tensors, formats and keywords of `reference.quantize` for quantizers whose formats a row serves."""
+    quantizers = [(quantizer, quantizer.format(operand)) for operand, quantizer in built_in()]
+    quantizers = [(quantizer, format) for quantizer, format in quantizers if row.refuses(Request("cpu", (format,))) is None]
+    while count:
+        quantizer, format = draw.choice(quantizers)
+        shape = (draw.choice((0, 1, 2, 5, 16, 33)), draw.choice(QUANTIZE_SIZES), draw.choice(QUANTIZE_SIZES))
+        if math.prod(shape) <= 60_000:
+            x = tensor(shape, draw.choice(FILLS), draw.choice(LAYOUTS), generator)
+            yield x, format, quantize_options(draw, generator, quantizer, x, format)
+            count -= 1
+
+
+def assert_quantizes_as_the_reference(row: Kernel, x: Tensor, format: Format, options: dict) -> None:
+    actual, actual_mask = ops.load(row.function)(x, format, **options)
+    expected, expected_mask = reference.quantize(x, format, **options)
+    with told(x, format, options):
+        assert_same_codes(actual, expected)
+        assert (actual_mask is None) == (expected_mask is None)
+        assert expected_mask is None or torch.equal(actual_mask, expected_mask), "masks differ"
+
+
+@pytest.mark.parametrize("part", range(10))
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("row", QUANTIZE, ids=lambda row: row.label)
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
-def test_quantize_equals_the_reference(row: Kernel, rng: np.random.Generator):
+def test_quantize_equals_the_reference(row: Kernel, part: int, rng: np.random.Generator):
     """Random quantizers, sizes, values, layouts, folds, masks, given ranges and thread counts, 1,300 an instruction set."""
-    draw = random.Random(int(rng.integers(2**62)))
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    quantizers = [(quantizer, quantizer.format(operand)) for operand, quantizer in built_in()]
-    served = 0
-    while served < 1300:
-        quantizer, format = draw.choice(quantizers)
-        shape = (draw.choice((0, 1, 2, 5, 16, 33)), draw.choice(QUANTIZE_SIZES), draw.choice(QUANTIZE_SIZES))
-        if row.refuses(Request("cpu", (format,))) is not None or shape[0] * shape[1] * shape[2] > 60_000:
-            continue
-        x = tensor(shape, draw.choice(FILLS), draw.choice(LAYOUTS), generator)
-        options = quantize_options(draw, generator, quantizer, x, format)
+    draw, generator = seeded(rng)
+    for x, format, options in quantizer_cases(row, 130, draw, generator):
         torch.set_num_threads(draw.choice((1, 1, 1, 1, 2, 3, 8)))
         assert_quantizes_as_the_reference(row, x, format, options)
-        served += 1
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("row", CALIBRATE, ids=lambda row: row.label)
+@pytest.mark.usefixtures("instruction_set", "poisoned_memory")
+def test_calibrate_equals_the_reference(row: Kernel, part: int, rng: np.random.Generator):
+    """The cases of quantizing, 400 an instruction set: scales, inverses, offsets, factors and the kept groups."""
+    draw, generator = seeded(rng)
+    for x, format, options in quantizer_cases(row, 100, draw, generator):
+        torch.set_num_threads(draw.choice((1, 1, 1, 1, 2, 3, 8)))
+        asked = calibration_options(options)
+        with told(x, format, asked):
+            assert_same_scales(ops.load(row.function)(x, format, **asked), reference.calibrate(x, format, **asked))
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("row", ENCODE, ids=lambda row: row.label)
+@pytest.mark.usefixtures("instruction_set", "poisoned_memory")
+def test_encode_equals_the_reference(row: Kernel, part: int, rng: np.random.Generator):
+    """By the scales of a built-in calibration, and by such as none makes, 600 an instruction set."""
+    draw, generator = seeded(rng)
+    for x, format, options in quantizer_cases(row, 150, draw, generator):
+        torch.set_num_threads(draw.choice((1, 1, 1, 1, 2, 3, 8)))
+        if draw.random() < 0.5:
+            given = reference.calibrate(x, format, **calibration_options(options))
+        else:
+            given = scales(x, format, options["fold"], draw, generator)
+        asked = {"fold": options["fold"], "key": options["key"] if options["stochastic"] else None, "stream": options["stream"]}
+        with told(x, format, {**asked, "scales": given}):
+            actual = ops.load(row.function)(x, given, format, **asked)
+            shape = (x.shape[0], x.shape[1], x.shape[2])
+            expected = given.of(reference.encode(x, given, format, **asked), format, shape)
+            assert_same_codes(given.of(actual, format, shape), expected)
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
@@ -146,20 +216,17 @@ def test_a_key_is_needed_to_draw():
 # --- products --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("row", MULTIPLY, ids=lambda row: f"{row.operator}-{row.label}")
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
-def test_products_equal_the_reference(row: Kernel, rng: np.random.Generator):
+def test_products_equal_the_reference(row: Kernel, part: int, rng: np.random.Generator):
     """Random layers, formats, pruning, masks, biases and thread counts, 520 an instruction set."""
-    draw = random.Random(int(rng.integers(2**62)))
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    served = 0
-    while served < 520:
+    draw, generator = seeded(rng)
+    for _ in range(130):
         x_shape, w_shape, g_shape, geometry = layer(draw)
         assert isinstance(row.refuses, Serves), "its formats are drawn from what it serves"
         left, right = row.refuses.draw(draw, geometry)
-        if row.refuses(Request("cpu", (left, right), geometry)) is not None:
-            continue
         pruned = draw.random() < 0.4
         torch.set_num_threads(draw.choice((1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 8)))
         if row.operator == "output":
@@ -178,25 +245,20 @@ def test_products_equal_the_reference(row: Kernel, rng: np.random.Generator):
         except AssertionError as error:
             error.add_note(f"{left.name} x {right.name}, {g_shape}, {w_shape}, {geometry}, {torch.get_num_threads()} threads")
             raise
-        served += 1
 
 
+@pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("row", DECODE, ids=lambda row: row.label)
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
-def test_decode_equals_the_reference(row: Kernel, rng: np.random.Generator):
-    """Random formats, granularities, sizes and thread counts."""
-    draw = random.Random(int(rng.integers(2**62)))
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    assert isinstance(row.refuses, Serves)
-    (served,) = row.refuses.operands
-    narrow = [format for format in served.formats(None) if format.bits <= 16 and not format.axes]
-    wide = tuple(Format("fixed", bits) for bits in (17, 23, 24, 25, 31, 32))
-    for _ in range(600):
-        format = replace(draw.choice((*narrow, *wide)), axes=draw.choice(("", "N", "O", "NP", "C", "NC")))
+def test_decode_equals_the_reference(row: Kernel, part: int, rng: np.random.Generator):
+    """Random formats, granularities, sizes and thread counts, 600 an instruction set."""
+    draw, generator = seeded(rng)
+    assert isinstance(row.refuses, Serves), "its formats are drawn from what it serves"
+    for _ in range(150):
+        (format,) = row.refuses.draw(draw)
         shape = (draw.choice((0, 1, 2, 5, 33)), draw.choice(QUANTIZE_SIZES), draw.choice(QUANTIZE_SIZES))
         shape = draw.choice((shape, shape, shape, (3, 700, 33), (1, 1, 40_000)))
-        assert row.refuses(Request("cpu", (format,))) is None
         torch.set_num_threads(draw.choice((1, 1, 3)))
         q = coded(format, shape, draw, generator)
         try:
@@ -265,8 +327,7 @@ def test_sums_of_integers_do_not_overflow(left: str, right: str):
 @pytest.mark.usefixtures("instruction_set")
 def test_products_of_integers_equal_the_reference_across_chunks(rng: np.random.Generator):
     """Images larger than what is worked off at a time, and more of them; tokens likewise."""
-    draw = random.Random(int(rng.integers(2**62)))
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    draw, generator = seeded(rng)
     for n, size, inputs, outputs, stride in ((9, 40, 5, 18, 1), (1, 150, 3, 5, 1), (3, 70, 4, 66, 2), (70, 9, 70, 3, 1)):
         geometry = Geometry(size, size, (3, 3), (stride, stride), (1, 1, 1, 1), (1, 1), 1)
         out = geometry.output_size[0] ** 2

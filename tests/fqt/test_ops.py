@@ -15,8 +15,8 @@ from fqt import ops, reference
 from fqt.formats import Format
 from fqt.geometry import Geometry
 from fqt.ops import KERNELS, NORM, OPERATORS, Kernel, Request, load, select
-from fqt.qtensor import QTensor
-from fqt.testing import assert_same_values
+from fqt.qtensor import QTensor, Scales
+from fqt.testing import assert_same_codes, assert_same_values
 from tests.fqt import oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -68,6 +68,36 @@ def test_opcheck_of_quantize_with_other_inputs():
         torch.randn(3, 4, 5, dtype=torch.bfloat16),
     ):
         torch.library.opcheck(torch.ops.fqt.quantize.default, quantize_arguments(x, **arguments))
+
+
+def calibrate_arguments(x, name: str, calibrate: str, *, stochastic=False, prune="", keep=1, fold=None, pass_range=()):
+    """As `quantize_arguments`; rounding and the estimator's range are no matter of calibrating."""
+    return (x, fold, KEY if prune else None, None, None, name, calibrate, (-1.0, 1.0), prune, keep, 4)
+
+
+def encode_arguments(x, name: str, calibrate: str, *, stochastic=False, fold=None, **rest):
+    scales = torch.ops.fqt.calibrate(*calibrate_arguments(x, name, calibrate, fold=fold, **rest))
+    return (x, list(scales), fold, KEY if stochastic else None, name, 4)
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+@pytest.mark.parametrize("sample", QUANTIZE_SAMPLES)
+def test_opcheck_of_calibrate_and_encode(sample, backend):
+    x = torch.randn(3, 4, 5)
+    for operator, made in ((torch.ops.fqt.calibrate, calibrate_arguments), (torch.ops.fqt.encode, encode_arguments)):
+        torch.library.opcheck(operator.default, (*made(x, **QUANTIZE_SAMPLES[sample]), backend))
+
+
+@pytest.mark.parametrize("sample", QUANTIZE_SAMPLES)
+def test_calibrate_then_encode_is_quantize(sample):
+    """Through the schemas, where what is absent is an empty tensor."""
+    asked, x = QUANTIZE_SAMPLES[sample], torch.randn(3, 4, 5)
+    format = Format.parse(asked["name"])
+    codes, *rest, _ = torch.ops.fqt.quantize(*quantize_arguments(x, **asked))
+    expected = QTensor.from_tensors((codes, *rest), format, (3, 4, 5))
+    scales = Scales.from_tensors(torch.ops.fqt.calibrate(*calibrate_arguments(x, **asked)), format)
+    encoded = torch.ops.fqt.encode(*encode_arguments(x, **asked))
+    assert_same_codes(scales.of(encoded, format, (3, 4, 5)), expected)
 
 
 @pytest.mark.parametrize("name", ["sign", "uint4+:C", "fixed32", "e5m2:NC"])
@@ -172,7 +202,10 @@ def test_fake_codes_are_like_the_real_ones(shape):
             pass_range=pass_range,
         )  # fmt: skip
         pairs = faked(torch.ops.fqt.quantize.default, *arguments)
-        for real, fake in pairs:
+        scales = faked(torch.ops.fqt.calibrate.default, *arguments[:8], *arguments[9:12])
+        given = [real for real, _ in scales]
+        encoded = faked(torch.ops.fqt.encode.default, x, given, None, KEY if arguments[8] else None, format.name, 4)
+        for real, fake in (*pairs, *scales, *encoded):
             assert_alike(real, fake, (format, prune, pass_range))
         codes = [real for real, _ in pairs][:4]
         for real, fake in faked(torch.ops.fqt.decode.default, codes, format.name, shape):

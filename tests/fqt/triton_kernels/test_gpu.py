@@ -17,7 +17,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("family", "count"), [("quantize", 40), ("prune", 12), ("products", 40), ("float8", 4), ("norm", 20)]
+    ("family", "count"), [("quantize", 40), ("scales", 40), ("prune", 12), ("products", 40), ("float8", 4), ("norm", 20)]
 )  # fmt: skip
 def test_the_kernels_equal_the_reference(family: str, count: int, rng: np.random.Generator):
     if family == "float8" and torch.cuda.get_device_capability() < (8, 9):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[3]
-COUNTS = {"quantize": 35, "prune": 4, "products": 16, "float8": 2, "norm": 5, "steps": 1}
+COUNTS = {"quantize": 35, "scales": 12, "prune": 4, "products": 16, "float8": 2, "norm": 5, "steps": 1}
 
 
 def test_every_kernel_equals_the_reference_under_the_interpreter(rng: np.random.Generator):
