@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-SEED = int(os.environ.get("FQT_TEST_SEED", "20240817"))
+from tests.fqt.helpers import SEED, random_numbers
 
 
 def pytest_report_header() -> str:
@@ -33,7 +31,7 @@ def _seeded() -> None:
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers of this test's own: they depend on the seed and on the test's name, not on the tests before it."""
-    return np.random.default_rng((SEED, zlib.crc32(request.node.nodeid.encode())))
+    return random_numbers(request.node.nodeid)
 
 
 @pytest.fixture
