@@ -1,4 +1,4 @@
-"""One seed for every randomized test (FQT_TEST_SEED=... repeats a failure), and uninitialized memory made visible."""
+"""Random numbers of each test's own, and uninitialized memory made visible."""
 
 from __future__ import annotations
 
@@ -9,18 +9,6 @@ import pytest
 import torch
 
 from tests.fqt.helpers import SEED, random_numbers
-
-
-def pytest_report_header() -> str:
-    return f"FQT_TEST_SEED={SEED}"
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item):
-    outcome = yield
-    report = outcome.get_result()
-    if report.failed:
-        report.sections.append(("seed", f"repeat with FQT_TEST_SEED={SEED}"))
 
 
 @pytest.fixture(autouse=True)
