@@ -1,11 +1,20 @@
 """One seed for every randomized test, which is told, and one thread for each test."""
 
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.fqt.helpers import SEED
+
+# Inductor's cache does not know of ATEN_CPU_CAPABILITY: one for all would hand this run kernels that a wider processor made.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    str(Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}_{torch.backends.cpu.get_cpu_capability()}"),
+)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
