@@ -15,7 +15,7 @@ from torch import nn
 
 import fqt
 from fqt.precision.policy import POLICIES
-from tests.train.test_loop import assert_same, trained, weights
+from tests.train.helpers import assert_same, trained, weights
 from train import config, loop, precision
 from train.loop import run
 from train.main import main
