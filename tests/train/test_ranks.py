@@ -19,7 +19,11 @@ DECIDED = [*DIGITS, "model.name=lenet5", "precision.lookback=[1, 2]", "precision
 DECIDED += ["tracking.enabled=false", "quiet=true"]
 PROGRAM = f"""
 import torch
+import fqt
+from fqt.quantizers import build
 from train import config, loop, ranks
+
+PRODUCTS = ("output", "grad_input", "grad_weight")
 
 def trained(place):
     trainer = loop.Trainer(config.load("fqt_1bit", {TRAINED!r}), place)
@@ -40,17 +44,35 @@ def decided(place):
     trainer.train()
     return {{"log": log, "policy": trainer.policy.state_dict(), "model": trainer.model.state_dict()}}
 
+def staged(place):
+    # each rank's batch is of another size, so that whatever the ranks do not share shows
+    model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Linear(8, 4))
+    x = build("uniform", "x", calibrate="moving_average")
+    saved = fqt.Product("float", "saved")
+    averaged = fqt.Recipe("averaged", fqt.Product(x, build("uniform", "w")), saved, saved)
+    learned = fqt.Recipe("learned", fqt.Product(build("lsq", "x"), build("lsq", "w")), saved, saved)
+    fqt.convert(model, fqt.Recipe("both", *[getattr(averaged, p) for p in PRODUCTS], rules=(fqt.Rule("1", learned),)))
+    replicas = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        replicas((1 + place.rank) * torch.randn(16, 12)).square().mean().backward()
+        optimizer.step()
+    return model.state_dict()
+
 with ranks.join("cpu") as place:
-    torch.save((trained(place), decided(place)), f"rank{{place.rank}}.pt")
+    torch.save((trained(place), decided(place), staged(place)), f"rank{{place.rank}}.pt")
 """
 
 
 @dataclass(frozen=True)
 class TwoRanks:
-    """What each rank ended with: of a plain run, and of one with a precision policy; what they printed, where they ran."""
+    """What each rank ended with: of a plain run, of one with a precision policy, of layers with a learned step and a running
+    range; what they printed, where they ran."""
 
     trained: list[dict]
     decided: list[dict]
+    staged: list[dict]
     printed: str
     folder: Path
 
@@ -65,13 +87,25 @@ def two_ranks(tmp_path_factory):
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     saved = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    return TwoRanks([trained for trained, _ in saved], [decided for _, decided in saved], done.stdout, folder)
+    return TwoRanks(*map(list, zip(*saved, strict=True)), done.stdout, folder)
 
 
 def test_ranks_end_with_equal_models(two_ranks):
     first, second = two_ranks.trained
     assert first["model"].keys() == second["model"].keys()
     assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
+
+
+def test_learned_steps_and_running_ranges_are_equal_on_all_ranks(two_ranks):
+    first, second = two_ranks.staged
+    names = [name for name in first if "quantizers" in name]
+    assert names == [
+        "0.quantizers.output_x.moving_average.average",
+        "1.quantizers.output_x.lsq.step",
+        "1.quantizers.output_w.lsq.step",
+    ]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(first[name].item() > 0 for name in names)
 
 
 def test_ranks_draw_different_noise_and_images(two_ranks):
