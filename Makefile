@@ -20,8 +20,9 @@ train: $(STAMP) data ## train the main job (CONFIG=..., ARGS="--set key=value ..
 	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=1 train/main.py --config $(CONFIG) $(ARGS)
 	@echo "Curves: $(BIN)/tensorboard --logdir runs, then open the address that it prints"
 
-test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest -q
+# more than 8 processes at a time, each with torch of its own, cost more memory than they save time
+test: $(STAMP) ## run the tests, a process a core
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 test-native: build/check/check ## the kernels alone, without Python or torch, on every instruction set of this machine (a minute)
 	build/check/check $(FQT_TEST_SEED)

@@ -8,7 +8,7 @@ grad_weight   dW = G^T X     g, x       samples and positions
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -56,6 +56,7 @@ class Operand:
         transform: what is applied to both operands of the product first.
         name: such as "grad_weight_x"; its parameters and buffers are in `layer.quantizers` under it.
         random: whether encoding draws random numbers.
+        unscaled: the format without the groups of its scale, which is folded into the other operand.
     """
 
     product: str
@@ -66,12 +67,14 @@ class Operand:
     transform: ProductTransform | None = None
     name: str = field(init=False, repr=False, compare=False)
     random: bool = field(init=False, repr=False, compare=False)
+    unscaled: Format = field(init=False, repr=False, compare=False)
     _nearest: Quantizer = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         set_once = object.__setattr__
         set_once(self, "name", f"{self.product}_{self.letter}")
         set_once(self, "random", self.quantizer.random or (self.transform is not None and self.transform.random))
+        set_once(self, "unscaled", replace(self.format, axes="", block=0))
         set_once(self, "_nearest", replace(self.quantizer, stochastic=False))
 
     def encode(
@@ -125,9 +128,11 @@ class Operand:
             return value
         return estimated(value, estimator, q, self.state(states).get(estimator.word))
 
-    def qtensor(self, tensors: list[Tensor] | tuple[Tensor, ...], shape: Shape3) -> QTensor:
-        """The codes from `QTensor.tensors()`."""
-        return QTensor.from_tensors(tensors, self.format, shape)
+    def qtensor(self, parts: Sequence[Tensor | None], shape: Shape3) -> QTensor:
+        """The codes from `QTensor.parts()`."""
+        codes, scale, offset, index = parts
+        assert codes is not None and scale is not None
+        return QTensor(codes, scale, offset, index, self.format, shape)
 
     def _rotated(self, value: Tensor, geometry: Geometry | None, key: Tensor | None) -> Tensor:
         """The value with the product's transform applied along the axis that the product sums over: channels within a group

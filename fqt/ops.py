@@ -40,6 +40,7 @@ __all__ = [
     "Refusal",
     "Request",
     "call",
+    "draw_key",
     "named_backend",
     "operator",
     "select",
@@ -165,7 +166,7 @@ def operator(schema: str, *, tags: Sequence[torch.Tag] = ()) -> Callable:
 
 
 @operator("draw_key(Tensor like) -> Tensor", tags=[torch.Tag.nondeterministic_seeded])
-def _draw_key(like: Tensor) -> Tensor:
+def draw_key(like: Tensor) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=like.device)
 
 

@@ -11,13 +11,15 @@ gradients and restores the generator before it runs again, sees the same codes b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fqt import calls
 from fqt.autograd import once
-from fqt.formats import Shape3
+from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.multiply import multiply_grad_input, multiply_grad_weight, multiply_output
 from fqt.notes import note_kept, ranges_of
@@ -85,7 +87,7 @@ class _Call:
     def plan(self, product: str) -> Plan:
         return self.recipe.plan(product, "linear" if self.geometry is None else "conv")
 
-    def qtensors(self, flat: list[Tensor] | tuple[Tensor, ...]) -> dict[str, QTensor]:
+    def qtensors(self, flat: Sequence[Tensor | None]) -> dict[str, QTensor]:
         """Name of an operand of the forward -> its codes, from the flat tensors of those that are not "saved"."""
         found: dict[str, QTensor] = {}
         for product, letter in _FORWARD:
@@ -119,20 +121,20 @@ def layer(
     if x_NPC.device != w_OKI.device:
         raise ValueError(f"the input is on {x_NPC.device}, the weight on {w_OKI.device}: move one of them")
     dtype = _output_dtype(x_NPC)
-    key = torch.ops.fqt.draw_key(x_NPC) if recipe.random and (training or torch.is_grad_enabled()) else None
+    key = calls.key_for(x_NPC) if recipe.random and (training or torch.is_grad_enabled()) else None
     x_shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     w_shape = (w_OKI.shape[0], w_OKI.shape[1], w_OKI.shape[2])
     plain = {"x": x_NPC, "w": w_OKI}
     values = dict(plain)
     masks = {letter: x_NPC.new_empty(0, dtype=torch.uint8) for letter in plain}
-    flat: list[Tensor] = []
+    flat: list[Tensor | None] = []
     for product, letter in _FORWARD:
         operand = recipe.operand(product, letter)
         if operand is None or operand.saved:
             continue
         if product == "output":
             if taken is not None and letter == "x":
-                flat += taken.encoded.q.tensors()
+                flat += taken.encoded.q.parts()
                 masks["x"] = taken.encoded.mask
                 continue
             values[letter] = operand.transformed(plain[letter], states)
@@ -140,7 +142,7 @@ def layer(
         else:
             value = operand.transformed(plain[letter].detach(), states) if letter == "w" else values["x"].detach()
         encoded = operand.encode(value, key=key, training=training, geometry=geometry, states=states, backend=backend)
-        flat += encoded.q.tensors()
+        flat += encoded.q.parts()
         if product == "output":
             masks[letter] = encoded.mask
             values[letter] = operand.estimated(values[letter], encoded.q, states)
@@ -192,16 +194,14 @@ class _Products(torch.autograd.Function):
         x_mask: Tensor,
         w_mask: Tensor,
         call: _Call,
-        *flat: Tensor,
+        *flat: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         q = call.qtensors(flat)
         if call.accumulates:
-            operands = (*_schema(q["output_x"]), *_schema(q["output_w"]))
-            sums = torch.ops.fqt.accumulate(*operands, _flat(call.geometry), backend=call.backend)
+            sums = calls.accumulate(q["output_x"], q["output_w"], call.geometry, call.backend)
             return placeholder(sums, tuple(sums.shape)), sums
         if call.recipe.low_bit("output"):
-            operands = (*_schema(q["output_x"]), *_schema(q["output_w"]))
-            return torch.ops.fqt.output(*operands, bias, _flat(call.geometry), backend=call.backend)
+            return calls.multiply_output(q["output_x"], q["output_w"], bias, call.geometry, call.backend)
         x_NPC = q["output_x"].decode().to(call.x_dtype) if "output_x" in q else x_NPC
         w_OKI = (q["output_w"].decode() if "output_w" in q else w_OKI).to(call.x_dtype)
         y_NPO = multiply_output(x_NPC, w_OKI, call.geometry)
@@ -213,8 +213,8 @@ class _Products(torch.autograd.Function):
         needs_x, needs_w = ctx.needs_input_grad[:2]
         q = call.qtensors(flat)
         # each side keeps only what its product reads, and a float tensor only where the recipe asks for one
-        w = q["grad_input_w"].tensors() if "grad_input_w" in q else [w_OKI]
-        x = q["grad_weight_x"].tensors() if "grad_weight_x" in q else [x_NPC]
+        w = q["grad_input_w"].parts() if "grad_input_w" in q else [w_OKI]
+        x = q["grad_weight_x"].parts() if "grad_weight_x" in q else [x_NPC]
         saved_w = [*w, x_mask] if needs_x else []
         saved_x = [*x, w_mask] if needs_w else []
         ctx.save_for_backward(key, *saved_w, *saved_x)
@@ -244,7 +244,7 @@ class _Products(torch.autograd.Function):
         return [grad_x, grad_w, grad_bias]
 
 
-def _gradient(call: _Call, plan: Plan, g_NPO: Tensor, saved: list[Tensor], mask: Tensor, key: Tensor | None) -> Tensor:
+def _gradient(call: _Call, plan: Plan, g_NPO: Tensor, saved: list[Tensor | None], mask: Tensor, key: Tensor | None) -> Tensor:
     """dX = G W, or dW = G^T X, in the dtype of x or w, where the estimator's mask passes it.
 
     Args:
@@ -254,23 +254,24 @@ def _gradient(call: _Call, plan: Plan, g_NPO: Tensor, saved: list[Tensor], mask:
     dtype, shape = (call.x_dtype, call.w_shape) if of_x else (call.w_dtype, call.x_shape)
     right = None if plan.right is None else plan.right.qtensor(saved, shape)
     if plan.low_bit:
-        assert plan.left is not None and right is not None
+        assert plan.left is not None and plan.right is not None and right is not None
         fold = None
         if plan.folded:
             fold = spread(right.scale, right)
-            fold, right = fold.permute(1, 2, 0) if of_x else fold, _unscaled(right)
+            fold, right = fold.permute(1, 2, 0) if of_x else fold, _unscaled(right, plan.right.unscaled)
         g = _encoded(call, plan.left, g_NPO, key, fold)
-        operands = (*_schema(g), *_schema(right))
         if not of_x:
-            grad = torch.ops.fqt.grad_weight(*operands, _flat(call.geometry), backend=call.backend)
+            grad = calls.multiply_grad_weight(g, right, call.geometry, call.backend)
             return (apply_mask(grad, mask) if mask.numel() else grad).to(dtype)
-        grad = torch.ops.fqt.grad_input(*operands, mask, call.x_shape, _flat(call.geometry), backend=call.backend).to(dtype)
+        grad = calls.multiply_grad_input(g, right, mask, call.geometry, call.x_shape, call.backend).to(dtype)
         if call.taken and g.index is not None and g.format.axes == "N":
             note_kept(grad, g.index)
         return grad
     if plan.left is not None:
         g_NPO = _encoded(call, plan.left, g_NPO, key, None).decode().to(g_NPO.dtype)
-    value = (saved[0] if right is None else right.decode()).to(g_NPO.dtype)
+    plain = saved[0] if right is None else right.decode()
+    assert plain is not None
+    value = plain.to(g_NPO.dtype)
     if of_x:
         grad = multiply_grad_input(g_NPO, value, call.x_shape[2], call.geometry)
     else:
@@ -287,15 +288,6 @@ def _encoded(call: _Call, operand: Operand, g_NPO: Tensor, key: Tensor | None, f
     ).q  # fmt: skip
 
 
-def _schema(q: QTensor) -> tuple[list[Tensor], str, Shape3]:
-    """A QTensor as the three arguments that stand for it in an operator's schema."""
-    return q.tensors(), q.format.name, q.shape
-
-
-def _flat(geometry: Geometry | None) -> list[int]:
-    return [] if geometry is None else geometry.flat()
-
-
-def _unscaled(q: QTensor) -> QTensor:
+def _unscaled(q: QTensor, format: Format) -> QTensor:
     """The codes with scale 1, their own scale having been folded into the other operand."""
-    return replace(q, scale=q.scale.new_ones(1), format=replace(q.format, axes=""))
+    return QTensor(q.codes, q.scale.new_ones(1), q.offset, q.index, format, q.shape)

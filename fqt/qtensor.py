@@ -32,8 +32,12 @@ class QTensor:
     format: Format
     shape: Shape3
 
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Codes, scale, offset and index; `QTensor(*parts, format, shape)` is the inverse."""
+        return self.codes, self.scale, self.offset, self.index
+
     def tensors(self) -> list[Tensor]:
-        """[codes, scale, offset, index], an empty tensor for each that is absent: what crosses an operator's schema."""
+        """As `parts`, with an empty tensor for each that is absent: what crosses an operator's schema."""
         empty = self.scale.new_empty(0)
         return [
             self.codes,

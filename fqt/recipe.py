@@ -135,6 +135,7 @@ class Recipe:
             for stage in quantizer.stages:
                 if letter not in stage.operands:
                     raise ValueError(f"{stage} is not for {letter}, only for {' and '.join(stage.operands)}")
+                stage.check(format)
         except ValueError as error:
             raise ValueError(f"recipe {self.name!r}: {product}.{letter}: {error}") from error
         if transform is not None and saved:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -14,7 +15,7 @@ from fqt.recipe import LEFT_RIGHT, PLACES, Product, Recipe, Rule, Written
 from fqt.wording import nearest
 
 _FOLDER = Path(__file__).parent / "recipes"
-_KEYS = ("description", "output", "grad_input", "grad_weight", "rules", "replace")
+_KEYS = ("description", "extends", "output", "grad_input", "grad_weight", "rules", "replace")
 
 
 def recipes() -> list[str]:
@@ -41,16 +42,19 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
         return source
     if not isinstance(source, str | Path):
         raise TypeError(f"a recipe is a name, a path or a fqt.Recipe, not {type(source).__name__}")
-    if isinstance(source, Path) or source.endswith((".yaml", ".yml")) or "/" in source:
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(f"recipe file {str(source)!r} does not exist; built-in recipes: {', '.join(recipes())}")
-        return _read(path)
-    return _built_in(source)
+    if not _is_path(source):
+        return _built_in(str(source))
+    with _file(source) as (name, text):
+        return _recipe(name, _mapping(name, text, _KEYS))
 
 
 @functools.cache
 def _built_in(name: str) -> Recipe:
+    return _recipe(name, _mapping(name, _built_in_text(name), (*_KEYS, "instances")))
+
+
+def _built_in_text(name: str) -> str:
+    """The YAML of a built-in recipe, the numbers of its name in their places."""
     for path in sorted(_FOLDER.glob("*.yaml")):
         pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>0|[1-9][0-9]*)", re.escape(path.stem))
         match = re.fullmatch(pattern, name)
@@ -58,21 +62,32 @@ def _built_in(name: str) -> Recipe:
             text = path.read_text(encoding="utf-8")
             for placeholder, number in match.groupdict().items():
                 text = text.replace("{" + placeholder + "}", number)
-            return _parse(name, text, (*_KEYS, "instances"))
+            return text
     raise ValueError(f"unknown recipe {name!r}{nearest(name, recipes())}; built-in recipes: {', '.join(recipes())}")
 
 
-_reading: list[Path] = []  # the files whose rules are being followed
+def _is_path(source: str | Path) -> bool:
+    return isinstance(source, Path) or source.endswith((".yaml", ".yml")) or "/" in source
 
 
-def _read(path: Path) -> Recipe:
+_reading: list[Path] = []  # the files that are being followed
+
+
+@contextmanager
+def _file(source: str | Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of a recipe's file; within the block a file that leads back to it is an error."""
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"recipe file {str(source)!r} does not exist; built-in recipes: {', '.join(recipes())}")
     if path.resolve() in _reading:
-        raise ValueError(f"recipe file {str(path)!r}: its rules lead back to itself: name another recipe there")
-    _reading.append(path.resolve())
+        raise ValueError(f"recipe file {str(path)!r}: its rules or `extends` lead back to itself: name another recipe there")
     try:
-        return _parse(path.stem, path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"recipe file {str(path)!r} is not UTF-8 text: {error}") from error
+    _reading.append(path.resolve())
+    try:
+        yield path.stem, text
     finally:
         _reading.pop()
 
@@ -88,7 +103,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse(name: str, text: str, keys: tuple[str, ...] = _KEYS) -> Recipe:
+def _mapping(name: str, text: str, keys: tuple[str, ...]) -> Mapping:
+    """The YAML's mapping; what it leaves unsaid is that of the recipe that it `extends`: whole products, rules, replace."""
     try:
         data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -96,6 +112,20 @@ def _parse(name: str, text: str, keys: tuple[str, ...] = _KEYS) -> Recipe:
     if not isinstance(data, Mapping):
         raise ValueError(f"recipe {name!r} is a YAML {type(data).__name__}, not a mapping with keys {', '.join(_KEYS)}")
     _only(name, data, keys)
+    extended = data.get("extends")
+    if extended is None:
+        return data
+    if not isinstance(extended, str):
+        raise ValueError(f"recipe {name!r}: extends is {extended!r}, not the name of a recipe or the path of its file")
+    if _is_path(extended):
+        with _file(extended) as (other, text):
+            base = _mapping(other, text, _KEYS)
+    else:
+        base = _mapping(extended, _built_in_text(extended), (*_KEYS, "instances"))
+    return {**base, **data}
+
+
+def _recipe(name: str, data: Mapping) -> Recipe:
     products = {}
     for product in LEFT_RIGHT:
         if product not in data:

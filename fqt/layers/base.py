@@ -182,7 +182,8 @@ def _has(states: nn.Module | None, operand: str, word: str) -> bool:
 
 # --- registering -----------------------------------------------------------------------------------------------------
 
-_adapters: dict[type[nn.Module] | str, type[QuantizedLayer]] = {}
+ADAPTERS: dict[type[nn.Module] | str, type[QuantizedLayer]] = {}
+"""Plain class, or its path -> what it is converted to."""
 _made: dict[type[nn.Module], type[QuantizedLayer]] = {}
 
 
@@ -199,14 +200,14 @@ def register_layer(plain: type[nn.Module] | str) -> Callable[[type[QuantizedLaye
     """
 
     def add(adapter: type[QuantizedLayer]) -> type[QuantizedLayer]:
-        if plain in _adapters:
-            raise ValueError(f"layers of {plain} are converted to {_adapters[plain].__name__} already")
+        if plain in ADAPTERS:
+            raise ValueError(f"layers of {plain} are converted to {ADAPTERS[plain].__name__} already")
         bases = (QuantizedLayer,) if isinstance(plain, str) else (QuantizedLayer, plain)
         if not (isinstance(adapter, type) and all(issubclass(adapter, base) for base in bases)):
             raise TypeError(f"{adapter!r} is not derived from {' and '.join(base.__name__ for base in bases)}")
         if not isinstance(plain, str):
             adapter.plain = plain
-        _adapters[plain] = adapter
+        ADAPTERS[plain] = adapter
         return adapter
 
     return add
@@ -217,20 +218,20 @@ def adapter_of(module: nn.Module) -> type[QuantizedLayer] | None:
     kind = type(module)
     if isinstance(module, QuantizedLayer):
         return kind  # type: ignore[return-value]
-    return _adapters.get(kind) or (quantized_class(kind) if f"{kind.__module__}.{kind.__qualname__}" in _adapters else None)
+    return ADAPTERS.get(kind) or (quantized_class(kind) if f"{kind.__module__}.{kind.__qualname__}" in ADAPTERS else None)
 
 
 def is_subclass(module: nn.Module) -> bool:
     """Whether a module is of a class derived from one that is converted, which may compute something else."""
-    return adapter_of(module) is None and any(isinstance(module, plain) for plain in _adapters if not isinstance(plain, str))
+    return adapter_of(module) is None and any(isinstance(module, plain) for plain in ADAPTERS if not isinstance(plain, str))
 
 
 def quantized_class(plain: type[nn.Module]) -> type[QuantizedLayer]:
     """The class of converted layers of a plain class. KeyError if there is none."""
-    if plain in _adapters:
-        return _adapters[plain]
+    if plain in ADAPTERS:
+        return ADAPTERS[plain]
     if plain not in _made:
-        adapter = _adapters[f"{plain.__module__}.{plain.__qualname__}"]
+        adapter = ADAPTERS[f"{plain.__module__}.{plain.__qualname__}"]
         body = {"plain": plain, "__module__": adapter.__module__, "__doc__": adapter.__doc__}
         _made[plain] = type(f"Quant{plain.__name__}", (adapter, plain), body)
     return _made[plain]
@@ -238,7 +239,7 @@ def quantized_class(plain: type[nn.Module]) -> type[QuantizedLayer]:
 
 def plain_classes() -> list[str]:
     """Names of the classes that are converted, for messages."""
-    by_kind = sorted(_adapters.items(), key=lambda item: item[1].kind != "linear")
+    by_kind = sorted(ADAPTERS.items(), key=lambda item: item[1].kind != "linear")
     return [plain if isinstance(plain, str) else f"nn.{plain.__name__}" for plain, _ in by_kind]
 
 

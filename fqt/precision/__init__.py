@@ -1,4 +1,7 @@
-"""Precision policies: what chooses each layer's bits while a model trains. One policy, one file."""
+"""Precision policies: what chooses each layer's bits while a model trains. One policy, one file, found by itself."""
+
+import importlib
+import pkgutil
 
 from fqt.precision.adapt import AdaPT
 from fqt.precision.budget import Budget
@@ -11,6 +14,9 @@ from fqt.precision.schedule import Schedule
 from fqt.precision.static import Static
 from fqt.precision.step_time import StepTime
 from fqt.precision.variance import Variance
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "POLICIES",

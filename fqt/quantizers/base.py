@@ -19,7 +19,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-import fqt.ops  # noqa: F401  registers torch.ops.fqt
+from fqt import calls
 from fqt.formats import GRANULARITY_AXES, GRIDS, Format
 from fqt.qtensor import QTensor
 from fqt.quantizers.stages import RESERVED, Calibration, Estimator, ProductTransform, Stage, Transform, build_stage
@@ -311,31 +311,27 @@ def codes_of(
     backend: str,
 ) -> tuple[QTensor, Tensor]:
     """`quantize`, of what was checked before. state: that of the registered calibration."""
-    shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     if isinstance(quantizer.calibrate, str):
-        low, high = ranges or (None, None)
-        *tensors, mask = torch.ops.fqt.quantize(
+        return calls.quantize(
             x_NPC,
-            fold,
-            key,
-            low,
-            high,
-            format.name,
-            quantizer.calibrate,
-            quantizer.limits,
-            quantizer.stochastic,
-            quantizer.prune,
-            quantizer.keep_one_in,
-            stream,
-            quantizer.pass_range or (),
+            format,
+            calibrate=quantizer.calibrate,
+            limits=quantizer.limits,
+            stochastic=quantizer.stochastic,
+            prune=quantizer.prune,
+            keep_one_in=quantizer.keep_one_in,
+            fold=fold,
+            key=key,
+            stream=stream,
+            pass_range=quantizer.pass_range,
+            ranges=ranges,
             backend=backend,
         )
-        return QTensor.from_tensors(tensors, format, shape), mask
     with torch.no_grad():
         value = x_NPC.float() if fold is None else x_NPC.float() * fold
         scales = quantizer.calibrate.scales(group_rows(value, format), format, state, update)
     draws = key if quantizer.stochastic else None
-    codes = torch.ops.fqt.encode(x_NPC, scales.tensors(), fold, draws, format.name, stream, backend=backend)
+    q = calls.encode(x_NPC, scales, format, fold=fold, key=draws, stream=stream, backend=backend)
     inside = quantizer.pass_range
     mask = x_NPC.new_empty(0, dtype=torch.uint8) if inside is None else pass_mask(x_NPC, *inside)
-    return scales.of(codes, format, shape), mask
+    return q, mask

@@ -75,13 +75,15 @@ class MovingAverage(Calibration):
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum {self.momentum!r} is not at least 0 and below 1")
 
+    def check(self, format: Format) -> None:
+        if format.axes or format.block:
+            raise ValueError("moving_average keeps one range for a tensor: use granularity tensor")
+
     def state(self, letter: str, layer: nn.Module | None) -> Average:
         return Average()
 
     def scales(self, rows_GE: Tensor, format: Format, state: nn.Module | None, update: bool) -> Scales:
         assert isinstance(state, Average), "a moving average needs a layer that holds it"
-        if rows_GE.shape[0] != 1:
-            raise ValueError(f"moving_average keeps one range for a tensor, not {rows_GE.shape[0]}: use granularity tensor")
         seen = rows_GE.abs().amax() if rows_GE.numel() else rows_GE.new_zeros(())
         finite = seen.isfinite()
         if update:

@@ -45,6 +45,9 @@ class Stage:
     word: ClassVar[str] = ""
     operands: ClassVar[str] = "xwg"
 
+    def check(self, format: Format) -> None:
+        """Raise ValueError for a format that the stage cannot serve; asked when a recipe is built."""
+
     def state(self, letter: str, layer: nn.Module | None) -> nn.Module | None:
         """The parameters and buffers of one operand, None if the stage has none.
 
@@ -202,7 +205,7 @@ def build_stage(kind: str, value: object) -> Any:
     if isinstance(value, Mapping) and len(value) == 1:
         ((value, options),) = value.items()
     if not isinstance(value, str):
-        raise ValueError(f"a {kind} is a name or {{name: {{option: value}}}}, not {value!r}")
+        raise ValueError(f"the {kind} is a name or {{name: {{option: value}}}}, not {value!r}")
     if value not in words:
         known = (*RESERVED[kind], *sorted(words))
         raise ValueError(f"unknown {kind} {value!r}{nearest(value, known)}; known: {', '.join(known)}")

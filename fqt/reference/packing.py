@@ -84,7 +84,8 @@ def _float_bits(codes: Tensor, grid: Grid) -> Tensor:
     if grid.name in _FLOAT8_DTYPE:
         return codes.to(_FLOAT8_DTYPE[grid.name]).view(torch.uint8)
     size = codes.abs()
-    exponent = (torch.frexp(size).exponent - 1).clamp(min=1 - grid.bias)
+    least = 1 - grid.bias
+    exponent = torch.where(size > 0, torch.frexp(size).exponent - 1, least).clamp(min=least)
     fraction = torch.ldexp(size, grid.mantissa - exponent).int()  # in steps; from 2^mantissa on it is a normal number
     bits = ((exponent + grid.bias - 1) << grid.mantissa) + fraction
     return (bits | (codes.signbit().int() << (grid.exponent + grid.mantissa))).to(torch.uint8)

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import types
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from benchmarks import accuracy, adapt, gradients, kernels, layers, pareto, read
 from fqt import ops, reference
 from fqt.cpu import library
 from fqt.ops import Kernel
+
+SMALL = ((24, 40, 8), (64, 64, 4))
+"""Layers in the place of VGG-16's: inputs, outputs, size of an image. The benchmark itself checks and times all of VGG-16's."""
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +70,26 @@ def test_adapt_repeats_no_finished_run(monkeypatch, tmp_path, capsys):
     assert rows(monkeypatch, tmp_path, adapt.main, *arguments) == found
 
 
-@pytest.mark.filterwarnings("ignore")  # the workers' own
+class _InPlace:
+    """A pool of processes without the processes, each of which would import torch and scikit-learn."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
 def test_accuracy_repeats_no_finished_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(accuracy, "ProcessPoolExecutor", _InPlace)
     log = tmp_path / "log.jsonl"
     arguments = ("--data", "digits", "--methods", "xnor", "--workers", "1", "--log", str(log))
     (first,) = rows(monkeypatch, tmp_path, accuracy.main, *arguments)
@@ -77,6 +99,13 @@ def test_accuracy_repeats_no_finished_run(monkeypatch, tmp_path, capsys):
     assert second == first and log.read_text().splitlines() == runs
     assert first["rate"] in accuracy.RATES and 0 < first["mean"] <= 100
     assert "| xnor" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")  # the worker's own
+def test_accuracy_trains_in_a_process_of_its_own_as_here(tmp_path):
+    job = accuracy.Job("digits", "xnor", 2e-2, 1, 1, 200, 0.0)
+    (row,) = accuracy.run_all([job], tmp_path / "log.jsonl", workers=1)
+    assert {**row, "seconds": 0} == {**accuracy.train(job), "seconds": 0}
 
 
 def test_readme_says_what_the_results_say(monkeypatch):
@@ -95,8 +124,10 @@ def test_a_readme_that_says_something_else_is_noticed():
 def test_kernels(monkeypatch, tmp_path, capsys):
     if library.refuses() is not None:
         pytest.skip("the C++ kernels are not built")
+    monkeypatch.setattr(kernels, "VGG16", SMALL)
     found = rows(monkeypatch, tmp_path, kernels.main, "--threads", "1")
     assert {"output", "grad_input", "grad_weight"} <= {row.get("product") for row in found}
+    assert {row["layer"] for row in found if "layer" in row} == {"1024 x 1024 -> 1024", "16 x 24 -> 40, 3x3 on 8x8"}
     assert "all kernels equal the reference" in capsys.readouterr().out
 
 

@@ -1,28 +1,14 @@
-"""One seed for every randomized test (FQT_TEST_SEED=... repeats a failure), and uninitialized memory made visible."""
+"""Random numbers of each test's own, and uninitialized memory made visible."""
 
 from __future__ import annotations
 
-import os
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-SEED = int(os.environ.get("FQT_TEST_SEED", "20240817"))
-
-
-def pytest_report_header() -> str:
-    return f"FQT_TEST_SEED={SEED}"
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item):
-    outcome = yield
-    report = outcome.get_result()
-    if report.failed:
-        report.sections.append(("seed", f"repeat with FQT_TEST_SEED={SEED}"))
+from tests.fqt.helpers import SEED, random_numbers
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +19,7 @@ def _seeded() -> None:
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers of this test's own: they depend on the seed and on the test's name, not on the tests before it."""
-    return np.random.default_rng((SEED, zlib.crc32(request.node.nodeid.encode())))
+    return random_numbers(request.node.nodeid)
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 """The guards of this folder can fail: memory is really poisoned, and a test's random numbers are its own."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from tests.fqt import oracle
+from tests.fqt.helpers import case_seeds, random_case, random_numbers
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -22,10 +25,25 @@ def test_the_poison_is_gone_after_the_test():
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_random_numbers_depend_on_the_tests_name(number, rng, request):
+    name = request.node.nodeid
     first = rng.integers(2**62)
-    other = request.config.__dict__.setdefault("_fqt_first_numbers", {})
-    other[number] = first
-    assert len(set(other.values())) == len(other)
+    assert f"[{number}]" in name and first == random_numbers(name).integers(2**62)
+    assert first != random_numbers(name.replace(f"[{number}]", f"[{3 - number}]")).integers(2**62)
+
+
+def test_a_random_case_can_be_repeated_alone(rng, monkeypatch):
+    monkeypatch.delenv("FQT_TEST_CASE", raising=False)
+    seeds = case_seeds(rng, 20)
+    assert len(set(seeds)) == 20
+    with random_case(seeds[7]) as (draw, generator):
+        drawn = draw.random(), torch.rand((), generator=generator)
+    with pytest.raises(ZeroDivisionError) as failed, random_case(seeds[7]):
+        _ = 1 / 0
+    (note,) = failed.value.__notes__
+    monkeypatch.setenv("FQT_TEST_CASE", re.search(r"FQT_TEST_CASE=(\d+)", note)[1])
+    (alone,) = case_seeds(rng, 20)
+    with random_case(alone) as (draw, generator):
+        assert (draw.random(), torch.rand((), generator=generator)) == drawn
 
 
 def test_the_z_test_finds_a_small_bias_and_passes_none():

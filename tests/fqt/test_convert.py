@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, parametrize
 import fqt
 from fqt.quantizers import build
 from fqt.recipe import Product, Recipe, Rule
+from tests.fqt.helpers import fingerprint
 
 INT8 = fqt.load_recipe("int8").everywhere()
 ONE_BIT = fqt.load_recipe("fqt_1bit").everywhere()
@@ -55,15 +56,6 @@ def kinds(model: nn.Module) -> list[str]:
 
 def recipes_of(model: nn.Module) -> dict[str, str]:
     return {name: layer.recipe.name for name, layer in fqt.quantized_layers(model)}
-
-
-def fingerprint(model: nn.Module) -> list[object]:
-    """Everything of a model that a refused conversion could have touched."""
-    parts: list[object] = [(k, v.data_ptr(), v._version) for k, v in model.state_dict().items()]
-    for name, module in model.named_modules():
-        hooks = [len(h) for h in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)]
-        parts.append((name, id(module), type(module), module.training, sorted(module.__dict__), hooks))
-    return parts
 
 
 # --- what stays ------------------------------------------------------------------------------------------------------

@@ -64,28 +64,23 @@ def test_functions_that_users_call_have_type_hints() -> None:
 # --- imports ---------------------------------------------------------------------------------------------------------------
 
 
-def loaded_by(statement: str) -> set[str]:
-    """Top-level names in `NOT_AT_IMPORT` that a fresh interpreter has loaded after a statement, beyond torch's own."""
-    code = (
-        f"import sys, torch; before = set(sys.modules); {statement}; "
-        f"print(*[name for name in {NOT_AT_IMPORT!r} if name in sys.modules and name not in before])"
-    )
+def loaded_after(*statements: str) -> list[set[str]]:
+    """Top-level names in `NOT_AT_IMPORT` that a fresh interpreter has loaded after each statement, beyond torch's own."""
+    shown = f"print(*[name for name in {NOT_AT_IMPORT!r} if name in sys.modules and name not in before])"
+    code = "; ".join(["import sys, torch; before = set(sys.modules)", *(f"{one}; {shown}" for one in statements)])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    return set(done.stdout.split())
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
-def test_import_fqt_loads_nothing_heavy_and_never_train() -> None:
-    assert loaded_by("import fqt; fqt.load_recipe('fqt_1bit')") == set()
-
-
-def test_the_import_guard_can_fail() -> None:
-    assert loaded_by("import torchvision, train") >= {"torchvision", "train"}
-
-
-def test_a_step_on_the_cpu_needs_no_triton() -> None:
-    convert = "import fqt; m = fqt.convert(torch.nn.Linear(4, 3), fqt.load_recipe('fqt_1bit').everywhere())"
-    step = f"{convert}; m(torch.ones(2, 4)).sum().backward()"
-    assert "triton" not in loaded_by(step)
+def test_import_fqt_loads_nothing_heavy_and_never_train_and_a_step_on_the_cpu_no_triton() -> None:
+    imported, stepped, guarded = loaded_after(
+        "import fqt; fqt.load_recipe('fqt_1bit')",
+        "fqt.convert(torch.nn.Linear(4, 3), fqt.load_recipe('fqt_1bit').everywhere())(torch.ones(2, 4)).sum().backward()",
+        "import torchvision, train",
+    )
+    assert imported == set()
+    assert "triton" not in stepped
+    assert guarded >= {"torchvision", "train"}, "the guard can fail"
 
 
 def imports_of(sources: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:

@@ -448,7 +448,7 @@ def test_a_rule_that_names_an_unknown_recipe(parse):
 
 def test_rules_that_lead_back_to_their_own_file(parse, tmp_path):
     path = tmp_path / "mine.yaml"
-    with pytest.raises(ValueError, match=r"mine\.yaml': its rules lead back to itself: name another recipe there"):
+    with pytest.raises(ValueError, match=r"mine\.yaml': its rules or `extends` lead back to itself: name another recipe there"):
         parse(GOOD.replace("recipe: int8}", f'recipe: "{path}"}}'))
     assert parse(GOOD).name == "mine", "the error leaves nothing behind"
 
@@ -497,3 +497,68 @@ def test_the_public_face():
     assert fqt.load_recipe is load_recipe
     assert fqt.recipes is recipes
     assert (fqt.Recipe, fqt.Product, fqt.Rule) == (Recipe, Product, Rule)
+
+
+# --- extends ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_recipe_leaves_unsaid_is_that_of_the_one_it_extends(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: fqt_1bit_b8\ngrad_weight: float\n")
+    recipe, base = load_recipe(own), load_recipe("fqt_1bit_b8")
+    assert (recipe.name, recipe.output, recipe.grad_input) == ("own", base.output, base.grad_input)
+    assert (recipe.rules, recipe.replace) == (base.rules, base.replace)
+    assert recipe.quantizer("grad_weight", "g") is None and recipe.saved("grad_weight", "x")
+    further = tmp_path / "further.yaml"
+    further.write_text(f"extends: {own}\nrules: []\n")
+    assert load_recipe(further) == replace(recipe, name="further", rules=())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("extends: fqt_1bti", "unknown recipe 'fqt_1bti' (did you mean 'fqt_1bit'?)"),
+        ("extends: [int8]", "extends is ['int8'], not the name of a recipe or the path of its file"),
+        ("extends: none/there.yaml", "recipe file 'none/there.yaml' does not exist"),
+        ("extends: int8\noutptu: float", "has no key 'outptu' (did you mean 'output'?)"),
+        ("extends: {self}", "lead back to itself"),
+    ],
+)
+def test_what_cannot_be_extended_is_named(tmp_path, text, words):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("{self}", str(path)))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_recipe(path)
+
+
+# --- stages in YAML --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("operand", "words"),
+    [
+        ("{quantizer: uniform, calibrate: percentil}", "unknown calibration 'percentil' (did you mean 'percentile'?)"),
+        ("{quantizer: uniform, calibrate: {percentile: {percnt: 9}}}", "has no option 'percnt' (did you mean 'percent'?)"),
+        ("{quantizer: uniform, calibrate: {percentile: 9}}", "its options are a mapping, not 9"),
+        ("{quantizer: uniform, transform: hadamard}", "is for both operands of a product: give it to the product"),
+        ("{quantizer: uniform, estimator: 7}", "the estimator is a name or {name: {option: value}}, not 7"),
+        ("{quantizer: agp, calibrate: percentile}", "prune goes by the range of a group"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_named(tmp_path, operand, words):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: int8\ngrad_input: {{g: {operand}, w: saved}}\n")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_recipe(path)
+
+
+def test_stages_are_words_of_the_yaml(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "extends: int8\n"
+        "output: {x: {quantizer: uniform, calibrate: {percentile: {percent: 99}}}, w: {quantizer: lsq, bits: 8}}\n"
+        "grad_weight: {g: {quantizer: uniform}, x: {quantizer: uniform}, transform: {hadamard: {size: 16}}}\n"
+    )
+    recipe = load_recipe(path)
+    assert recipe.describe("output") == "int8/tensor percentile(percent=99) x int8/tensor lsq"
+    assert recipe.describe("grad_weight") == "int8/tensor x int8/tensor by hadamard(size=16)"

@@ -7,40 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from train import checkpoint, loop, measure
+from tests.train.helpers import assert_same, trained, weights
+from train import loop, measure
 from train.loop import run
 from train.wording import ConfigError, TrainingError
 
 
-def weights(folder):
-    return checkpoint.load(Path(folder) / "last.pt")
-
-
-def assert_same(a, b, path="state"):
-    """Equality of nested states, bit for bit."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for index, (left, right) in enumerate(zip(a, b, strict=True)):
-            assert_same(left, right, f"{path}.{index}")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b or (a != a and b != b), path
-
-
 def second_conv(model):
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)][1]
-
-
-def trained(result):
-    """What must be equal in two equal runs; times are not."""
-    state = weights(result.folder)
-    return {key: state[key] for key in ("model", "optimizer", "schedule", "generators", "epoch", "steps")}
 
 
 SAVED = {"checkpoint": {"enabled": True}, "training": {"epochs": 3}}

@@ -1,13 +1,11 @@
-"""The program as it is started: help, dry run, a script from any folder, torchrun with two processes."""
+"""The program as it is started: help, dry run, a script from any folder."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from train import config, loop
 from train.main import main
@@ -82,63 +80,3 @@ def test_one_rank_complains_for_all(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert main(["--config", "none"]) == 2
     assert capsys.readouterr().err == ""
-
-
-RANK = """
-import sys, torch
-from pathlib import Path
-from train import config, loop, ranks
-with ranks.join("cpu") as place:
-    trainer = loop.Trainer(config.load("fqt_1bit", sys.argv[1:]), place)
-    result = trainer.train()
-    images = [y.tolist() for part in trainer.batches(0) for _, y in part]
-    torch.save(
-        {"model": trainer.model.state_dict(), "noise": torch.rand(4), "accuracy": result.test_accuracy,
-         "folder": str(result.folder), "chunks": trainer.chunks(0), "history": [row["loss"] for row in result.history]},
-        f"rank{place.rank}.pt",
-    )
-"""
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """What each of two gloo processes ended with."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "rank.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    overrides = [*QUICK[1::2], "training.accumulate=2", "tracking.baseline_steps=1", "tracking.every=1"]
-    done = subprocess.run([*command, *overrides], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)], done.stdout, folder
-
-
-def test_ranks_end_with_equal_models(two_ranks):
-    (first, second), _, _ = two_ranks
-    assert first["model"].keys() == second["model"].keys()
-    assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
-
-
-def test_ranks_draw_different_noise_and_images(two_ranks):
-    (first, second), _, _ = two_ranks
-    assert not torch.equal(first["noise"], second["noise"])
-    seen = [index for rank in (first, second) for chunk in rank["chunks"] for index in chunk]
-    assert sorted(seen) == list(range(256))
-    assert [len(chunk) for chunk in first["chunks"]] == [32] * 4
-
-
-def test_ranks_agree_on_the_result(two_ranks):
-    (first, second), _, _ = two_ranks
-    assert first["accuracy"] == second["accuracy"]
-    assert first["history"] == second["history"]
-    assert first["accuracy"] * 297 == pytest.approx(round(first["accuracy"] * 297))
-
-
-def test_one_rank_speaks_and_writes(two_ranks):
-    (first, second), printed, folder = two_ranks
-    assert printed.count("test accuracy") == 1
-    assert "2 processes" in printed
-    assert first["folder"] == second["folder"]
-    assert len(list(folder.glob("runs/fqt_1bit/*/events*"))) == 2, "one of the curves, one of the hyperparameters"
-    state = torch.load(next(folder.glob("runs/fqt_1bit/*/last.pt")), weights_only=True)
-    assert len(state["generators"]) == state["world"] == 2

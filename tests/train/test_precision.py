@@ -1,8 +1,6 @@
-"""A precision policy within a run: configured, followed, logged, resumed, and the same on two ranks."""
+"""A precision policy within a run: configured, followed, logged and resumed."""
 
 import csv
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -15,14 +13,13 @@ from torch import nn
 
 import fqt
 from fqt.precision.policy import POLICIES
-from tests.train.test_loop import assert_same, trained, weights
+from tests.train.helpers import assert_same, trained, weights
 from train import config, loop, precision
 from train.loop import run
 from train.main import main
 from train.tracking import Tracker
 from train.wording import ConfigError
 
-ROOT = Path(config.__file__).resolve().parent.parent
 ADAPT = {"policy": "adapt", "lookback": [2, 4], "resolution": [20, 60], "max_word_length": 8}
 KEYS = {"recipe": "adapt_calibrated", "model": {"name": "lenet5"}, "optimizer": {"name": "sgd", "lr": 0.05}}
 
@@ -128,39 +125,6 @@ def test_a_resumed_run_decides_bit_for_bit_alike(make, monkeypatch, policy):
     assert_same(weights(resumed.folder)["precision"], weights(whole.folder)["precision"])
     assert read_csv(resumed.folder) == read_csv(whole.folder)
     assert len({row["step"] for row in read_csv(whole.folder)}) > 2
-
-
-RANK = """
-import sys, torch
-from train import config, loop, ranks
-with ranks.join("cpu") as place:
-    trainer = loop.Trainer(config.load("adapt_int8", sys.argv[1:]), place)
-    log = []
-    decide = trainer.policy.step
-    def step(loss, *, epoch=0.0):
-        decisions = decide(loss, epoch=epoch)
-        log.append([loss, [decision.row() for decision in decisions]])
-        return decisions
-    trainer.policy.step = step
-    trainer.train()
-    torch.save({"log": log, "policy": trainer.policy.state_dict(), "model": trainer.model.state_dict()}, f"rank{place.rank}.pt")
-"""
-
-
-def test_two_ranks_decide_alike(tmp_path):
-    (tmp_path / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "rank.py"]
-    overrides = ["model.name=lenet5", "data.name=digits", "data.limit=256", "data.batch_size=64", "device=cpu"]
-    overrides += ["training.epochs=1", "precision.lookback=[1, 2]", "tracking.enabled=false", "precision.initializer=tnvs"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *overrides], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    decided = [[rows for _, rows in rank["log"]] for rank in (first, second)]
-    assert decided[0] == decided[1] and sum(map(len, decided[0])) >= 10
-    assert [loss for loss, _ in first["log"]] != [loss for loss, _ in second["log"]], "each rank has images of its own"
-    assert_same(first["policy"], second["policy"])
-    assert_same(first["model"], second["model"])
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, which its compiler hides otherwise

@@ -16,7 +16,7 @@ from fqt.cpu import library
 from fqt.precision import Precision, push_down, push_up
 from fqt.precision.formats import from_plain, to_plain
 from fqt.precision.push_up import gradient_diversity, raise_by
-from tests.fqt.precision.conftest import Run, batch, network
+from tests.fqt.precision.small_run import Run, batch, network
 
 QUICK = {"resolution": (20, 60), "lookback": (3, 9)}
 

@@ -16,7 +16,7 @@ from fqt.precision import Budget, Policy, Schedule, Static, Variance, build_poli
 from fqt.precision.policy import POLICIES
 from fqt.precision.variance import keep_probabilities, quantization_variance, variances
 from fqt.quantizers import build, quantize
-from tests.fqt.precision.conftest import Run, batch, network
+from tests.fqt.precision.small_run import Run, batch, network
 
 
 def bits(decisions, product: str = "output") -> list[tuple[int, int]]:

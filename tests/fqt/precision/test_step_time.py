@@ -8,7 +8,7 @@ import torch
 import fqt
 from fqt.inspect.timing import Timing
 from fqt.precision import Precision, StepTime, at_precision, step_time
-from tests.fqt.precision.conftest import batch, network
+from tests.fqt.precision.small_run import batch, network
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from fqt.fusion.deferred import Deferred
 from fqt.fusion.modules import FusedBatchNorm2d, FusedMaxPool2d
 from fqt.ops import NORM
 from fqt.testing import assert_same_codes
+from tests.fqt.helpers import case_seeds, random_case
 
 RECIPES = ("xnor", "fqt_1bit", "fqt_w1a1g4", "fqt_1bit_topk")
 
@@ -400,29 +401,30 @@ def test_activations_are_deferred_where_kernels_of_norm_serve(monkeypatch: pytes
         assert [deferred.serves(device) for device in ("cpu", "meta", "cuda", "mps")] == [True, True, cuda, False]
 
 
+@pytest.mark.parametrize("fold_shape", [(1, 1, 9), (5, 1, 1), (5, 1, 9), (5, 6, 1)], ids=str)
 @pytest.mark.parametrize("axes", ["", "N", "C", "NC"])
-def test_ranges_of_a_folded_gradient_follow_from_its_own(axes: str, rng: np.random.Generator) -> None:
-    """Whatever is folded in: scales of either sign, 0, values that are not finite, products that overflow or vanish."""
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+def test_ranges_of_a_folded_gradient_follow_from_its_own(
+    axes: str, fold_shape: tuple[int, int, int], rng: np.random.Generator
+) -> None:
+    """Whatever is folded in: scales of either sign, 0, values that are not finite, products that overflow or vanish.
+    50 random cases; a fold by position is not followed."""
     special = torch.tensor([0.0, -0.0, 1e-38, 1e38, torch.inf, -torch.inf, torch.nan, -3.0])
-    format, known = Format("uint", 4, axes, True), 0
-    for case in range(200):
-        g = torch.randn(5, 6, 9, generator=generator)
-        fold = torch.randn([(1, 1, 9), (5, 1, 1), (5, 1, 9), (5, 6, 1)][case % 4], generator=generator)
-        for tensor, share in ((g, 0.02), (fold, 0.2 * (case % 3))):
-            chosen = torch.rand(tensor.shape, generator=generator) < share
-            tensor[chosen] = special[torch.randint(len(special), (int(chosen.sum()),), generator=generator)]
-        notes.note_ranges(g, *torch.aminmax(g, dim=1))
-        found = notes.ranges_of(g, axes, fold)
-        assert (found is None) == (fold.shape[1] != 1)
-        if found is None:
-            continue
-        expected = reference.group_range(reference.group_rows(g * fold, format))
-        key = torch.tensor(case)
-        codes = [
-            reference.quantize(g, format, calibrate="minmax", stochastic=True, key=key, fold=fold, ranges=given)[0]
-            for given in (found, expected)
-        ]
-        assert_same_codes(*codes)
-        known += 1
-    assert known == 150
+    format = Format("uint", 4, axes, True)
+    for seed in case_seeds(rng, 50):
+        with random_case(seed) as (draw, generator):
+            g, fold = torch.randn(5, 6, 9, generator=generator), torch.randn(fold_shape, generator=generator)
+            for tensor, share in ((g, 0.02), (fold, draw.choice((0.0, 0.2, 0.4)))):
+                chosen = torch.rand(tensor.shape, generator=generator) < share
+                tensor[chosen] = special[torch.randint(len(special), (int(chosen.sum()),), generator=generator)]
+            notes.note_ranges(g, *torch.aminmax(g, dim=1))
+            found = notes.ranges_of(g, axes, fold)
+            assert (found is None) == (fold_shape[1] != 1)
+            if found is None:
+                continue
+            expected = reference.group_range(reference.group_rows(g * fold, format))
+            key = torch.tensor(seed)
+            codes = [
+                reference.quantize(g, format, calibrate="minmax", stochastic=True, key=key, fold=fold, ranges=ranges)[0]
+                for ranges in (found, expected)
+            ]
+            assert_same_codes(*codes)

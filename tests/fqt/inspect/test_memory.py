@@ -13,7 +13,7 @@ from torch import nn
 import fqt
 from fqt.cpu import library
 from fqt.inspect.memory import ROWS, Bytes, Memory
-from tests.fqt.test_convert import fingerprint
+from tests.fqt.helpers import fingerprint
 from train import models
 
 ONE_BIT = fqt.load_recipe("fqt_1bit").everywhere()

@@ -16,7 +16,7 @@ from fqt import ops
 from fqt.inspect import timing
 from fqt.inspect.timing import Profile, Timing
 from fqt.ops import Kernel
-from tests.fqt.test_convert import fingerprint
+from tests.fqt.helpers import fingerprint
 
 ONE_BIT = fqt.load_recipe("fqt_1bit").everywhere()
 

@@ -1,0 +1,45 @@
+"""What tests of several files share: random numbers, random cases that can be repeated alone, the fingerprint of a model."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+SEED = int(os.environ.get("FQT_TEST_SEED", "20240817"))
+
+
+def random_numbers(name: str) -> np.random.Generator:
+    """The generator of the test of this name: it depends on FQT_TEST_SEED and on the name, not on the tests before it."""
+    return np.random.default_rng((SEED, zlib.crc32(name.encode())))
+
+
+def case_seeds(rng: np.random.Generator, count: int) -> list[int]:
+    """Seeds of `count` random cases, or the one that FQT_TEST_CASE names."""
+    alone = os.environ.get("FQT_TEST_CASE")
+    return rng.integers(2**31, size=count).tolist() if alone is None else [int(alone)]
+
+
+@contextmanager
+def random_case(seed: int) -> Iterator[tuple[random.Random, torch.Generator]]:
+    """The generators of one random case. A failure within says how to repeat this case without those before it."""
+    try:
+        yield random.Random(seed), torch.Generator().manual_seed(seed)
+    except Exception as error:
+        error.add_note(f"repeat this case alone: FQT_TEST_CASE={seed}, and pytest with the name of this test")
+        raise
+
+
+def fingerprint(model: nn.Module) -> list[object]:
+    """Everything of a model that a refused conversion could have touched."""
+    parts: list[object] = [(k, v.data_ptr(), v._version) for k, v in model.state_dict().items()]
+    for name, module in model.named_modules():
+        hooks = [len(h) for h in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)]
+        parts.append((name, id(module), type(module), module.training, sorted(module.__dict__), hooks))
+    return parts

@@ -1,0 +1,34 @@
+"""What runs left behind, and whether it is the same."""
+
+from pathlib import Path
+
+import torch
+
+from train import checkpoint
+
+
+def weights(folder):
+    return checkpoint.load(Path(folder) / "last.pt")
+
+
+def assert_same(a, b, path="state"):
+    """Equality of nested states, bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_same(left, right, f"{path}.{index}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b or (a != a and b != b), path
+
+
+def trained(result):
+    """What must be equal in two equal runs; times are not."""
+    state = weights(result.folder)
+    return {key: state[key] for key in ("model", "optimizer", "schedule", "generators", "epoch", "steps")}

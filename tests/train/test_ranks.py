@@ -1,0 +1,143 @@
+"""torchrun with two gloo processes: what the ranks share, what is each rank's own, and which of them speaks."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.helpers import assert_same
+from train import config
+
+ROOT = Path(config.__file__).resolve().parent.parent
+DIGITS = ["data.name=digits", "data.limit=256", "data.batch_size=64", "device=cpu", "training.epochs=1"]
+TRAINED = [*DIGITS, "training.accumulate=2", "tracking.baseline_steps=1", "tracking.every=1"]
+DECIDED = [*DIGITS, "model.name=lenet5", "precision.lookback=[1, 2]", "precision.initializer=tnvs"]
+DECIDED += ["tracking.enabled=false", "quiet=true"]
+PROGRAM = f"""
+import torch
+import fqt
+from fqt.quantizers import build
+from train import config, loop, ranks
+
+PRODUCTS = ("output", "grad_input", "grad_weight")
+
+def trained(place):
+    trainer = loop.Trainer(config.load("fqt_1bit", {TRAINED!r}), place)
+    result = trainer.train()
+    images = [y.tolist() for part in trainer.batches(0) for _, y in part]
+    return {{"model": trainer.model.state_dict(), "noise": torch.rand(4), "accuracy": result.test_accuracy,
+            "folder": str(result.folder), "chunks": trainer.chunks(0), "history": [row["loss"] for row in result.history]}}
+
+def decided(place):
+    trainer = loop.Trainer(config.load("adapt_int8", {DECIDED!r}), place)
+    log = []
+    decide = trainer.policy.step
+    def step(loss, *, epoch=0.0):
+        decisions = decide(loss, epoch=epoch)
+        log.append([loss, [decision.row() for decision in decisions]])
+        return decisions
+    trainer.policy.step = step
+    trainer.train()
+    return {{"log": log, "policy": trainer.policy.state_dict(), "model": trainer.model.state_dict()}}
+
+def staged(place):
+    # each rank's batch is of another size, so that whatever the ranks do not share shows
+    model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Linear(8, 4))
+    x = build("uniform", "x", calibrate="moving_average")
+    saved = fqt.Product("float", "saved")
+    averaged = fqt.Recipe("averaged", fqt.Product(x, build("uniform", "w")), saved, saved)
+    learned = fqt.Recipe("learned", fqt.Product(build("lsq", "x"), build("lsq", "w")), saved, saved)
+    fqt.convert(model, fqt.Recipe("both", *[getattr(averaged, p) for p in PRODUCTS], rules=(fqt.Rule("1", learned),)))
+    replicas = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        replicas((1 + place.rank) * torch.randn(16, 12)).square().mean().backward()
+        optimizer.step()
+    return model.state_dict()
+
+with ranks.join("cpu") as place:
+    torch.save((trained(place), decided(place), staged(place)), f"rank{{place.rank}}.pt")
+"""
+
+
+@dataclass(frozen=True)
+class TwoRanks:
+    """What each rank ended with: of a plain run, of one with a precision policy, of layers with a learned step and a running
+    range; what they printed, where they ran."""
+
+    trained: list[dict]
+    decided: list[dict]
+    staged: list[dict]
+    printed: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Both runs by one torchrun: three processes that import torch are the most of it."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "rank.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "rank.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    saved = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return TwoRanks(*map(list, zip(*saved, strict=True)), done.stdout, folder)
+
+
+def test_ranks_end_with_equal_models(two_ranks):
+    first, second = two_ranks.trained
+    assert first["model"].keys() == second["model"].keys()
+    assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
+
+
+def test_learned_steps_and_running_ranges_are_equal_on_all_ranks(two_ranks):
+    first, second = two_ranks.staged
+    names = [name for name in first if "quantizers" in name]
+    assert names == [
+        "0.quantizers.output_x.moving_average.average",
+        "1.quantizers.output_x.lsq.step",
+        "1.quantizers.output_w.lsq.step",
+    ]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(first[name].item() > 0 for name in names)
+
+
+def test_ranks_draw_different_noise_and_images(two_ranks):
+    first, second = two_ranks.trained
+    assert not torch.equal(first["noise"], second["noise"])
+    seen = [index for rank in (first, second) for chunk in rank["chunks"] for index in chunk]
+    assert sorted(seen) == list(range(256))
+    assert [len(chunk) for chunk in first["chunks"]] == [32] * 4
+
+
+def test_ranks_agree_on_the_result(two_ranks):
+    first, second = two_ranks.trained
+    assert first["accuracy"] == second["accuracy"]
+    assert first["history"] == second["history"]
+    assert first["accuracy"] * 297 == pytest.approx(round(first["accuracy"] * 297))
+
+
+def test_one_rank_speaks_and_writes(two_ranks):
+    first, second = two_ranks.trained
+    printed, folder = two_ranks.printed, two_ranks.folder
+    assert printed.count("test accuracy") == 1
+    assert "2 processes" in printed
+    assert first["folder"] == second["folder"]
+    assert len(list(folder.glob("runs/fqt_1bit/*/events*"))) == 2, "one of the curves, one of the hyperparameters"
+    state = torch.load(next(folder.glob("runs/fqt_1bit/*/last.pt")), weights_only=True)
+    assert len(state["generators"]) == state["world"] == 2
+
+
+def test_ranks_decide_alike(two_ranks):
+    first, second = two_ranks.decided
+    decided = [[rows for _, rows in rank["log"]] for rank in (first, second)]
+    assert decided[0] == decided[1] and sum(map(len, decided[0])) >= 10
+    assert [loss for loss, _ in first["log"]] != [loss for loss, _ in second["log"]], "each rank has images of its own"
+    assert_same(first["policy"], second["policy"])
+    assert_same(first["model"], second["model"])
