@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fqt
+from benchmarks.cases import coded, covering
 from benchmarks.gpu_models import MODELS
 from fqt import ops, reference
 from fqt.formats import Format, Shape3
@@ -71,29 +71,6 @@ def serving(operator: str, device: str, formats: tuple[Format, ...], geometry: G
     request = Request(device, formats, geometry)
     rows = [row for row in ops.KERNELS if row.operator == operator and row.device == device]
     return [row for row in rows if row.refuses(request) is None and not (row.native and ops.broken(row))]
-
-
-def coded(name: str, shape: Shape3, keep: float = 1.0, device: str = "cpu") -> QTensor:
-    """Random codes of a format, a fraction `keep` of the groups kept."""
-    format = Format.parse(name)
-    groups = format.groups(shape)
-    codes = torch.randint(0, 256, format.packed_shape(shape), dtype=torch.uint8, device=device)
-    if format.grid in ("e4m3", "e5m2"):
-        floats = torch.randn(format.packed_shape(shape), device=device)
-        codes = floats.to(torch.float8_e4m3fn if format.grid == "e4m3" else torch.float8_e5m2).view(torch.uint8)
-    elif format.grid == "int":
-        low, high = format.code_range
-        rows = torch.randint(low, high + 1, (groups, math.prod(shape) // groups), device=device, dtype=torch.int16)
-        codes = reference.pack((rows % 2**format.storage_bits).to(torch.uint8), format, shape)
-    scale, index = torch.rand(groups, device=device) + 0.1, None
-    offset = torch.randn(groups, device=device) if format.offset else None
-    if keep < 1:
-        kept = torch.randperm(groups, device=device)[: max(1, int(groups * keep))].sort().values
-        index = torch.full((groups,), -1, dtype=torch.int32, device=device)
-        index[: kept.numel()] = kept.int()
-        there = torch.zeros(groups, dtype=torch.bool, device=device).index_fill_(0, kept, True)
-        scale, offset = scale * there, None if offset is None else offset * there
-    return QTensor(codes, scale, offset, index, format, shape)
 
 
 def moved(q: QTensor, device: str) -> QTensor:
@@ -182,7 +159,7 @@ def matmuls(device: str, bench: Bench, sizes: tuple[int, ...] = SIZES) -> Iterat
                 yield row | {"ms": ms, "ratio": bf16[size] / ms}
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 yield row | {"failed": " ".join(str(error).split())[:120]}
-    for operator, left, right, keep in PRODUCTS:
+    for operator, left, right, keep in covering(PRODUCTS, device):
         formats = (Format.parse(left), Format.parse(right))
         named = f"{left} x {right}" + (f" kept {keep}" if keep < 1 else "")
         for kernel in serving(operator, device, formats):

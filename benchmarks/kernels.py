@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.cases import coded, covering
 from benchmarks.common import table, write_json
 from fqt import ops, reference
 from fqt.cpu import library
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
-from fqt.qtensor import QTensor, codes_dtype
 from fqt.quantizers import build
 from fqt.quantizers import quantize as encode
 from fqt.testing import assert_same_codes, assert_same_values
@@ -88,20 +88,6 @@ def fastest(functions: Sequence[Callable[[], object]], seconds: float) -> list[f
     return [min(spent) for spent in times]
 
 
-def coded(name: str, shape: Shape3, keep: float = 1.0) -> QTensor:
-    """Random codes of a format, a fraction `keep` of the groups kept."""
-    format = Format.parse(name)
-    groups = format.groups(shape)
-    low, high = format.code_range if format.storage_bits >= 8 else (0, 255)
-    codes = torch.randint(low, high + 1, format.packed_shape(shape)).to(codes_dtype(format))
-    scale, offset, index = torch.rand(groups) + 0.1, torch.randn(groups) if format.offset else None, None
-    if keep < 1:
-        kept = torch.randperm(groups)[: int(groups * keep)].sort().values
-        index = torch.full((groups,), -1, dtype=torch.int32)
-        index[: kept.numel()] = kept.int()
-    return QTensor(codes, scale, offset, index, format, shape)
-
-
 def layer(n: int, inputs: int, outputs: int, size: int) -> tuple[Shape3, Shape3, Shape3, Geometry | None]:
     """Shapes of x, w and g: of a linear layer where size is 0, else of a 3x3 convolution of size x size images."""
     if size == 0:
@@ -124,7 +110,7 @@ def low_bit(
         args = (coded(left, g_shape, keep), coded(right, x_shape), geometry)
     kernel, reasons = ops.select(operator, ops.Request("cpu", (Format.parse(left), Format.parse(right)), geometry))
     if kernel.backend == "reference":
-        sys.exit(f"{operator} of {left} and {right} is not served by a kernel: {'; '.join(reasons)}")
+        sys.exit(f"{operator} of {left} and {right} is not served by a kernel: {'; '.join(map(str, reasons))}")
     return lambda: ops.load(kernel.function)(*args), lambda: getattr(reference, operator)(*args)
 
 
@@ -166,7 +152,7 @@ def check() -> None:
     """Every kernel that is measured equals the reference, on every shape, two images of each (raises AssertionError)."""
     for inputs, outputs, size in ((1024, 1024, 0), *VGG16):
         shapes = layer(64 if size == 0 else 2, inputs, outputs, size)
-        for operator, left, right, keep in PRODUCTS:
+        for operator, left, right, keep in covering(PRODUCTS, "cpu"):
             kernel, expected = low_bit(operator, left, right, keep, shapes)
             assert_same_values(kernel(), expected())
     x, key = torch.randn(16, 64, 64), torch.tensor(1)
@@ -205,7 +191,7 @@ def main() -> None:
         shapes = layer(n, inputs, outputs, size)
         macs = n * inputs * outputs * (9 * size**2 if size else 1)
         name = f"{n} x {inputs} -> {outputs}" + (f", 3x3 on {size}x{size}" if size else "")
-        for operator, left, right, keep in PRODUCTS:
+        for operator, left, right, keep in covering(PRODUCTS, "cpu"):
             if size == 0 and operator == "grad_weight" and left.endswith((":N", ":NC")):
                 continue  # a sample is one row: its block has nothing to sum
             kernel, _ = low_bit(operator, left, right, keep, shapes)

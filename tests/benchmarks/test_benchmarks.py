@@ -9,10 +9,12 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from benchmarks import accuracy, adapt, gradients, kernels, layers, pareto, readme, saved, step
+from benchmarks import accuracy, adapt, cases, gradients, kernels, layers, pareto, readme, saved, step
 from fqt import ops, reference
 from fqt.cpu import library
 from fqt.ops import Kernel
+from fqt.qtensor import check
+from fqt.rows import Codes, Serves
 
 SMALL = ((24, 40, 8), (64, 64, 4))
 """Layers in the place of VGG-16's: inputs, outputs, size of an image. The benchmark itself checks and times all of VGG-16's."""
@@ -119,6 +121,26 @@ def test_a_readme_that_says_something_else_is_noticed():
     text = (readme.ROOT / "README.md").read_text()
     changed = text.replace("| `xnor`", "| `xnorr`", 1)
     assert changed != text and readme.rewritten(changed) == text
+
+
+def test_no_row_of_the_table_goes_unmeasured(monkeypatch):
+    """A kernel for a format of its own is measured on that, and one that the list serves already on nothing more."""
+    if library.refuses() is not None:
+        pytest.skip("the C++ kernels are not built")
+    assert cases.covering(kernels.PRODUCTS, "cpu") == list(kernels.PRODUCTS)
+    ternary = (Codes({"ternary": (2, 2)}, ("",)), Codes({"ternary": (2, 2)}, ("",)))
+    new = Kernel("output", "mine", "cpu", "fqt.reference:output", Serves(ternary, "multiplies ternary codes"))
+    monkeypatch.setattr(ops, "KERNELS", [new, *ops.KERNELS])
+    assert cases.covering(kernels.PRODUCTS, "cpu") == [*kernels.PRODUCTS, ("output", "ternary", "ternary", 1.0)]
+
+
+@pytest.mark.parametrize("name", ["sign:O", "ternary", "int4:N", "int8:C", "uint6+:NC", "uint8+", "fixed12", "int16", "e4m3"])
+def test_random_codes_are_codes_of_their_format(name):
+    q = cases.coded(name, (6, 8, 16), 0.5)
+    check(q)
+    codes, (low, high) = reference.unpack(q.codes, q.format, q.shape), q.format.code_range
+    assert low <= codes.min() <= codes.max() <= high and len(codes.unique()) > 1
+    assert q.index is not None and int((q.index >= 0).sum()) == max(1, q.scale.numel() // 2)
 
 
 def test_kernels(monkeypatch, tmp_path, capsys):
