@@ -17,18 +17,6 @@
 
 #include "../../fqt/cpu/csrc/quantize/isa.h"
 
-// row(namespace, whether this machine runs it) for every instruction set that is compiled
-#if defined(FQT_X86)
-#define FQT_SETS(row)                                                                                                       \
-  row(portable, true) row(avx2, __builtin_cpu_supports("avx2"))                                                             \
-      row(avx512, __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512bw") &&                        \
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-#elif defined(FQT_ARM)
-#define FQT_SETS(row) row(portable, true) row(neon, true)
-#else
-#define FQT_SETS(row) row(portable, true)
-#endif
-
 namespace check {
 
 // splitmix64

@@ -11,7 +11,7 @@ struct Set {
   decltype(&fqt::portable::decode) decode;
 };
 #define FQT_ROW(set, runs) {#set, bool(runs), fqt::set::decode},
-const Set kSets[] = {FQT_SETS(FQT_ROW)};
+const Set kSets[] = {FQT_FOR_EACH_ISA(FQT_ROW)};
 
 void check_case(Random& r) {
   const std::string grid = r.choose<const char*>({"sign", "uint", "int", "fixed"});

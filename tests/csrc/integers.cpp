@@ -14,7 +14,7 @@ struct Set {
   decltype(&fqt::portable::integer_grad_weight) grad_weight;
 };
 #define FQT_ROW(set, runs) {#set, bool(runs), fqt::set::integer_gather, fqt::set::integer_grad_weight},
-const Set kSets[] = {FQT_SETS(FQT_ROW)};
+const Set kSets[] = {FQT_FOR_EACH_ISA(FQT_ROW)};
 
 constexpr int kMostWeightBits = 30;  // of both operands together, which `grad_weight` demands
 

@@ -19,7 +19,7 @@ struct Set {
 #define FQT_ROW(set, runs)                                                               \
   {#set, bool(runs), fqt::set::norm_sums, fqt::set::norm_value, fqt::set::norm_sign,     \
    fqt::set::norm_grad_sums, fqt::set::norm_grad},
-const Set kSets[] = {FQT_SETS(FQT_ROW)};
+const Set kSets[] = {FQT_FOR_EACH_ISA(FQT_ROW)};
 
 // Sums by channel over rows of `values`: in order within blocks of 256 rows, then the blocks in order.
 std::vector<double> block_sums(const std::vector<double>& values, int64_t channels) {

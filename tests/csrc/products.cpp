@@ -13,7 +13,7 @@ struct Set {
   decltype(&fqt::portable::grad_weight) grad_weight;
 };
 #define FQT_ROW(set, runs) {#set, bool(runs), fqt::set::sign_output, fqt::set::grad_input, fqt::set::grad_weight},
-const Set kSets[] = {FQT_SETS(FQT_ROW)};
+const Set kSets[] = {FQT_FOR_EACH_ISA(FQT_ROW)};
 
 void check_output(Random& r, const Shape& s, bool sums, bool opposite) {
   const int64_t channels = s.groups * s.out, outputs = s.outputs(), in = s.groups * s.in;

@@ -21,7 +21,7 @@ struct Set {
 };
 #define FQT_ROW(set, runs) \
   {#set, bool(runs), fqt::set::range, fqt::set::encode, fqt::set::abs_sum, fqt::set::calibrate, fqt::set::draws},
-const Set kSets[] = {FQT_SETS(FQT_ROW)};
+const Set kSets[] = {FQT_FOR_EACH_ISA(FQT_ROW)};
 
 // --- the model ---------------------------------------------------------------------------------------------------------------
 

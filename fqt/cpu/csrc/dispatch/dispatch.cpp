@@ -7,41 +7,35 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <string>
 
 namespace fqt {
 namespace {
 
+#define FQT_NAME(set, runs) #set,
+#define FQT_RUNS(set, runs) static_cast<bool>(runs),
+const char* const kNames[] = {FQT_FOR_EACH_ISA(FQT_NAME)};
+
 int best() {
-#if defined(FQT_X86)
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vnni");
-  return avx512 ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0;
-#elif defined(FQT_ARM)
-  return 1;
-#else
-  return 0;
-#endif
+  const bool runs[] = {FQT_FOR_EACH_ISA(FQT_RUNS)};
+  int last = static_cast<int>(std::size(runs)) - 1;
+  while (!runs[last]) --last;
+  return last;
 }
 
 int asked() {
   const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string name = capability == nullptr ? "" : capability;
-  return name == "default" ? 0 : name == "avx2" ? 1 : 2;
+  if (name == "default") return 0;  // torch's word for the portable set
+  const auto found = std::find(std::begin(kNames), std::end(kNames), name);
+  return static_cast<int>(std::min(found, std::end(kNames) - 1) - std::begin(kNames));  // the best set if it names none
 }
 
 const int kServes = std::min(best(), asked());
-int limit = 2;  // tests and benchmarks lower it
+int limit = static_cast<int>(std::size(kNames)) - 1;  // tests and benchmarks lower it
 
-std::string instruction_set() {
-#if defined(FQT_ARM)
-  const char* const names[] = {"portable", "neon"};
-#else
-  const char* const names[] = {"portable", "avx2", "avx512"};
-#endif
-  return names[isa()];
-}
+std::string instruction_set() { return kNames[isa()]; }
 
 // Returns what is used then.
 int64_t limit_isa(int64_t level) {

@@ -38,21 +38,14 @@ struct Ranges {
   float *low, *high;
 };
 
-#define FQT_DECLARE_NORM                                                                                                    \
-  void norm_sums(const Normed& y, double* sums);                                                                            \
-  void norm_value(const Normed& y, const Normalization& affine, const Windows& windows, float* z);                                 \
-  bool norm_sign(const Normed& y, const Normalization& affine, const Windows& windows, float low, float high, uint8_t* codes,      \
-                 uint8_t* mask);                                                                                            \
-  void norm_grad_sums(const Normed& y, const Normalization& affine, const Windows& windows, const Gradient& g, double* sums);      \
-  void norm_grad(const Normed& y, const Normalization& affine, const Windows& windows, const Gradient& g, const float* means,      \
+FQT_DECLARE(
+  void norm_sums(const Normed& y, double* sums);
+  void norm_value(const Normed& y, const Normalization& affine, const Windows& windows, float* z);
+  bool norm_sign(const Normed& y, const Normalization& affine, const Windows& windows, float low, float high, uint8_t* codes,
+                 uint8_t* mask);
+  void norm_grad_sums(const Normed& y, const Normalization& affine, const Windows& windows, const Gradient& g, double* sums);
+  void norm_grad(const Normed& y, const Normalization& affine, const Windows& windows, const Gradient& g, const float* means,
                  float* dy, const Ranges& ranges);
-
-namespace portable { FQT_DECLARE_NORM }
-#if defined(FQT_X86)
-namespace avx2 { FQT_DECLARE_NORM }
-namespace avx512 { FQT_DECLARE_NORM }
-#elif defined(FQT_ARM)
-namespace neon { FQT_DECLARE_NORM }
-#endif
+)
 
 }  // namespace fqt

@@ -127,19 +127,12 @@ struct Buffer {
   T& operator[](int64_t i) { return data[i]; }
 };
 
-#define FQT_DECLARE_PRODUCTS                      \
-  void sign_output(const SignOutput& call);       \
-  void grad_input(const GradInput& call);         \
-  void grad_weight(const GradWeight& call);       \
-  void integer_gather(const IntegerGather& call); \
+FQT_DECLARE(
+  void sign_output(const SignOutput& call);
+  void grad_input(const GradInput& call);
+  void grad_weight(const GradWeight& call);
+  void integer_gather(const IntegerGather& call);
   void integer_grad_weight(const IntegerGradWeight& call);
-
-namespace portable { FQT_DECLARE_PRODUCTS }
-#if defined(FQT_X86)
-namespace avx2 { FQT_DECLARE_PRODUCTS }
-namespace avx512 { FQT_DECLARE_PRODUCTS }
-#elif defined(FQT_ARM)
-namespace neon { FQT_DECLARE_PRODUCTS }
-#endif
+)
 
 }  // namespace fqt

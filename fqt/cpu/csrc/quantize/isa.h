@@ -94,22 +94,15 @@ void parallel(int64_t items, int64_t grain, const std::function<void(int64_t, in
 // abs_sum: of elements [first, first + count) of a group, over a binary tree of neighbours; first and, but for the last part,
 // count are multiples of a power of two. calibrate: count groups at a time. draws: uniform_u24 of group 0.
 // decode: codes of one group that begin with a byte.
-#define FQT_DECLARE                                                                                                         \
-  void range(const Plan& plan, int64_t image, int64_t first_row, int64_t end_row, float* low, float* high);                 \
-  bool encode(const Plan& plan, const Encoding& e, int64_t image, int64_t first_row, int64_t end_row, const Slots& slots,   \
-              bool look_for_nan);                                                                                           \
-  double abs_sum(const Plan& ordered, int64_t group, int64_t first, int64_t count);                                         \
-  void calibrate(const Calibration& c, int64_t count, const float* low, const float* high, const float* mean, float* scale, \
-                 const Slots& slots);                                                                                       \
-  void draws(uint64_t key, uint32_t stream, int64_t count, float* out);                                                     \
+FQT_DECLARE(
+  void range(const Plan& plan, int64_t image, int64_t first_row, int64_t end_row, float* low, float* high);
+  bool encode(const Plan& plan, const Encoding& e, int64_t image, int64_t first_row, int64_t end_row, const Slots& slots,
+              bool look_for_nan);
+  double abs_sum(const Plan& ordered, int64_t group, int64_t first, int64_t count);
+  void calibrate(const Calibration& c, int64_t count, const float* low, const float* high, const float* mean, float* scale,
+                 const Slots& slots);
+  void draws(uint64_t key, uint32_t stream, int64_t count, float* out);
   void decode(const Coded& q, const uint8_t* from, int64_t count, float scale, const float* offset, float* to);
-
-namespace portable { FQT_DECLARE }
-#if defined(FQT_X86)
-namespace avx2 { FQT_DECLARE }
-namespace avx512 { FQT_DECLARE }
-#elif defined(FQT_ARM)
-namespace neon { FQT_DECLARE }
-#endif
+)
 
 }  // namespace fqt

@@ -29,26 +29,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kTask = 32768;  // elements below which another thread does not pay
 
-struct Kernels {
-  decltype(&portable::range) range;
-  decltype(&portable::encode) encode;
-  decltype(&portable::abs_sum) abs_sum;
-  decltype(&portable::calibrate) calibrate;
-  decltype(&portable::draws) draws;
-};
-
-const Kernels kKernels[] = {
-    {portable::range, portable::encode, portable::abs_sum, portable::calibrate, portable::draws},
-#if defined(FQT_X86)
-    {avx2::range, avx2::encode, avx2::abs_sum, avx2::calibrate, avx2::draws},
-    {avx512::range, avx512::encode, avx512::abs_sum, avx512::calibrate, avx512::draws},
-#elif defined(FQT_ARM)
-    {neon::range, neon::encode, neon::abs_sum, neon::calibrate, neon::draws},
-#endif
-};
-
-const Kernels& kernels() { return kKernels[isa()]; }
-
 int64_t tasks_of(int64_t elements) { return std::max<int64_t>(1, kTask / std::max<int64_t>(1, elements)); }
 
 // --- how a tensor is cut -----------------------------------------------------------------------------------------------------
@@ -178,7 +158,7 @@ void factors(const std::vector<float>& lows, const std::vector<float>& highs, bo
   }
   const double share = k < groups ? left / std::max(static_cast<double>(rest), 1.0) : 0.0;
   std::vector<float> u24(groups);
-  kernels().draws(key, stream, groups, u24.data());
+  FQT_KERNEL(draws)(key, stream, groups, u24.data());
   for (int64_t g = 0; g < groups; ++g) {
     double threshold = 0.0;
     if (range[g] > 0) threshold = std::min(std::max(std::nearbyint(static_cast<double>(range[g]) * share), 1.0), kOne);
@@ -232,7 +212,7 @@ struct Job {
     const int64_t cuts = (plan.rows + rows - 1) / rows, slots = plan.slots(rows);
     Numbers part(plan.images * cuts * slots);
     for_rows(rows, [&](int64_t task, int64_t image, int64_t first, int64_t end) {
-      kernels().range(plan, image, first, end, part.low.data() + task * slots, part.high.data() + task * slots);
+      FQT_KERNEL(range)(plan, image, first, end, part.low.data() + task * slots, part.high.data() + task * slots);
     });
     std::fill(all.low.begin(), all.low.end(), kInfinity);
     std::fill(all.high.begin(), all.high.end(), -kInfinity);
@@ -249,7 +229,7 @@ struct Job {
   }
 
   float mean(int64_t group) const {
-    return static_cast<float>(kernels().abs_sum(ordered, group, 0, elements) / static_cast<double>(elements));
+    return static_cast<float>(FQT_KERNEL(abs_sum)(ordered, group, 0, elements) / static_cast<double>(elements));
   }
 
   // A group that is large is cut into parts: subtrees of its sum.
@@ -264,7 +244,7 @@ struct Job {
     parallel(groups * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i % parts * kTask;
-        sums[i] = kernels().abs_sum(ordered, i / parts, first, std::min(kTask, elements - first));
+        sums[i] = FQT_KERNEL(abs_sum)(ordered, i / parts, first, std::min(kTask, elements - first));
       }
     });
     for (int64_t g = 0; g < groups; ++g) {
@@ -278,7 +258,7 @@ struct Job {
   }
 
   void calibrate(Numbers& n, int64_t count) const {
-    kernels().calibrate(calibration, count, n.low.data(), n.high.data(), n.mean.data(), n.scale.data(), n.slots());
+    FQT_KERNEL(calibrate)(calibration, count, n.low.data(), n.high.data(), n.mean.data(), n.scale.data(), n.slots());
   }
 
   // Whether images can be done one by one, each while it is in the cache: groups lie within an image, and threads find enough.
@@ -302,7 +282,7 @@ struct Job {
         if (calibration.range == Range::absmean && plan.parts == Parts::whole) {
           n.mean[0] = mean(group[0]);
         } else {
-          kernels().range(plan, image, 0, plan.rows, n.low.data(), n.high.data());
+          FQT_KERNEL(range)(plan, image, 0, plan.rows, n.low.data(), n.high.data());
         }
         calibrate(n, slots);
         std::copy_n(n.scale.data(), slots, scales.data() + done * slots);
@@ -345,7 +325,7 @@ struct Job {
       std::fill(n.offset.begin() + 1, n.offset.end(), n.offset[0]);
       std::fill(n.keep.begin() + 1, n.keep.end(), n.keep[0]);
     }
-    return kernels().encode(plan, encoding, image, first, end, n.slots(), look_for_nan);
+    return FQT_KERNEL(encode)(plan, encoding, image, first, end, n.slots(), look_for_nan);
   }
 };
 
