@@ -30,25 +30,28 @@ def shared_bytes(capability: tuple[int, int]) -> int:
 
 
 @functools.cache
-def _installed() -> bool:
+def installed() -> bool:
+    """Whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
-def _capability() -> tuple[int, int]:
+def device_capability() -> tuple[int, int]:
+    """Compute capability of the current device; Hopper's where there is none."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 
 
 def refuses() -> str | None:
     """Why no Triton kernel can serve on this machine, or None."""
-    return None if _installed() else _NO_TRITON
+    return None if installed() else _NO_TRITON
 
 
 def refuses_float8() -> str | None:
     """Why no product of 8-bit floats can be served on this machine, or None."""
-    if not _installed():
-        return _NO_TRITON
-    return "8-bit floats need compute capability 8.9" if _capability() < FLOAT8_CAPABILITY else None
+    reason = refuses()
+    if reason is None and device_capability() < FLOAT8_CAPABILITY:
+        return "8-bit floats need compute capability 8.9"
+    return reason
 
 
 # --- how tensors lie -------------------------------------------------------------------------------------------------

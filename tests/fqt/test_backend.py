@@ -166,7 +166,7 @@ def test_a_layer_that_moved_where_its_backend_is_not_says_so(monkeypatch: pytest
         layer(torch.randn(2, 4))
 
 
-def test_a_backend_is_named_by_its_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_is_named_without_the_variants_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Kernel(name, "mine", "cpu", f"fqt.reference:{name}", lambda r: None, name) for name in ("quantize", *ops.PRODUCTS)]
     monkeypatch.setattr(ops, "KERNELS", [*ops.KERNELS, *rows])
     row = fqt.summary(fqt.convert(nn.Linear(4, 3), INT8, backend="mine")).rows[0]

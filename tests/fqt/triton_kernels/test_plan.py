@@ -134,13 +134,13 @@ def test_float8_is_a_row_of_its_own_that_promises_no_bits(monkeypatch: pytest.Mo
     kernel, _ = ops.select("output", request)
     assert kernel.label == "triton float8" and not kernel.exact
     assert all(row.exact for row in ops.KERNELS if row.label != "triton float8")
-    monkeypatch.setattr(plan, "_capability", lambda: (8, 0))
+    monkeypatch.setattr(plan, "device_capability", lambda: (8, 0))
     kernel, reasons = ops.select("output", request)
     assert kernel.backend == "reference" and "triton float8: 8-bit floats need compute capability 8.9" in map(str, reasons)
 
 
 def test_without_triton_every_row_refuses(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(plan, "_installed", lambda: False)
+    monkeypatch.setattr(plan, "installed", lambda: False)
     sign = Format("sign", 1)
     for operator, formats in (("quantize", (sign,)), ("output", (sign, sign)), ("norm_sign", ())):
         kernel, reasons = ops.select(operator, ops.Request("cuda", formats))
