@@ -43,9 +43,10 @@ def convert(
     min_speedup: float | None = None,
     example: object = None,
 ) -> nn.Module:
-    """Make every nn.Linear and nn.Conv2d of a model train by a recipe, in place.
+    """Make every layer of a kind that fqt knows (nn.Linear, nn.Conv2d, nn.Conv1d, transformers' Conv1D, and what
+    `register_layer` added) train by a recipe, in place.
 
-    Subclasses of the two are left alone (they may compute something else); `summary` lists them. The order of layers, for
+    Subclasses of these are left alone (they may compute something else); `summary` lists them. The order of layers, for
     the places <first> and <last>, is that of `model.named_modules()`.
 
     Args:
@@ -98,7 +99,8 @@ def convert(
             reason = f"all {len(layers)} layers ({', '.join(list(layers)[:4])}) stay float by the recipe's rules or `skip`"
             remedy = "loosen `skip`, or pass fqt.load_recipe(...).everywhere() to drop the recipe's rules"
         else:
-            reason, remedy = f"it has no {_either(plain_classes())}", "check that this is the model you meant"
+            kinds = ", ".join(plain_classes())
+            reason, remedy = f"it has no layer of a kind that fqt converts ({kinds})", "check that this is the model you meant"
         raise ValueError(f"recipe {recipe.name!r} converts nothing in this {type(model).__name__}: {reason}; {remedy}")
     for name, layer_recipe in chosen.items():
         try:
@@ -242,10 +244,6 @@ def _adapter(layer: nn.Module) -> type[QuantizedLayer]:
     adapter = adapter_of(layer)
     assert adapter is not None
     return adapter
-
-
-def _either(names: Sequence[str]) -> str:
-    return " and no ".join(names) if len(names) < 3 else ", no ".join(names)
 
 
 def _some(names: dict[str, nn.Module]) -> str:

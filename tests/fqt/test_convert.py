@@ -212,7 +212,7 @@ def test_subclasses_are_left_alone() -> None:
             "parametrized": parametrizations.weight_norm(nn.Linear(4, 4)),
             "user": MyLinear(4, 4),
             "bilinear": nn.Bilinear(4, 4, 2),
-            "conv1d": nn.Conv1d(4, 4, 1),
+            "conv3d": nn.Conv3d(4, 4, 1),
             "transposed": nn.ConvTranspose2d(4, 4, 1),
         }
     )
@@ -576,9 +576,9 @@ MODEL_ERRORS: list[tuple[Callable[[], object], type[Exception], list[str]]] = [
     (lambda: fqt.convert("model", "int8"), TypeError, ["convert takes a torch.nn.Module, not str"]),  # type: ignore[arg-type]
     (lambda: fqt.convert(nn.Linear, "int8"), TypeError, ["class Linear", "make an instance"]),  # type: ignore[arg-type]
     (lambda: fqt.convert([nn.Linear(2, 2)], "int8"), TypeError, ["not list"]),  # type: ignore[arg-type]
-    (lambda: fqt.convert(nn.ReLU(), "int8"), ValueError, ["no nn.Linear and no nn.Conv2d", "ReLU"]),
+    (lambda: fqt.convert(nn.ReLU(), "int8"), ValueError, ["no layer of a kind that fqt converts (nn.Linear, ", "nn.Conv2d", "ReLU"]),
     (lambda: fqt.convert(nn.Sequential(), ONE_BIT), ValueError, ["converts nothing", "check that this is the model"]),
-    (lambda: fqt.convert(nn.Sequential(nn.LazyLinear(3)), INT8), ValueError, ["no nn.Linear and no nn.Conv2d"]),
+    (lambda: fqt.convert(nn.Sequential(nn.LazyLinear(3)), INT8), ValueError, ["no layer of a kind that fqt converts"]),
     (lambda: fqt.convert(fqt.convert(small(), "int8"), "int8"), ValueError, ["already (3 layers", "'3'", "fqt.revert(model)"]),
     (lambda: fqt.convert(fqt.convert(small(), "int8"), "fp32"), ValueError, ["already"]),
     (lambda: fqt.convert(nn.Sequential(fqt.convert(nn.Linear(3, 3), INT8)), INT8), ValueError, ["(1 layers", "'0'"]),
