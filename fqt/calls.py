@@ -24,7 +24,7 @@ def _direct(tensor: Tensor) -> bool:
         and not tensor.is_meta
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
-        and not torch.autograd._profiler_enabled()
+        and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     )
 
 
