@@ -5,10 +5,6 @@
 #pragma GCC target("avx2,popcnt,bmi")
 #define FQT_AVX2
 namespace fqt::avx2 {
-#include "vector.h"
-#include "bits.h"
-#include "output.h"
-#include "gradients.h"
-#include "integers.h"
+#include "products.h"
 }
 #endif

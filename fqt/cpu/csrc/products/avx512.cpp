@@ -6,10 +6,6 @@
 #pragma GCC target("avx2,popcnt,bmi,avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,avx512vnni,prefer-vector-width=512")
 #define FQT_AVX512
 namespace fqt::avx512 {
-#include "vector.h"
-#include "bits.h"
-#include "output.h"
-#include "gradients.h"
-#include "integers.h"
+#include "products.h"
 }
 #endif

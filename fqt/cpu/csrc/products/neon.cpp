@@ -4,10 +4,6 @@
 #include <arm_neon.h>  // part of every AArch64
 #define FQT_NEON
 namespace fqt::neon {
-#include "vector.h"
-#include "bits.h"
-#include "output.h"
-#include "gradients.h"
-#include "integers.h"
+#include "products.h"
 }
 #endif
