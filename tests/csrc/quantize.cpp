@@ -189,7 +189,7 @@ void check_calibrate(Random& r, const fqt::Calibration& c) {
     if (!set.runs) continue;
     Fenced<float> to_scale(count), to_inverse(count), to_offset(count);
     Fenced<uint8_t> to_keep(count);
-    set.calibrate(c, count, low.data, high.data, mean.data, to_scale.data, {to_inverse.data, to_offset.data, to_keep.data});
+    set.calibrate(c, count, {low.data, high.data, mean.data}, to_scale.data, {to_inverse.data, to_offset.data, to_keep.data});
     same("calibrate", set.name, to_scale.data, scale);
     same("calibrate", set.name, to_inverse.data, inverse);
     same("calibrate", set.name, to_offset.data, offset);
@@ -339,7 +339,7 @@ void check_case(Random& r) {
     };
     each_stretch(stretches, plan, 1, [&](int64_t image, int64_t first, int64_t end) {
       Fenced<float> lows(plan.slots(end - first)), highs(lows.count);
-      set.range(plan, image, first, end, lows.data, highs.data);
+      set.range(plan, {image, first, end}, lows.data, highs.data);
       for (int64_t slot = 0; slot < lows.count; ++slot) {
         float &a = found_low[group(image, first, slot)], &b = found_high[group(image, first, slot)];
         a = a != a || lows[slot] != lows[slot] ? kNaN : std::min(a, lows[slot] + 0.0f);
@@ -374,7 +374,7 @@ void check_case(Random& r) {
           const int64_t g = group(image, first, slot);
           inverse[slot] = numbers[g].inverse, offset[slot] = numbers[g].offset, kept[slot] = keep[g];
         }
-        nan |= set.encode(with, call, image, first, end, {inverse.data, offset.data, kept.data}, codes_to != nullptr && look);
+        nan |= set.encode(with, call, {image, first, end}, {inverse.data, offset.data, kept.data}, codes_to != nullptr && look);
       });
       return nan;
     };

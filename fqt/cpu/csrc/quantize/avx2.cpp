@@ -5,8 +5,6 @@
 #pragma GCC target("avx2")
 #define FQT_AVX2
 namespace fqt::avx2 {
-#include "vector.h"
 #include "quantize.h"
-#include "decode.h"
 }
 #endif

@@ -6,8 +6,6 @@
 #pragma GCC target("avx2,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
 #define FQT_AVX512
 namespace fqt::avx512 {
-#include "vector.h"
 #include "quantize.h"
-#include "decode.h"
 }
 #endif

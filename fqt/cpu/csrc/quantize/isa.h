@@ -52,6 +52,11 @@ struct Plan {
   }
 };
 
+// Rows [first, end) of an image.
+struct Rows {
+  int64_t image, first, end;
+};
+
 enum class Range { none, minmax, absmax, absmean };
 
 // How a group's range becomes scale, inverse and offset.
@@ -62,7 +67,7 @@ struct Calibration {
   bool offset, fixed;
 };
 
-enum class Grid { sign, uniform, inside };  // inside: not codes but the estimator's mask
+enum class Grid { sign, uniform };
 
 struct Encoding {
   Grid grid;
@@ -73,6 +78,11 @@ struct Encoding {
   uint32_t stream;
   uint8_t *codes, *mask;  // mask: null if none is made in the same read
   float pass_low, pass_high;
+};
+
+// By group: the smallest and the largest value, and the mean magnitude.
+struct Statistics {
+  const float *low, *high, *mean;
 };
 
 // Of the groups of one image, or some of its rows: one entry for each of `Plan::slots`.
@@ -90,18 +100,24 @@ struct Coded {
 // torch's own thread pool.
 void parallel(int64_t items, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
-// range: smallest and largest value of each slot, NaN if it holds one. encode: returns whether it saw a NaN, if asked to look.
-// abs_sum: of elements [first, first + count) of a group, over a binary tree of neighbours; first and, but for the last part,
-// count are multiples of a power of two. calibrate: count groups at a time. draws: uniform_u24 of group 0.
-// decode: codes of one group that begin with a byte.
 FQT_DECLARE(
-  void range(const Plan& plan, int64_t image, int64_t first_row, int64_t end_row, float* low, float* high);
-  bool encode(const Plan& plan, const Encoding& e, int64_t image, int64_t first_row, int64_t end_row, const Slots& slots,
-              bool look_for_nan);
+  // The smallest and the largest value of each slot, NaN if it holds one.
+  void range(const Plan& plan, const Rows& rows, float* low, float* high);
+
+  // Codes of these rows, and the estimator's mask. Returns whether it saw a NaN, if it is asked to look.
+  bool encode(const Plan& plan, const Encoding& e, const Rows& rows, const Slots& slots, bool look_for_nan);
+
+  // The sum of |x| over elements [first, first + count) of a group, by a binary tree of neighbours. first and, but for the last part
+  // of a group, count are multiples of a power of two.
   double abs_sum(const Plan& ordered, int64_t group, int64_t first, int64_t count);
-  void calibrate(const Calibration& c, int64_t count, const float* low, const float* high, const float* mean, float* scale,
-                 const Slots& slots);
+
+  // The scales of `count` groups; what the range does not ask for is not read.
+  void calibrate(const Calibration& c, int64_t count, const Statistics& of, float* scale, const Slots& slots);
+
+  // fqt.philox.uniform_u24 of group 0.
   void draws(uint64_t key, uint32_t stream, int64_t count, float* out);
+
+  // The values of `count` codes of one group, which begin with a byte. The offset may be null.
   void decode(const Coded& q, const uint8_t* from, int64_t count, float scale, const float* offset, float* to);
 )
 

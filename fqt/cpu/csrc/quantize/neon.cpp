@@ -4,8 +4,6 @@
 #include <arm_neon.h>  // part of every AArch64
 #define FQT_NEON
 namespace fqt::neon {
-#include "vector.h"
 #include "quantize.h"
-#include "decode.h"
 }
 #endif

@@ -4,7 +4,5 @@
 #include <emmintrin.h>  // part of every x86-64
 #endif
 namespace fqt::portable {
-#include "vector.h"
 #include "quantize.h"
-#include "decode.h"
 }
