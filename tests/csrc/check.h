@@ -1,5 +1,5 @@
 // What the checks of the three families share: random cases, memory with a fence behind it, and the comparison of what a kernel
-// writes with what straight loops over the formulas of fqt/reference.py and fqt/norm.py say.
+// writes with what straight loops over the formulas of fqt/reference/ say.
 #pragma once
 
 #include <sys/mman.h>

@@ -1,4 +1,4 @@
-// Decoding against a loop over codes (fqt/reference.py, `unpack` and `decode`).
+// Decoding against a loop over codes (`unpack` and `decode` of fqt/reference/packing.py).
 
 #include "check.h"
 

@@ -1,4 +1,5 @@
-// The products of integers against loops over samples, pixels, taps and channels, with sums of 64 bits (fqt/reference.py).
+// The products of integers against loops over samples, pixels, taps and channels, with sums of 64 bits
+// (fqt/reference/products.py).
 
 #include "layers.h"
 
@@ -77,7 +78,7 @@ struct Operand {
   }
 };
 
-// What is summed for one value of a result, and how it becomes a float, in the order of fqt/reference.py.
+// What is summed for one value of a result, and how it becomes a float, in the order of fqt/reference/products.py.
 struct Total {
   int64_t products = 0, a = 0, b = 0, terms = 0;
   void add(int64_t of_a, int64_t of_b) { products += of_a * of_b, a += of_a, b += of_b, ++terms; }

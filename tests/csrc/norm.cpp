@@ -1,4 +1,4 @@
-// Batch normalization in front of a sign against loops over rows and channels (fqt/norm.py).
+// Batch normalization in front of a sign against loops over rows and channels (fqt/reference/norm.py).
 
 #include "../../fqt/cpu/csrc/norm/isa.h"
 
@@ -126,7 +126,7 @@ void check_case(Random& r) {
 
   const fqt::Normed source{codes ? nullptr : floats.data, codes ? code.data : nullptr, codes ? scale.data : nullptr,
                            codes && shifted ? offset.data : nullptr, rows, channels};
-  const fqt::Normalization normalization{a, b, mean, inv};
+  const fqt::Pooled z_of{source, {a, b, mean, inv}, windows};
   const fqt::Gradient gradient{g.data, some_kept ? kept.data : nullptr};
   for (const Set& set : kSets) {
     if (!set.runs) continue;
@@ -135,15 +135,15 @@ void check_case(Random& r) {
     Fenced<uint8_t> to_signs(pooled * bytes), to_mask(pooled * bytes);
     set.sums(source, sums.data);
     same("norm_sums", set.name, sums.data, joined(block_sums(values, channels), block_sums(squares, channels)));
-    set.value(source, normalization, windows, to_z.data);
+    set.value(z_of, to_z.data);
     same("norm_value", set.name, to_z.data, z);
-    const bool found = set.sign(source, normalization, windows, low, high, to_signs.data, to_mask.data);
+    const bool found = set.sign(z_of, low, high, to_signs.data, to_mask.data);
     same("norm_sign", set.name, &found, std::vector<bool>{nan});
     same("norm_sign", set.name, to_signs.data, signs);
     same("norm_sign", set.name, to_mask.data, mask);
-    set.grad_sums(source, normalization, windows, gradient, grad_sums.data);
+    set.grad_sums(z_of, gradient, grad_sums.data);
     same("norm_grad_sums", set.name, grad_sums.data, joined(block_sums(gs, channels), block_sums(gxs, channels)));
-    set.grad(source, normalization, windows, gradient, means.data, to_dy.data, {to_low.data, to_high.data});
+    set.grad(z_of, gradient, means.data, to_dy.data, {to_low.data, to_high.data});
     same("norm_grad", set.name, to_dy.data, dy);
     same("norm_grad", set.name, unsigned_zeros(to_low.copy()).data(), unsigned_zeros(lows));
     same("norm_grad", set.name, unsigned_zeros(to_high.copy()).data(), unsigned_zeros(highs));

@@ -1,4 +1,4 @@
-// The three products of signs against loops over samples, pixels, taps and channels (fqt/reference.py, the products).
+// The three products of signs against loops over samples, pixels, taps and channels (fqt/reference/products.py).
 
 #include "layers.h"
 
@@ -186,7 +186,8 @@ Shape stretched(Random& r, const Shape& s) {
   return made;
 }
 
-// Sums that fill what holds them: bytes of 240 to 252, 31 words of differing bits, 256 bytes in 16 bits, all of int16 and of int32.
+// Sums that fill what holds them: bytes of 240 to 252, 31 words of differing bits, 256 bytes in 16 bits, all of int16 and of
+// int32.
 void bounds() {
   pieces = 1;
   for (const int64_t terms : {991, 992, 993, 1024, 32766, 32767}) {

@@ -1,4 +1,4 @@
-// Quantize and pack against loops over groups and their elements (fqt/formats.py, fqt/philox.py, fqt/reference.py).
+// Quantize and pack against loops over groups and their elements (fqt/formats.py, fqt/philox.py, fqt/reference/codes.py).
 
 #include "tensors.h"
 

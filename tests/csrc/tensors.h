@@ -1,4 +1,5 @@
-// Tensors in memory of any strides, their groups, and how they are cut into images of rows (fqt/formats.py, fqt/cpu/csrc/quantize).
+// Tensors in memory of any strides, their groups, and how they are cut into images of rows (fqt/formats.py and
+// fqt/cpu/csrc/quantize/cut.h).
 #pragma once
 
 #include "check.h"

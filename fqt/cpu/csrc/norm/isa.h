@@ -20,11 +20,20 @@ struct Windows {
   int64_t height, width, kernel_y, kernel_x;
   int64_t pooled_y() const { return (height + kernel_y - 1) / kernel_y; }
   int64_t pooled_x() const { return (width + kernel_x - 1) / kernel_x; }
+  int64_t pooled_rows(int64_t rows) const { return rows / (height * width) * pooled_y() * pooled_x(); }
+  bool pools() const { return kernel_y * kernel_x != 1; }
 };
 
 // z = y * a + b by channel, and for the gradient x^ = (y - mean) * inv.
 struct Normalization {
   const float *a, *b, *mean, *inv;
+};
+
+// z, normalized and pooled.
+struct Pooled {
+  Normed y;
+  Normalization affine;
+  Windows windows;
 };
 
 // The pooled gradient; of a sample that is not `kept` (null: all are) it is zero and not read.
@@ -39,13 +48,20 @@ struct Ranges {
 };
 
 FQT_DECLARE(
+  // The sums of y and of y * y by channel, (2, channels).
   void norm_sums(const Normed& y, double* sums);
-  void norm_value(const Normed& y, const Normalization& affine, const Windows& windows, float* z);
-  bool norm_sign(const Normed& y, const Normalization& affine, const Windows& windows, float low, float high, uint8_t* codes,
-                 uint8_t* mask);
-  void norm_grad_sums(const Normed& y, const Normalization& affine, const Windows& windows, const Gradient& g, double* sums);
-  void norm_grad(const Normed& y, const Normalization& affine, const Windows& windows, const Gradient& g, const float* means,
-                 float* dy, const Ranges& ranges);
+
+  // The pooled z.
+  void norm_value(const Pooled& p, float* z);
+
+  // Its signs, and the mask of those in [low, high]. Returns whether a value is NaN.
+  bool norm_sign(const Pooled& p, float low, float high, uint8_t* codes, uint8_t* mask);
+
+  // The sums of the gradient of z and of its product with x^ by channel, (2, channels).
+  void norm_grad_sums(const Pooled& p, const Gradient& g, double* sums);
+
+  // The gradient of y. means: of what norm_grad_sums sums.
+  void norm_grad(const Pooled& p, const Gradient& g, const float* means, float* dy, const Ranges& ranges);
 )
 
 }  // namespace fqt

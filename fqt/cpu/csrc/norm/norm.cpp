@@ -17,7 +17,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-
 const float* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
 Normed normed(const Tensor& y, const std::optional<Tensor>& scale, const std::optional<Tensor>& offset) {
@@ -31,14 +30,17 @@ Normed normed(const Tensor& y, const std::optional<Tensor>& scale, const std::op
   return made;
 }
 
-Normalization affine_of(const Tensor& t) {
-  const float* rows = t.const_data_ptr<float>();
-  return {rows, rows + t.size(1), rows + 2 * t.size(1), rows + 3 * t.size(1)};
+Pooled pooled(const Normed& y, const Tensor& affine, const std::vector<int64_t>& windows) {
+  STD_TORCH_CHECK(windows.size() == 4, "expected the sizes of image and window, got ", windows.size());
+  const float* rows = affine.const_data_ptr<float>();
+  const int64_t step = affine.size(1);
+  return {.y = y,
+          .affine = {.a = rows, .b = rows + step, .mean = rows + 2 * step, .inv = rows + 3 * step},
+          .windows = {.height = windows[0], .width = windows[1], .kernel_y = windows[2], .kernel_x = windows[3]}};
 }
 
-Windows windows_of(const std::vector<int64_t>& w) {
-  STD_TORCH_CHECK(w.size() == 4, "expected the sizes of image and window, got ", w.size());
-  return {w[0], w[1], w[2], w[3]};
+Gradient gradient(const Tensor& g, const std::optional<Tensor>& kept) {
+  return {g.const_data_ptr<float>(), kept ? kept->const_data_ptr<bool>() : nullptr};
 }
 
 void norm_sums(Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset, Tensor sums) {
@@ -47,31 +49,25 @@ void norm_sums(Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offs
 
 void norm_value(Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset, Tensor affine,
                 std::vector<int64_t> windows, Tensor z) {
-  FQT_KERNEL(norm_value)(normed(y, scale, offset), affine_of(affine), windows_of(windows), z.mutable_data_ptr<float>());
+  FQT_KERNEL(norm_value)(pooled(normed(y, scale, offset), affine, windows), z.mutable_data_ptr<float>());
 }
 
 bool norm_sign(Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset, Tensor affine,
                std::vector<int64_t> windows, double low, double high, Tensor codes, Tensor mask) {
-  return FQT_KERNEL(norm_sign)(normed(y, scale, offset), affine_of(affine), windows_of(windows), static_cast<float>(low),
-                               static_cast<float>(high), codes.mutable_data_ptr<uint8_t>(),
-                               mask.mutable_data_ptr<uint8_t>());
-}
-
-Gradient gradient(const Tensor& g, const std::optional<Tensor>& kept) {
-  return {g.const_data_ptr<float>(), kept ? kept->const_data_ptr<bool>() : nullptr};
+  return FQT_KERNEL(norm_sign)(pooled(normed(y, scale, offset), affine, windows), static_cast<float>(low),
+                               static_cast<float>(high), codes.mutable_data_ptr<uint8_t>(), mask.mutable_data_ptr<uint8_t>());
 }
 
 void norm_grad_sums(Tensor g, std::optional<Tensor> kept, Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset,
                     Tensor affine, std::vector<int64_t> windows, Tensor sums) {
-  FQT_KERNEL(norm_grad_sums)(normed(y, scale, offset), affine_of(affine), windows_of(windows), gradient(g, kept),
-                              sums.mutable_data_ptr<double>());
+  FQT_KERNEL(norm_grad_sums)(pooled(normed(y, scale, offset), affine, windows), gradient(g, kept),
+                             sums.mutable_data_ptr<double>());
 }
 
 void norm_grad(Tensor g, std::optional<Tensor> kept, Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset,
                Tensor affine, std::vector<int64_t> windows, Tensor means, Tensor dy, Tensor low, Tensor high) {
-  FQT_KERNEL(norm_grad)(normed(y, scale, offset), affine_of(affine), windows_of(windows), gradient(g, kept),
-                         means.const_data_ptr<float>(), dy.mutable_data_ptr<float>(),
-                         {low.mutable_data_ptr<float>(), high.mutable_data_ptr<float>()});
+  FQT_KERNEL(norm_grad)(pooled(normed(y, scale, offset), affine, windows), gradient(g, kept), means.const_data_ptr<float>(),
+                        dy.mutable_data_ptr<float>(), {low.mutable_data_ptr<float>(), high.mutable_data_ptr<float>()});
 }
 
 }  // namespace

@@ -24,7 +24,8 @@ struct Convolution {
 
   // sizes: samples, input channels, output channels, then fqt.geometry.Geometry.flat().
   explicit Convolution(const std::vector<int64_t>& sizes) {
-    STD_TORCH_CHECK(sizes.size() == 16, "expected 16 sizes: samples, channels in and out, and the geometry; got ", sizes.size());
+    STD_TORCH_CHECK(sizes.size() == 16, "expected 16 sizes: samples, channels in and out, and the geometry; got ",
+                    sizes.size());
     const int64_t* next = sizes.data();
     for (int64_t* to : {&samples, &in, &out, &y.size, &x.size, &y.window, &x.window, &y.stride, &x.stride, &y.before, &y.after,
                         &x.before, &x.after, &y.dilation, &x.dilation, &groups}) {

@@ -1,14 +1,15 @@
-// `grad_input` of multi-bit gradients and signs: G (N, P', O) x W (O, K, I) -> (N, P, C), by the lookups of lookup.h. Every pixel of
-// the gradient becomes tables, every weight indices; pixels that meet the same taps share a tile, so nothing outside the image is
-// looked up.
+// `grad_input` of multi-bit gradients and signs: G (N, P', O) x W (O, K, I) -> (N, P, C), by the lookups of lookup.h. Every
+// pixel of the gradient becomes tables, every weight indices. Pixels that meet the same taps share a tile, so that nothing
+// outside the image is looked up.
 
 namespace {
 
 class GradInputRun {
  public:
   explicit GradInputRun(const GradInput& call)
-      : c(call), l(call.layer), taps(l.taps()), channels(l.groups * l.in), panels(ceil_div(l.in, kWidth)),
-        parts(l.groups * panels), kinds(l.y.kinds * l.x.kinds), padded(round_up(l.out, 16)), quads(padded / 16),
+      : c(call), l(call.layer), taps(l.taps()), channels(l.groups * l.in), mask_bytes(ceil_div(channels, 8)),
+        panels(ceil_div(l.in, kWidth)), parts(l.groups * panels), kinds(l.y.kinds * l.x.kinds), padded(round_up(l.out, 16)),
+        quads(padded / 16),
         planes(c.g.planes()), tap_bytes(padded / 4 * kWidth), table_bytes(padded * 4),
         pixel_bytes(l.groups * planes * table_bytes), index(parts * taps * tap_bytes), sum_w(parts * taps * kWidth),
         met(kinds * taps), met_count(kinds), scaled_sum(kinds * parts * kWidth) {}
@@ -48,6 +49,11 @@ class GradInputRun {
     Buffer<uint8_t> tables;  // (sample, pixel, group, plane)
     Buffer<int32_t> sums;    // of codes, (sample, pixel, group)
     Tables(int64_t pixels, int64_t pixel_bytes, int64_t groups) : tables(pixels * pixel_bytes), sums(pixels * groups) {}
+  };
+
+  // A stretch of columns of one group. number: among the panels of all groups.
+  struct Panel {
+    int64_t number, group, channel, columns;
   };
 
   // Weights as indices, (group, panel, tap, four output channels, column), and their sums over the output channels.
@@ -122,7 +128,10 @@ class GradInputRun {
         Tables gradient(block.samples * block.g_lines() * l.other_x, pixel_bytes, l.groups);
         make_gradient_tables(block, room, gradient);
         lay_tiles(block, gradient, room);
-        for (int64_t part = 0; part < parts; ++part) multiply_part(block, gradient, room, part);
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t group = part / panels, first = part % panels * kWidth;
+          multiply_panel(block, gradient, room, {part, group, group * l.in + first, least(kWidth, l.in - first)});
+        }
       }
     });
   }
@@ -138,7 +147,9 @@ class GradInputRun {
         std::memset(codes + l.out, 0, padded - l.out);
         to.sums[i * l.groups + group] = byte_sum(codes, padded);
         uint8_t* tables = to.tables.data + i * pixel_bytes + group * planes * table_bytes;
-        for (int64_t plane = 0; plane < planes; ++plane) make_tables(codes, padded, planes, plane, tables + plane * table_bytes);
+        for (int64_t plane = 0; plane < planes; ++plane) {
+          make_tables(codes, padded, planes, plane, tables + plane * table_bytes);
+        }
       }
     }
   }
@@ -187,9 +198,8 @@ class GradInputRun {
     }
   }
 
-  // The tiles of a block by one panel of a group.
-  void multiply_part(const Block& block, Tables& gradient, Room& room, int64_t part) {
-    const int64_t group = part / panels;
+  // The tiles of a block by a panel.
+  void multiply_panel(const Block& block, Tables& gradient, Room& room, const Panel& panel) {
     Buffer<int64_t> index_at(taps);
     for (int64_t i = 0; i < room.tile_count; ++i) {
       const Tile& tile = room.tiles[i];
@@ -197,9 +207,9 @@ class GradInputRun {
       const LookUp look_up_tile = look_up_of(tile.rows, c.g.together());
       alignas(64) int32_t sums[kRows][kWidth] = {};
       for (int64_t plane = 0; plane < planes; ++plane) {
-        look_up_tile({.tables = gradient.tables.data + (group * planes + plane) * table_bytes,
+        look_up_tile({.tables = gradient.tables.data + (panel.group * planes + plane) * table_bytes,
                       .table_at = room.table_at.data + tile.first * taps,
-                      .index = index.data + part * taps * tap_bytes,
+                      .index = index.data + panel.number * taps * tap_bytes,
                       .index_at = index_at.data,
                       .taps = met_count[tile.kind],
                       .quads = quads,
@@ -208,34 +218,34 @@ class GradInputRun {
       }
       for (int64_t m = 0; m < tile.rows; ++m) {
         const int64_t n = c.kept[block.first_sample + room.sample_of[tile.first + m]];
-        finish(n, room.pixel_of[tile.first + m], part, tile.kind, sums[m], room.sum_of[(tile.first + m) * l.groups + group]);
+        const int32_t all = room.sum_of[(tile.first + m) * l.groups + panel.group];
+        finish(n, room.pixel_of[tile.first + m], panel, tile.kind, sums[m], all);
       }
     }
   }
 
   // The float part in the reference's order. of_set: sums of the codes whose weight is +1; all: of all codes.
-  void finish(int64_t n, int64_t p, int64_t part, int64_t kind, const int32_t* of_set, int32_t all) {
-    const int64_t first = part % panels * kWidth, channel = part / panels * l.in + first, columns = least(kWidth, l.in - first);
+  void finish(int64_t n, int64_t p, const Panel& panel, int64_t kind, const int32_t* of_set, int32_t all) const {
     const int64_t pixel = n * l.positions() + p;
     const float scale = c.g_scale(n, p), w_scale = c.w_scale;
     alignas(64) float t[kWidth];
     for (int k = 0; k < kWidth; ++k) t[k] = static_cast<float>(signed_sum(of_set[k], all)) * scale * w_scale;
     if (c.g_offset.data != nullptr) {
       const float offset = c.g_offset(n, p);
-      const float* terms = scaled_sum.data + (kind * parts + part) * kWidth;
+      const float* terms = scaled_sum.data + (kind * parts + panel.number) * kWidth;
       for (int k = 0; k < kWidth; ++k) t[k] += terms[k] * offset;
     }
     if (c.mask != nullptr) {
       uint8_t bits[kWidth / 8];
-      copy_bits(c.mask + pixel * ceil_div(channels, 8), channel, columns, bits, kWidth / 8);
+      copy_bits(c.mask + pixel * mask_bytes, panel.channel, panel.columns, bits, kWidth / 8);
       keep_where_set(bits, t);
     }
-    std::memcpy(c.grad + pixel * channels + channel, t, columns * sizeof(float));
+    std::memcpy(c.grad + pixel * channels + panel.channel, t, panel.columns * sizeof(float));
   }
 
   const GradInput& c;
   const Layer& l;
-  const int64_t taps, channels, panels, parts, kinds;  // parts: panels of all groups
+  const int64_t taps, channels, mask_bytes, panels, parts, kinds;  // parts: panels of all groups
   const int64_t padded, quads, planes;                 // of the output channels, which are summed
   const int64_t tap_bytes, table_bytes, pixel_bytes;   // of a tap's indices; of a plane's tables, and a pixel's
   Buffer<uint8_t> index;

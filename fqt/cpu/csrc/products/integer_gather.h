@@ -7,8 +7,9 @@ class Gather {
  public:
   explicit Gather(const IntegerGather& call)
       : c(call), l(call.layer), taps(l.taps()), words(ceil_div(c.depth, kPer<Code>)), padded(words * kPer<Code>),
-        pixels(l.other_positions()), image(l.positions()), channels(l.groups * c.columns), panels(ceil_div(c.columns, kColumns)),
-        group_width(round_up(c.columns, kInts)), slots(l.groups * group_width), row_codes(l.groups * padded),
+        pixels(l.other_positions()), image(l.positions()), channels(l.groups * c.columns),
+        panels(ceil_div(c.columns, kColumns)), group_width(round_up(c.columns, kInts)), slots(l.groups * group_width),
+        row_codes(l.groups * padded),
         kind_count(l.y.kinds * l.x.kinds), row_by(row_shift<Code>(c.a)), column_by(column_shift<Code>(c.b)),
         need_row_sums(column_by != 0 || c.b_offset.data != nullptr), twice(apart(c.a, c.b)), column_words(slots * taps * words),
         rows(c.kept_count * pixels * row_codes), pixel_sums(need_row_sums ? c.kept_count * pixels * l.groups : 0),
@@ -84,8 +85,8 @@ class Gather {
     return {group, group * c.columns + first, used, round_up(used, kInts), group * group_width + first};
   }
 
-  // The second operand, or a part of its codes, in panels, (group, panel, tap, word, column); each column's sum of codes for each
-  // tap.
+  // The second operand, or a part of its codes, in panels, (group, panel, tap, word, column), and each column's sum of codes
+  // for each tap.
   void pack_columns(Part which, uint32_t* to, int64_t* sums) const {
     const Decoder<Code> decode(c.b, -column_shift<Code>(c.b), which);
     parallel(l.groups * panels * (c.across ? taps : 1), 1, [&](int64_t begin, int64_t end) {
@@ -104,7 +105,8 @@ class Gather {
   }
 
   // One tap of a panel whose columns lie side by side in memory.
-  void pack_across(const Panel& panel, int64_t tap, const Decoder<Code>& decode, Code* codes, uint32_t* to, int64_t* sum) const {
+  void pack_across(const Panel& panel, int64_t tap, const Decoder<Code>& decode, Code* codes, uint32_t* to,
+                   int64_t* sum) const {
     const int64_t first = panel.channel - panel.group * c.columns, width = panel.width;
     const int64_t row_bytes = ceil_div(c.columns * c.b.storage, 8);
     to += tap * words * width;
@@ -186,8 +188,8 @@ class Gather {
     }
   }
 
-  // Where there are few blocks, an item is some of the panels. Large blocks have many pixels of each kind, hence few tiles that are
-  // not full.
+  // Where there are few blocks, an item is some of the panels. Large blocks have many pixels of each kind, hence few tiles that
+  // are not full.
   void multiply_blocks() {
     const int64_t all_panels = l.groups * panels;
     const int64_t block_pixels = most(16, (256 << 10) / (row_codes * kSize + 1));
@@ -250,7 +252,8 @@ class Gather {
         row[m] = reinterpret_cast<const uint8_t*>(of_pixel);
       }
       const Loop<Code, Sum> loop(height, panel.width);
-      Terms terms{row, runs.data() + k.begin, static_cast<int64_t>(k.end - k.begin), columns.data + panel.at * taps * words, steps};
+      Terms terms{row, runs.data() + k.begin, static_cast<int64_t>(k.end - k.begin), columns.data + panel.at * taps * words,
+                  steps};
       alignas(64) Sum sums[kTile][kColumns];
       loop(terms, sums);
       if (twice) {

@@ -1,5 +1,5 @@
-// `grad_weight` of integers. What is summed lies side by side: four samples at one position, or, where samples have a scale each,
-// four positions of a line. Samples are worked off in chunks, and these in bands of positions; a round is a band of a chunk.
+// `grad_weight` of integers. What is summed lies side by side: four samples at one position, or, where samples have a scale
+// each, four positions of a line. Samples are worked off in chunks, and these in bands of positions; a round is a band of one.
 
 namespace {
 
@@ -13,7 +13,8 @@ class Weigh {
         line(c.blocks ? round_up(l.x.size, kPer<Code>) : 0), sample_terms(c.blocks ? l.y.size * line : positions),
         chunk(chunk_of()), x_codes(c.blocks ? chunk * l.other_y * l.x.taps * line : pixels * chunk),
         g_codes(chunk * sample_terms), g_words(g_codes / kPer<Code>),
-        pitch(round_up(x_codes * kSize, 64) / kSize + 64 / kSize), band(c.blocks ? most(1, positions) : most(1, kChunk / chunk)),
+        pitch(round_up(x_codes * kSize, 64) / kSize + 64 / kSize),
+        band(c.blocks ? most(1, positions) : most(1, kChunk / chunk)),
         bands(c.blocks ? 1 : most(1, ceil_div(positions, band))), rounds(most(1, ceil_div(c.sample_count, chunk)) * bands),
         segments(c.blocks ? chunk : 1), steps(steps_of<Code>(c.x, c.g)), decode_x(c.x, row_by), decode_g(c.g, -column_by),
         x((inputs + 1) * pitch), g(slots * g_words), column_of_ones(g_words * kInts), x_list(x_codes), g_list(g_codes),
@@ -42,8 +43,8 @@ class Weigh {
   static constexpr int64_t kSize = sizeof(Code);
   static constexpr int64_t kChunk = 4096;  // terms: a panel of them stays in the second cache
 
-  // Output channels of one group that are multiplied together. slot, first: its first column among all panels' columns, filled up to
-  // vectors, and in c.channels.
+  // Output channels of one group that are multiplied together. slot: the first among all panels' columns, which are filled up
+  // to vectors. first: its place in c.channels.
   struct Panel {
     int64_t group, slot, first, used, width;
   };
@@ -402,8 +403,8 @@ class Weigh {
       of_row[m] = {static_cast<Sum>(column_by * row_sums.data[row]), row_floats.data[row], c.x_scale, c.x_offset,
                    grad + m * panel.width};
     }
-    const Columns<Sum> column{base.data + at, column_floats.data + at, scale.data + slot, g_offset ? offset.data + slot : nullptr,
-                              nullptr};
+    const Columns<Sum> column{base.data + at, column_floats.data + at, scale.data + slot,
+                              g_offset ? offset.data + slot : nullptr, nullptr};
     const auto finish = c.blocks ? finish_of<false, true, Sum> : finish_of<false, false, Sum>;
     finish(panel.width)(sums, height, of_row, column, static_cast<float>(terms.data[segment]));
   }
@@ -426,7 +427,7 @@ class Weigh {
   const bool g_offset;
   const std::vector<Panel> panels;
   const int64_t slots;                                     // columns of all panels
-  const int64_t line, sample_terms;                        // codes of a line of the gradient, filled up to words, and of a sample
+  const int64_t line, sample_terms;                        // codes of a gradient's line, filled up to words, and of a sample
   const int64_t chunk, x_codes, g_codes, g_words, pitch;   // chunk: its samples; pitch: codes of a row of x
   const int64_t band, bands, rounds, segments, steps;      // band: its positions
   const Decoder<Code> decode_x, decode_g;

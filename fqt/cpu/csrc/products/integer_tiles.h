@@ -2,8 +2,8 @@
 
 namespace {
 
-// What a tile sums: its rows, all kTile of them, half or one; the runs at which both operands go on; a panel of columns; and how
-// many words a loop may add up before it takes them up in wider sums.
+// What a tile sums: its rows, all kTile of them, half or one; the runs at which both operands go on; a panel of columns; and
+// how many words a loop may add up before it takes them up in wider sums.
 struct Terms {
   const uint8_t* const* rows;
   const Run* runs;
@@ -28,8 +28,8 @@ inline Lanes add_pairs(Lanes sum, int32_t row, Lanes column) {
 #endif
 }
 
-// sums[m][column] = the sum over all runs of 16-bit integers, for M rows and V vectors of columns. After `steps` words, which 32
-// bits hold, sums of 64 bits take them up.
+// sums[m][column] = the sum over all runs of 16-bit integers, for M rows and V vectors of columns. After `steps` words, which
+// 32 bits hold, sums of 64 bits take them up.
 template <class Sum, int M, int V>
 void multiply_words(const Terms t, Sum (*sums)[kColumns]) {
   typedef Sum Sums __attribute__((vector_size(sizeof(Sum) * kInts), may_alias));

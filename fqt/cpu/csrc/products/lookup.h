@@ -47,8 +47,8 @@ struct Sums {
   }
 };
 
-// Lookups for the rows of a tile. A tap is a stretch of 4 * `quads` of them: row m's tables begin at tables + table_at[tap * M + m],
-// the indices at index + index_at[tap].
+// Lookups for the rows of a tile. A tap is a stretch of 4 * `quads` of them: row m's tables begin at
+// tables + table_at[tap * M + m], the indices at index + index_at[tap].
 struct Lookups {
   const uint8_t* tables;
   const int64_t* table_at;

@@ -107,7 +107,11 @@ class SignOutputRun {
           for (int64_t i = 0; i < count;) {
             const bool full = count - i >= kRows;
             const uint8_t* window = windows.data + i * words * kWordBytes;
-            full ? sum_tile<kRows>(window, met.data + i, panel, first + i) : sum_tile<1>(window, met.data + i, panel, first + i);
+            if (full) {
+              sum_tile<kRows>(window, met.data + i, panel, first + i);
+            } else {
+              sum_tile<1>(window, met.data + i, panel, first + i);
+            }
             i += full ? kRows : 1;
           }
         }

@@ -5,6 +5,7 @@
 #include "output.h"
 #include "lookup.h"
 #include "grad_input.h"
+#include "grad_weight_of_rows.h"
 #include "grad_weight.h"
 #include "integers.h"
 #include "integer_tiles.h"

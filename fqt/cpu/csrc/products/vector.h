@@ -183,7 +183,8 @@ inline Ints sign_where_unset(const uint8_t* bits, int first) {
   return (Ints)_mm512_maskz_set1_epi32(_knot_mask16(set), static_cast<int32_t>(0x80000000u));
 #elif defined(FQT_AVX2)
   const __m256i bit_of = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
-  const __m256i unset = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits[first / 8]), bit_of), _mm256_setzero_si256());
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(bits[first / 8]), bit_of);
+  const __m256i unset = _mm256_cmpeq_epi32(set, _mm256_setzero_si256());
   return (Ints)_mm256_slli_epi32(unset, 31);
 #elif defined(FQT_NEON)
   const uint32x4_t set = vtstq_u32(vdupq_n_u32(bits[first / 8] >> first % 8), uint32x4_t{1, 2, 4, 8});

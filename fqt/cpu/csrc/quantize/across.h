@@ -1,4 +1,4 @@
-// Encoding where codes run down the rows that lie in memory, across the columns: tiles of columns, whose codes are packed into words.
+// Encoding where codes run down the rows that lie in memory, across the columns: tiles of columns are packed into words.
 
 namespace {
 
@@ -54,8 +54,8 @@ struct Target {
   bool look_for_nan;
 };
 
-// The next columns of kept groups from `column` on, which moves behind them: at most a tile, near each other. Returns how many; the
-// lanes that fill the last vector repeat the first column. clear(column): called for those of other groups.
+// The next columns of kept groups from `column` on, which moves behind them: at most a tile, near each other. Returns how many;
+// the lanes that fill the last vector repeat the first column. clear(column) is called for those of other groups.
 template <class Clear>
 inline int take_columns(const Plan& p, const Slots* slots, int64_t& column, Lanes& lanes, const Clear& clear) {
   int n = 0;

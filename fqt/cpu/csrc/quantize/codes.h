@@ -6,7 +6,8 @@ struct Limits {
   Floats low, high;
   Ints mask;
   explicit Limits(const Encoding& e)
-      : low(spread(static_cast<float>(e.low))), high(spread(static_cast<float>(e.high))), mask(static_cast<int32_t>((1ull << e.storage) - 1) - Ints{}) {}
+      : low(spread(static_cast<float>(e.low))), high(spread(static_cast<float>(e.high))),
+        mask(static_cast<int32_t>((1ull << e.storage) - 1) - Ints{}) {}
 };
 
 // Codes as they are stored, in the low bits of an integer each.

@@ -107,8 +107,8 @@ FQT_DECLARE(
   // Codes of these rows, and the estimator's mask. Returns whether it saw a NaN, if it is asked to look.
   bool encode(const Plan& plan, const Encoding& e, const Rows& rows, const Slots& slots, bool look_for_nan);
 
-  // The sum of |x| over elements [first, first + count) of a group, by a binary tree of neighbours. first and, but for the last part
-  // of a group, count are multiples of a power of two.
+  // The sum of |x| over elements [first, first + count) of a group, by a binary tree of neighbours. first and, but for the last
+  // part of a group, count are multiples of a power of two.
   double abs_sum(const Plan& ordered, int64_t group, int64_t first, int64_t count);
 
   // The scales of `count` groups; what the range does not ask for is not read.

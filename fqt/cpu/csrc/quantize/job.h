@@ -40,7 +40,7 @@ struct Job {
   Encoding encoding;
   Calibration calibration;
   Pruning pruning;
-  int64_t groups, elements;          // elements of a group; if it has none there are no plans
+  int64_t groups, elements;                     // elements of a group; if it has none there are no plans
   const float *low = nullptr, *high = nullptr;  // ranges of all groups, where they are known
 
   bool empty() const { return elements == 0; }
@@ -52,8 +52,8 @@ struct Job {
     return calibration.range == Range::none && groups == 1 && !pruned() && low == nullptr;
   }
 
-  // Whether images can be calibrated and encoded one by one, each while it is in the cache: groups lie within an image, and threads
-  // find enough.
+  // Whether images can be calibrated and encoded one by one, each while it is in the cache: groups lie within an image, and
+  // there are enough images for the threads.
   bool by_image() const {
     return !empty() && !pruned() && !range_is_fixed() && low == nullptr && (!by_mean() || plan.parts == Parts::whole) &&
            (plan.group.image != 0 || plan.images == 1) &&

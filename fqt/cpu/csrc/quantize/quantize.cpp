@@ -1,5 +1,5 @@
-// The operators fqt_cpu::calibrate, encode, and quantize, which does both, on LibTorch's stable ABI (one binary for torch 2.11 and
-// newer). How a tensor is cut is in cut.h, what the threads do in job.h; the loops are in quantize.h.
+// The operators fqt_cpu::calibrate, encode, and quantize, which does both, on LibTorch's stable ABI (one binary for torch 2.11
+// and newer). How a tensor is cut is in cut.h, what the threads do in job.h; the loops are in quantize.h.
 
 #include "cut.h"
 #include "job.h"
@@ -101,8 +101,8 @@ void add_mask(Job& job, const Input& input, bool folded, const Layout& layout, d
 }
 
 void calibrate(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, std::optional<Tensor> low,
-               std::optional<Tensor> high, std::string grid, int64_t bits, std::string axes, std::string calibrate, double first,
-               double last, std::string prune, int64_t keep_one_in, int64_t stream, Tensor scale, Tensor inverse,
+               std::optional<Tensor> high, std::string grid, int64_t bits, std::string axes, std::string calibrate,
+               double first, double last, std::string prune, int64_t keep_one_in, int64_t stream, Tensor scale, Tensor inverse,
                std::optional<Tensor> offset, std::optional<Tensor> factor, std::optional<Tensor> index) {
   if (scale.numel() == 0) return;
   const CodeGrid codes(grid, bits);
@@ -126,8 +126,9 @@ void calibrate(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, 
   if (index) write_index(factors, *index);
 }
 
-// By scales from anywhere; with a key rounding is stochastic. A group whose scale is NaN, or whose factor is 0, has bits 0. A NaN
-// elsewhere, in x or as the product of infinity and 0, becomes any code: a calibration gives such a group scale NaN.
+// By scales from anywhere; with a key rounding is stochastic. A group whose scale is NaN, or whose factor is 0, has bits 0.
+// What code a NaN has elsewhere, one of x or the product of infinity and 0, is not specified: a calibration gives such a group
+// scale NaN.
 void encode(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, Tensor scale, Tensor inverse,
             std::optional<Tensor> offset, std::optional<Tensor> factor, std::string grid, int64_t bits, std::string axes,
             int64_t stream, Tensor codes) {

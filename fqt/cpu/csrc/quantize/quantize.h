@@ -1,5 +1,6 @@
-// Quantize and pack on a CPU, included once for each instruction set, inside a namespace of its own: the loops of fqt/reference/codes.py
-// and fqt/reference/packing.py. The operators decide how a tensor is cut (`Plan`), and call them for some rows of an image at a time.
+// Quantizing and decoding on a CPU, included once for each instruction set, inside a namespace of its own: the loops of
+// fqt/reference/codes.py and fqt/reference/packing.py. The operators decide how a tensor is cut (`Plan`), and call them for
+// some rows of an image at a time.
 //
 // No fused multiply-add may be formed (-ffp-contract=off): every float must round as the reference's.
 

@@ -1,5 +1,5 @@
-// What calibrations ask of the values of a group: the smallest and the largest (`group_range` of fqt/reference/codes.py), and the sum
-// of their magnitudes over a fixed tree (`absmean`).
+// What calibrations ask of the values of a group: the smallest and the largest (`group_range` of fqt/reference/codes.py), and
+// the sum of their magnitudes over a fixed tree (`absmean`).
 
 namespace {
 
