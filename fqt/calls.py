@@ -77,7 +77,7 @@ def encode(
     return scales.of(codes, format, (x.shape[0], x.shape[1], x.shape[2]))
 
 
-def multiply_output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None, backend: str) -> Tensor:
+def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None, backend: str) -> Tensor:
     """The operator `output`."""
     if _direct(x.codes):
         return call("output", _asked(x, w, geometry, backend), x, w, bias, geometry).contiguous()
@@ -91,9 +91,7 @@ def accumulate(x: QTensor, w: QTensor, geometry: Geometry | None, backend: str) 
     return torch.ops.fqt.accumulate(*_schema(x), *_schema(w), _flat(geometry), backend=backend)
 
 
-def multiply_grad_input(
-    g: QTensor, w: QTensor, mask: Tensor, geometry: Geometry | None, x_shape: Shape3, backend: str
-) -> Tensor:
+def grad_input(g: QTensor, w: QTensor, mask: Tensor, geometry: Geometry | None, x_shape: Shape3, backend: str) -> Tensor:
     """The operator `grad_input`; an empty mask is none."""
     if _direct(g.codes):
         given = mask if mask.numel() else None
@@ -101,7 +99,7 @@ def multiply_grad_input(
     return torch.ops.fqt.grad_input(*_schema(g), *_schema(w), mask, x_shape, _flat(geometry), backend=backend)
 
 
-def multiply_grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None, backend: str) -> Tensor:
+def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None, backend: str) -> Tensor:
     """The operator `grad_weight`."""
     if _direct(g.codes):
         return call("grad_weight", _asked(g, x, geometry, backend), g, x, geometry).contiguous()

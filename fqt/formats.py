@@ -150,6 +150,11 @@ class Grouping:
         """Whether a tensor is stored in the order of its own axes."""
         return self.order == (0, 1, 2)
 
+    @property
+    def apart(self) -> bool:
+        """Whether the first two stored axes number the rows of codes, each of which begins a byte; else the first alone."""
+        return self.in_order or self.lead == 2
+
     def stored(self, shape: Shape3) -> Shape3:
         """`shape` in the order in which it is stored."""
         a, b, c = self.order
@@ -158,7 +163,7 @@ class Grouping:
     def rows(self, shape: Shape3) -> Shape3:
         """The stored shape as rows of codes that are packed together, see `Format.packed_shape`."""
         a, b, c = self.stored(shape)
-        return (a, b, c) if self.in_order or self.lead == 2 else (a, 1, b * c)
+        return (a, b, c) if self.apart else (a, 1, b * c)
 
     def together(self, shape: Shape3) -> int:
         """Elements that share the coordinates of `axes`."""
@@ -171,21 +176,6 @@ class Grouping:
     def groups(self, shape: Shape3) -> int:
         """Number of groups of a tensor of logical `shape`."""
         return math.prod(self.stored(shape)[: self.lead]) * self.blocks(shape)
-
-    def elements(self, shape: Shape3) -> int:
-        """Elements of a group; where a last block is shorter, it counts as if zeros filled it up."""
-        return self.block or self.together(shape)
-
-    def strides(self, shape: Shape3) -> tuple[Shape3, Shape3]:
-        """Without a block: the number of an element's group, and its number within the group, as the sum of its coordinates
-        along the logical axes times these."""
-        group, element = [0, 0, 0], [0, 0, 0]
-        for strides, axes in ((group, self.order[: self.lead]), (element, self.order[self.lead :])):
-            step = 1
-            for axis in reversed(axes):
-                strides[axis] = step
-                step *= shape[axis]
-        return (group[0], group[1], group[2]), (element[0], element[1], element[2])
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ class _Products(torch.autograd.Function):
             sums = calls.accumulate(q["output_x"], q["output_w"], call.geometry, call.backend)
             return placeholder(sums, tuple(sums.shape)), sums
         if call.recipe.low_bit("output"):
-            return calls.multiply_output(q["output_x"], q["output_w"], bias, call.geometry, call.backend)
+            return calls.output(q["output_x"], q["output_w"], bias, call.geometry, call.backend)
         x_NPC = q["output_x"].decode().to(call.x_dtype) if "output_x" in q else x_NPC
         w_OKI = (q["output_w"].decode() if "output_w" in q else w_OKI).to(call.x_dtype)
         y_NPO = multiply_output(x_NPC, w_OKI, call.geometry)
@@ -261,9 +261,9 @@ def _gradient(call: _Call, plan: Plan, g_NPO: Tensor, saved: list[Tensor | None]
             fold, right = fold.permute(1, 2, 0) if of_x else fold, _unscaled(right, plan.right.unscaled)
         g = _encoded(call, plan.left, g_NPO, key, fold)
         if not of_x:
-            grad = calls.multiply_grad_weight(g, right, call.geometry, call.backend)
+            grad = calls.grad_weight(g, right, call.geometry, call.backend)
             return (apply_mask(grad, mask) if mask.numel() else grad).to(dtype)
-        grad = calls.multiply_grad_input(g, right, mask, call.geometry, call.x_shape, call.backend).to(dtype)
+        grad = calls.grad_input(g, right, mask, call.geometry, call.x_shape, call.backend).to(dtype)
         if call.taken and g.index is not None and g.format.axes == "N":
             note_kept(grad, g.index)
         return grad
@@ -281,7 +281,8 @@ def _gradient(call: _Call, plan: Plan, g_NPO: Tensor, saved: list[Tensor | None]
 
 def _encoded(call: _Call, operand: Operand, g_NPO: Tensor, key: Tensor | None, fold: Tensor | None) -> QTensor:
     """The gradient's codes; whoever wrote it may have found its ranges on the way."""
-    ranges = None if torch.compiler.is_compiling() else ranges_of(g_NPO, operand.format.axes, fold)
+    known = not torch.compiler.is_compiling() and not operand.format.block  # what is known is the range of whole channels
+    ranges = ranges_of(g_NPO, operand.format.axes, fold) if known else None
     return operand.encode(
         g_NPO, key=key, training=True, fold=fold, ranges=ranges, geometry=call.geometry, states=call.states,
         backend=call.backend,

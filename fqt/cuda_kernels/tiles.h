@@ -168,7 +168,7 @@ DEVICE void put_sums(u32 memory, int row, int column, int first, int second) {
   store_shared_int(to + 4, second);
 }
 
-// The float part, in the order that fqt/reference.py states. A warp a row.
+// The float part, in the order that fqt/reference/products.py states. A warp a row.
 template <int kM, int kN, int kStages>
 DEVICE void finish(const Product& p, const Work& w, u32 memory) {
   using L = Layout<kM, kN, kStages>;

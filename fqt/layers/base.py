@@ -9,7 +9,7 @@ A kind of layer is one class in one file:
         def compute(self, input): ...          its forward, by `fqt.functional.linear` or `conv2d`
         def weight_OKI(self): ...              its weight as (output channel, tap, input channel), a differentiable view
 
-and, where the defaults do not fit, `window`, `canonical`, `multiply_adds` and `sizes`. Nothing else in the library asks which
+and, where the defaults do not fit, `window`, `canonical`, `multiply_adds` and `like`. Nothing else in the library asks which
 class a layer is. These methods use the plain layer's attributes alone: they are asked of layers that are not converted too.
 """
 
@@ -146,13 +146,15 @@ class QuantizedLayer(nn.Module):
         return f"{super().extra_repr()}, recipe={recipe.name if recipe else None}{backend}"
 
     def requests(self) -> dict[str, ops.Request]:
-        """What the layer asks of kernels: each product that runs in low bits, and "quantize output.x" and so on."""
+        """What the layer asks of kernels: each product that runs in low bits, and "quantize output.x" and so on, or
+        "encode output.x" where a registered calibration finds the scales."""
         device, asked = self.weight.device.type, {}
         for product, letters in LEFT_RIGHT.items():
             for letter in letters:
                 operand = self.recipe.operand(product, letter)
                 if operand is not None and not operand.saved:
-                    asked[f"quantize {product}.{letter}"] = ops.Request(device, (operand.format,), backend=self.backend)
+                    operator = "quantize" if isinstance(operand.quantizer.calibrate, str) else "encode"
+                    asked[f"{operator} {product}.{letter}"] = ops.Request(device, (operand.format,), backend=self.backend)
             if self.recipe.low_bit(product):
                 formats = self.recipe.multiplied(product, self.kind)
                 asked[product] = ops.Request(device, formats, self.window(), self.backend)

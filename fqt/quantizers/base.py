@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fqt import calls
 from fqt.formats import GRANULARITY_AXES, GRIDS, Format
-from fqt.qtensor import QTensor
+from fqt.qtensor import QTensor, Scales
 from fqt.quantizers.stages import RESERVED, Calibration, Estimator, ProductTransform, Stage, Transform, build_stage
 from fqt.reference import group_rows, pass_mask
 from fqt.wording import nearest
@@ -290,12 +290,9 @@ def quantize(
                     f"ranges: the {name} values are {tensor.dtype} of shape {tuple(tensor.shape)}, expected float32 of "
                     f"shape ({groups},), one for each group"
                 )
-    state = state or {}
-    return codes_of(x_NPC, quantizer, format, key, stream, fold, ranges, state.get(_word(quantizer)), update, backend)
-
-
-def _word(quantizer: Quantizer) -> str:
-    return quantizer.calibrate if isinstance(quantizer.calibrate, str) else quantizer.calibrate.word
+    calibration = quantizer.calibrate
+    of_calibration = state.get(calibration.word) if isinstance(calibration, Calibration) else None
+    return codes_of(x_NPC, quantizer, format, key, stream, fold, ranges, of_calibration, update, backend)
 
 
 def codes_of(
@@ -328,10 +325,32 @@ def codes_of(
             backend=backend,
         )
     with torch.no_grad():
-        value = x_NPC.float() if fold is None else x_NPC.float() * fold
-        scales = quantizer.calibrate.scales(group_rows(value, format), format, state, update)
+        rows_GE = group_rows(x_NPC.float() if fold is None else x_NPC.float() * fold, format)
+        scales = _checked(quantizer.calibrate.scales(rows_GE, format, state, update), rows_GE, format, quantizer.calibrate)
     draws = key if quantizer.stochastic else None
     q = calls.encode(x_NPC, scales, format, fold=fold, key=draws, stream=stream, backend=backend)
     inside = quantizer.pass_range
     mask = x_NPC.new_empty(0, dtype=torch.uint8) if inside is None else pass_mask(x_NPC, *inside)
     return q, mask
+
+
+def _checked(scales: Scales, rows_GE: Tensor, format: Format, calibration: Calibration) -> Scales:
+    """A registered calibration's scales, as kernels take them; NaN for a group that holds one, whatever the calibration says.
+
+    Raises:
+        ValueError: they are not one float32 for each group, or have an offset where the format has none or the other way round.
+    """
+    if (scales.offset is not None) != format.offset:
+        wants = "has an offset" if format.offset else "has no offset"
+        raise ValueError(f"calibration {calibration}: the format {format.name} {wants}: its Scales must say the same")
+    for name in ("scale", "inverse", "offset"):
+        found = getattr(scales, name)
+        if found is not None and (found.shape != (rows_GE.shape[0],) or found.dtype != torch.float32):
+            raise ValueError(
+                f"calibration {calibration}: {name} is {found.dtype} of shape {tuple(found.shape)}, expected float32 of shape "
+                f"({rows_GE.shape[0]},), one for each group"
+            )
+    bad = rows_GE.isnan().any(1)
+    scale = torch.where(bad, torch.nan, scales.scale)
+    offset = None if scales.offset is None else torch.where(bad, 0.0, scales.offset)
+    return Scales(scale, torch.where(bad, 0.0, scales.inverse), offset)

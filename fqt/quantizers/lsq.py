@@ -66,6 +66,11 @@ class LSQ(Calibration, Estimator):
         low, high = Format(self.grid, self.bits).code_range
         return int(low), int(high)
 
+    def check(self, format: Format) -> None:
+        if (format.grid, format.bits) != (self.grid, self.bits):
+            made, asked = f"{self.grid}{self.bits}", format.name
+            raise ValueError(f"the step's gradient counts codes of {made}, not of {asked}: make lsq anew at these bits")
+
     def state(self, letter: str, layer: nn.Module | None) -> LearnedStep:
         if letter != "w" or layer is None or layer.weight.is_meta:  # type: ignore[union-attr]
             return LearnedStep()

@@ -75,6 +75,10 @@ class Calibration(Stage):
             state: what `state` made.
             update: whether running statistics move with these values: in training, and not when an activation checkpoint
                 computes the forward again.
+
+        Returns:
+            scale, inverse and, if the format has one, offset, (G,) float32 each; no factor and no index. A group that holds a
+            NaN gets scale NaN by itself.
         """
         raise NotImplementedError
 
@@ -185,6 +189,9 @@ def _register(kind: str, word: str) -> Callable[[_Class], _Class]:
         # a class may be registered as two kinds, under one word: its state is then shared
         if made.__dict__.get("word", word) != word:
             raise ValueError(f"{made.__name__} is registered as {made.word!r} already: use that name")
+        other = next((words[word] for _, words in KINDS.values() if word in words), made)
+        if other is not made:
+            raise ValueError(f"{word!r} names {other.__name__} already, whose state a layer keeps under it: choose another")
         made.word = word
         words[word] = made
         return made

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fqt.formats import Format, Shape3
+from fqt.formats import Format, Grouping, Shape3
 from fqt.geometry import Geometry
 
 SHARED_BYTES = {
@@ -70,22 +70,20 @@ class Stored:
     group_rows: int
     row_split: int
     split: int
-    axes: str
+    grouping: Grouping
 
     def strides(self, n: int, p: int, c: int) -> tuple[int, int, int, int]:
         """Strides of the four coordinates, from those of (N, P, C)."""
-        return {"C": (c, 0, n, p), "NC": (c, n, 0, p)}.get(self.axes, (n, p, 0, c))
+        first, second, last = self.grouping.stored((n, p, c))
+        return (first, second, 0, last) if self.grouping.apart else (first, 0, second, last)
 
 
 def stored(format: Format, shape: Shape3) -> Stored:
-    """How a tensor of logical `shape` lies in a format."""
-    n, p, c = shape
-    if format.axes == "C":
-        return Stored(c, n * p, 1, 1, max(p, 1), "C")
-    if format.axes == "NC":
-        return Stored(c * n, p, 1, max(n, 1), max(p, 1), "NC")
-    group_rows = {"": n * p, "NP": 1}.get(format.axes, p)
-    return Stored(n * p, c, max(group_rows, 1), max(p, 1), max(c, 1), format.axes)
+    """How a tensor of logical `shape` lies in a format without blocks."""
+    grouping = format.grouping
+    first, second, length = grouping.rows(shape)
+    lead = {0: first * second, 1: second, 2: 1}[grouping.lead]
+    return Stored(first * second, length, max(lead, 1), max(second, 1), max(grouping.stored(shape)[2], 1), grouping)
 
 
 def power_of_two(n: int) -> int:
@@ -107,7 +105,7 @@ class Pass:
 
 def elementwise(of: Stored, elements: int = 2048) -> Pass:
     """Tiles of a pass that packs along the rows: at least 8 codes, so that a tile ends at a byte."""
-    columns = min(max(power_of_two(of.length), 8), 128 if of.group_rows == 1 and of.axes != "NP" else 256)
+    columns = min(max(power_of_two(of.length), 8), 128 if of.group_rows == 1 and of.grouping.axes != "NP" else 256)
     return Pass(min(elements // columns, power_of_two(of.rows)), columns)
 
 

@@ -185,3 +185,15 @@ def test_decode_multiplies_nothing_and_is_not_bound(monkeypatch: pytest.MonkeyPa
 def test_a_named_reference_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     fqt.convert(nn.Linear(4, 3), INT8, backend="reference")
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@built
+def test_a_named_backend_is_asked_to_encode_where_a_registered_calibration_finds_the_scales() -> None:
+    x, w = (fqt.Quantizer("int", 8, calibrate="percentile") for _ in "xw")
+    recipe = fqt.Recipe("percentiles", fqt.Product(x, w), *[fqt.Product("float", "saved")] * 2)
+    layer = fqt.convert(nn.Linear(4, 3), recipe, backend="cpu")
+    assert {"encode output.x", "encode output.w", "output"} == set(layer.requests())
+    floats = fqt.Quantizer("e4m3", 8, calibrate="percentile")
+    recipe = fqt.Recipe("floats", fqt.Product(floats, "float"), *[fqt.Product("float", "saved")] * 2)
+    with pytest.raises(ValueError, match=r"layer '', encode output.x: backend 'cpu' does not serve encode of e4m3 on cpu"):
+        fqt.convert(nn.Linear(4, 3), recipe, backend="cpu")

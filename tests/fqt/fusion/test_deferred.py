@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -428,3 +429,14 @@ def test_ranges_of_a_folded_gradient_follow_from_its_own(
                 for ranges in (found, expected)
             ]
             assert_same_codes(*codes)
+
+
+def test_gradients_in_blocks_between_fused_layers_find_their_own_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What BatchNorm's backward knows is the range of whole channels, not of blocks: the same bits where it says nothing."""
+    block = fqt.Quantizer("int", 8, "block", block=16)
+    products = {name: fqt.Product(block, "saved") for name in ("grad_input", "grad_weight")}
+    model = network(replace(fqt.load_recipe("fqt_1bit"), name="blocks", **products))
+    asked = copy.deepcopy(model)
+    known = step(model, images())
+    monkeypatch.setattr("fqt.products.ranges_of", lambda *_: None)
+    assert_same(known, step(asked, images()))

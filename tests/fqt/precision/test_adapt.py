@@ -227,6 +227,20 @@ def test_recipes_survive_a_checkpoint() -> None:
         assert (again.output, again.grad_input, again.grad_weight) == (recipe.output, recipe.grad_input, recipe.grad_weight)
 
 
+def test_recipes_with_registered_stages_survive_it_too(tmp_path) -> None:
+    path = tmp_path / "staged.yaml"
+    path.write_text(
+        "extends: int8\n"
+        "output: {x: {quantizer: pact, decay: 0.1}, w: {quantizer: lsq, bits: 3}}\n"
+        "grad_input: {g: {quantizer: nvfp4}, w: {quantizer: mx}}\n"
+        "grad_weight: {g: {quantizer: uniform}, x: {quantizer: uniform}, transform: {hadamard: {size: 16}}}\n"
+    )
+    recipe = fqt.load_recipe(path)
+    torch.save(to_plain(recipe), tmp_path / "recipe.pt")
+    again = from_plain(torch.load(tmp_path / "recipe.pt", weights_only=True))
+    assert (again.output, again.grad_input, again.grad_weight) == (recipe.output, recipe.grad_input, recipe.grad_weight)
+
+
 def test_the_penalty_and_its_gradient() -> None:
     model = network()
     controller = fqt.AdaPT(model, l1=0.5, l2=0.25, word_length_penalty=2.0)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fqt
+from fqt.precision import at_word_length
 from fqt.quantizers import build
 from fqt.quantizers.lsq import LSQ
 
@@ -131,6 +132,8 @@ def test_nan_is_not_hidden_and_wrong_options_are_named():
     x = torch.randn(4, 8)
     x[1, 2] = math.nan
     assert layer(x).isnan().all()
+    with pytest.raises(ValueError, match="counts codes of int4, not of int8: make lsq anew at these bits"):
+        at_word_length(recipe(4), 8)
     with pytest.raises(ValueError, match="bits 9 is not an integer from 2 to 8"):
         build("lsq", "w", bits=9)
     gradient = fqt.Quantizer("int", 4, calibrate=LSQ("int", 4))

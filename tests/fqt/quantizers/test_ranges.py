@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -103,3 +104,58 @@ def test_what_is_not_finite_shows_and_does_not_stay():
     by_sample = build("uniform", "x", granularity="sample", calibrate="moving_average")
     with pytest.raises(ValueError, match=r"output.x: moving_average keeps one range for a tensor: use granularity tensor"):
         fqt.Recipe("bad", fqt.Product(by_sample, build("uniform", "w")), *[fqt.Product("float", "saved")] * 2)
+
+
+# --- what the library makes sure of, whatever a registered calibration says ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Careless(fqt.Calibration):
+    """Looks at no NaN, and hands out what it was made with."""
+
+    scale: object = None
+    inverse: object = None
+    offset: object = None
+    word = "careless"
+
+    def scales(self, rows_GE, format, state, update):
+        given = (self.scale, self.inverse, self.offset)
+        return fqt.Scales(*(value(rows_GE.shape[0]) if callable(value) else value for value in given))
+
+
+def strided(groups: int) -> torch.Tensor:
+    return torch.full((groups, 3), 0.25)[:, 1]
+
+
+@pytest.mark.parametrize("backend", ["reference", *(["cpu"] if library.refuses() is None else [])])
+def test_a_group_with_a_nan_decodes_to_nan_and_strides_are_no_matter(backend):
+    careless = Careless(strided, lambda groups: torch.full((1,), 4.0).expand(groups))
+    quantizer = fqt.Quantizer("int", 8, "sample", careless)
+    x = torch.randn(4, 3, 5)
+    x[2, 1, 3], x[1, 0, 0] = float("nan"), float("inf")
+    q, _ = quantize(x, quantizer, "x", backend=backend)
+    assert q.decode()[2].isnan().all() and q.decode()[[0, 1, 3]].isfinite().all()
+    assert q.decode()[1, 0, 0] == 127 * 0.25, "what is given beforehand saturates"
+    assert_same_codes(q, quantize(x, quantizer, "x", backend="reference")[0])
+    w = build("uniform", "w")
+    recipe = fqt.Recipe("careless", fqt.Product(quantizer, w), *[fqt.Product("float", "saved")] * 2)
+    layer = fqt.convert(nn.Linear(5, 2), recipe, backend=backend)
+    assert layer(x).isnan().any(-1).any(-1).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("scales", "words"),
+    [
+        ((torch.ones(3), torch.ones(4)), r"scale is torch.float32 of shape \(3,\), expected float32 of shape \(4,\), one for"),
+        ((torch.ones(4), torch.ones(4).double()), r"inverse is torch.float64 of shape \(4,\), expected float32"),
+        ((torch.ones(4), torch.ones(4), torch.zeros(4)), r"the format int8:N has no offset: its Scales must say the same"),
+    ],
+)
+def test_scales_that_do_not_fit_are_named(scales, words):
+    with pytest.raises(ValueError, match=words):
+        quantize(torch.randn(4, 3, 5), fqt.Quantizer("int", 8, "sample", Careless(*scales)), "x")
+
+
+def test_a_word_names_one_class_of_stages():
+    with pytest.raises(ValueError, match="'percentile' names Percentile already, whose state a layer keeps under it"):
+        fqt.register_estimator("percentile")(dataclass(frozen=True)(type("Another", (fqt.Estimator,), {})))

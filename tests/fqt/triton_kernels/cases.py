@@ -32,7 +32,7 @@ from fqt.triton_kernels import gather, plan, weight
 from fqt.triton_kernels import norm as norm_kernels
 from fqt.triton_kernels.quantize import calibrate, encode, quantize
 from fqt.triton_kernels.rows import ROWS
-from tests.fqt import random_cases, test_norm
+from tests.fqt import random_cases, random_norm
 
 _SMALL = (plan.Tile(16, 16, 32, 4, 2), plan.Tile(32, 16, 32, 4, 2))
 """Tiles of which small operands take several."""
@@ -209,10 +209,10 @@ def fuzz_norm(device: str, seed: int, count: int) -> None:
     for case in range(count):
         operator = NORM[case % len(NORM)]
         height, width = draw.choice((1, 2, 3, 5, 8)), draw.choice((1, 2, 3, 4, 7))
-        shape = (draw.choice((0, 1, 2, 3, 7)), height * width, draw.choice(test_norm.CHANNELS))
-        source = test_norm.source(draw, shape, generator)
+        shape = (draw.choice((0, 1, 2, 3, 7)), height * width, draw.choice(random_norm.CHANNELS))
+        source = random_norm.source(draw, shape, generator)
         affine, means = torch.randn(4, shape[2], generator=generator), torch.randn(2, shape[2], generator=generator)
-        windows = Windows(height, width, draw.choice(test_norm.KERNEL_SIZES))
+        windows = Windows(height, width, draw.choice(random_norm.KERNEL_SIZES))
         down, across = windows.pooled_size
         g, kept = torch.randn(shape[0], down * across, shape[2], generator=generator), None
         if draw.random() < 0.5:

@@ -29,7 +29,7 @@ class GradWeightRun {
       : c(call), l(call.layer), taps(l.taps()), panels(ceil_div(l.in, kWidth)), parts(l.groups * panels * taps),
         planes(c.g.planes()), rows(c.channel_count), positions(l.positions()), outputs(l.groups * l.out),
         offset(c.g_offset.data != nullptr), x_bytes(panels * kWidth / 8), x_rows(l.n * l.other_positions() - c.missing),
-        // a sample is `fours` lookups; where samples are apart, whole quads of them
+        // a sample takes `fours` lookups; where each sample has a scale of its own, they are rounded up to whole groups of four
         fours(c.blocks ? round_up(ceil_div(positions, 4), 4) : ceil_div(positions, 4)), chunk(chunk_of()),
         room(round_up(chunk * fours, 4)), segments(c.blocks ? chunk : 1), table_bytes(room * 16), part_bytes(room * kWidth),
         one_chunk(c.sample_count <= chunk),

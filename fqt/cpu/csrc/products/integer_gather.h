@@ -34,7 +34,7 @@ class Gather {
   // For a kind of pixel the runs of the taps that it meets, as seen from the first of them.
   struct Kind {
     size_t begin, end;           // of its runs
-    int64_t met_begin, met_end;  // of its taps in `met`
+    int64_t met_begin, met_end;  // the taps of the position, as a range of `met`
     int64_t y_tap, x_tap;        // the first of them, -1 if it meets none
     int64_t terms;
   };
@@ -104,7 +104,7 @@ class Gather {
     });
   }
 
-  // One tap of a panel whose columns lie side by side in memory.
+  // One tap of a panel whose columns are contiguous in memory.
   void pack_across(const Panel& panel, int64_t tap, const Decoder<Code>& decode, Code* codes, uint32_t* to,
                    int64_t* sum) const {
     const int64_t first = panel.channel - panel.group * c.columns, width = panel.width;
@@ -128,7 +128,7 @@ class Gather {
     }
   }
 
-  // All taps of a panel whose summed codes lie side by side in memory: decoded, then turned.
+  // All taps of a panel whose summed codes are contiguous in memory: they are decoded, then transposed.
   void pack_along(const Panel& panel, const Decoder<Code>& decode, Code* codes, uint32_t* to, int64_t* sum) const {
     const int64_t all = taps * words, row_bytes = ceil_div(c.depth * c.b.storage, 8), width = panel.width;
     std::memset(codes, 0, width * all * 4);
@@ -303,7 +303,7 @@ class Gather {
   const int64_t group_width, slots, row_codes;  // columns of a group, and of all, filled up to vectors; codes of a pixel
   const int64_t kind_count;
   const int row_by, column_by;                  // what is added to the codes of rows, taken from those of columns
-  const bool need_row_sums, twice;              // twice: columns are taken apart
+  const bool need_row_sums, twice;              // twice: each column is split into its high and low bytes and multiplied twice
   const int64_t column_words;                   // of all panels
   Buffer<Code> rows;
   Buffer<int64_t> pixel_sums;

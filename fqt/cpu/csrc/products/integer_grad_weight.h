@@ -1,5 +1,6 @@
-// `grad_weight` of integers. What is summed lies side by side: four samples at one position, or, where samples have a scale
-// each, four positions of a line. Samples are worked off in chunks, and these in bands of positions; a round is a band of one.
+// `grad_weight` of integers. Codes that are summed are made contiguous: four samples at one position, or, where each sample
+// has a scale of its own, four positions of a line. Samples are taken in chunks, and each chunk in bands of positions; a round
+// is one band of one chunk.
 
 namespace {
 
@@ -136,7 +137,7 @@ class Weigh {
     constexpr int64_t together = 16;
     const int64_t words = x_codes / kPer<Code>, row_bytes = ceil_div(inputs * c.x.storage, 8);
     parallel(ceil_div(words, together), most(1, 4096 / (inputs + 1)), [&](int64_t begin, int64_t end) {
-      const int64_t padded = inputs + 16;  // rows that do not lie a power of two apart
+      const int64_t padded = inputs + 16;  // no power of two: rows would compete for the same lines of the cache
       Buffer<Code> codes(kPer<Code> * padded), zeros(inputs);
       Buffer<uint32_t> words_of(together * padded);
       std::memset(zeros.data, 0, inputs * kSize);
@@ -197,7 +198,7 @@ class Weigh {
     }
   }
 
-  // kInts channels' codes, `length` apart, as columns of a panel.
+  // The codes of kInts channels, one every `length` integers, written as the columns of a panel.
   void interleave_channels(const Code* codes, int64_t length, const Panel& panel, uint32_t* to) const {
     constexpr int64_t together = 16;
     const bool side_by_side = c.blocks || positions == 1;

@@ -1,6 +1,6 @@
 // The three products of any two integer formats of at most 8 bits, or with one or both in two's complement of 9 to 16 bits.
 //
-// Codes that are summed lie side by side in words of 32 bits: four bytes, or two 16-bit integers where the machine has no
+// Codes that are summed are contiguous within words of 32 bits: four bytes, or two 16-bit integers where the machine has no
 // multiply-add of bytes. A tile is some rows of one operand, whose words are broadcast, by a panel of columns of the other,
 // whose words fill vectors. What a tile sums is a list of runs, stretches of words at which both operands go on: the taps
 // that a pixel meets (`output`, `grad_input`), or the positions that a tap meets (`grad_weight`). So no window is copied, and
@@ -42,7 +42,7 @@ inline int64_t largest(const Integers& q) {
   return q.meaning == Meaning::sign ? 1 : q.meaning == Meaning::natural ? (1 << q.bits) - 1 : 1 << (q.bits - 1);
 }
 
-// How many products of codes 32 bits hold, shifts included; whether the columns must be taken apart for that.
+// How many products of codes 32 bits hold, shifts included; whether the columns must be split into bytes for that.
 inline bool apart(const Integers& row, const Integers& column) {
   return column.storage > 8 && INT32_MAX / (largest(row) * largest(column)) < kFewTerms;
 }

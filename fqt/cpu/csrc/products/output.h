@@ -125,7 +125,7 @@ class SignOutputRun {
     if (words) std::memset(out + (words - 1) * kWordBytes, 0, kWordBytes);
     const uint8_t* of_image = x + n * image;
     const int32_t left = l.x.at[ox * l.x.taps], right = l.x.at[(ox + 1) * l.x.taps - 1];
-    const bool row = l.groups == 1 && left >= 0 && right - left == l.x.taps - 1;  // the taps of a line lie side by side
+    const bool row = l.groups == 1 && left >= 0 && right - left == l.x.taps - 1;  // the taps of a line are contiguous
     for (int64_t ky = 0; ky < l.y.taps; ++ky) {
       const int32_t y = l.y.at[oy * l.y.taps + ky];
       if (row && y >= 0) {

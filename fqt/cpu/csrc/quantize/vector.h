@@ -186,7 +186,7 @@ struct Keys {
 template <int kCounters>
 inline void philox(const Keys& keys, Counters (&c)[kCounters]) {
 #if defined(FQT_NEON)
-  // Its multiplication reads words that lie side by side, so there two counters become one, and uzp sorts the products' halves.
+  // Its multiplication reads contiguous words, so two counters are multiplied at once, and uzp sorts the products' halves.
   constexpr int kPairs = (kCounters + 1) / 2;
   const auto word = [](Pairs a, Pairs b) { return vuzp1q_u32((uint32x4_t)a, (uint32x4_t)b); };
   uint32x4_t w[kPairs][4];
