@@ -68,7 +68,8 @@ class Scales:
     """How the values of each group become codes, `code = rounded((value - offset) * inverse)`, and what codes then stand for.
 
     Attributes:
-        scale: (G,) float32; NaN for a group that cannot be encoded, whose stored bits are then 0.
+        scale: (G,) float32; NaN for a group that cannot be encoded, whose stored bits are then 0. A group that holds a NaN has
+            scale NaN: what `encode` makes of a NaN at a finite scale is not specified.
         inverse: (G,) float32, the reciprocal of scale, by one division; 0 where a group is constant or cannot be encoded.
         offset: (G,) float32, or None when the format has none.
         factor: (G,) float32 or None: what pruning multiplies a group's values by, 0 where it leaves the group out.
