@@ -23,6 +23,12 @@ from fqt.quantizers.base import Quantizer, register
 from fqt.quantizers.stages import Calibration, Estimator, register_calibration, register_estimator
 
 
+def _look_again(module: nn.Module, _: object) -> None:
+    """Whether a loaded step has its first value. A function of the module, so that a model can be pickled."""
+    assert isinstance(module, LearnedStep)
+    module.started = not bool(module.step.detach().isnan())
+
+
 class LearnedStep(nn.Module):
     """The step of one operand: a parameter of one number, NaN until it has its first value."""
 
@@ -30,7 +36,7 @@ class LearnedStep(nn.Module):
         super().__init__()
         self.step = nn.Parameter(torch.tensor(step))
         self.started = not math.isnan(step)
-        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "started", not bool(module.step.isnan())))
+        self.register_load_state_dict_post_hook(_look_again)
 
     def start(self, step: Tensor) -> None:
         """Take the first value; the mean over the ranks, where there are some."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -87,7 +88,8 @@ def test_the_step_lives_in_the_layer_and_in_its_state_dict():
     again.load_state_dict(net.state_dict())
     for one, other in zip(step(net, 9 * x), step(again, 9 * x), strict=True):  # the loaded step is not started anew
         assert torch.equal(one, other)
-    assert torch.equal(copy.deepcopy(net)(x), net(x))
+    for same in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(same(x), net(x))
 
 
 def test_training_lowers_the_loss_and_moves_the_step():
