@@ -61,7 +61,7 @@ class Variant:
     times: dict[str, list[float]]
 
     def run(self) -> None:
-        """One step, booked."""
+        """One step, its times recorded."""
         for phase, ms in self.step(self.parts).ms.items():
             self.times.setdefault(phase, []).append(ms)
 

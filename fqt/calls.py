@@ -1,6 +1,6 @@
 """The operators as the library calls them: with QTensors and formats, not with lists of tensors and names.
 
-Where nobody has to see an operator, a call goes straight to its kernel; else through `torch.ops.fqt` of `fqt.ops`.
+Where nothing has to see the operator, a call goes straight to its kernel; else through `torch.ops.fqt` of `fqt.ops`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fqt.qtensor import QTensor, Scales
 
 
 def _direct(tensor: Tensor) -> bool:
-    """Whether nobody looks on who has to see an operator: no compiler, no mode, no profiler, no subclass, no transform of
+    """Whether nothing is active that has to see operators: a compiler, a mode, a profiler, a tensor subclass, a transform of
     torch.func. Then a call goes straight to its kernel, which spares the dispatcher and the schema: a third of a small layer's
     time."""
     return (

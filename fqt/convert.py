@@ -71,8 +71,8 @@ def convert(
 
     Raises:
         ValueError: the model is converted already, a pattern matches no layer, nothing is left to convert, or the named
-            backend is unknown or cannot serve a layer; `min_speedup` is no positive number, or one of it and `example`
-            is given without the other.
+            backend is unknown or cannot serve a layer; `min_speedup` is not a positive number, or only one of `min_speedup` and
+            `example` is given.
         TypeError: `model` is not a module, or `skip` is not strings.
 
     An error leaves the model as it was.

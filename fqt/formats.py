@@ -84,7 +84,7 @@ def register_grid(grid: Grid) -> None:
     """Add a grid of small floats. The reference serves it; a kernel serves it where its row says so.
 
     Raises:
-        ValueError: its name is taken or no word, or it is no small float of at most 8 bits.
+        ValueError: its name is taken or is not a word, or it is not a small float of at most 8 bits.
     """
     if grid.name in _grids:
         raise ValueError(f"a grid named {grid.name!r} exists already: choose another name")

@@ -162,7 +162,7 @@ def layer(
 
 
 def keeps_graph(*inputs: Tensor | None) -> bool:
-    """Whether a call must go through autograd. Where it need not, it must not while torch.compile looks on: torch 2.14 then
+    """Whether a call must go through autograd. Where it need not, it must not under torch.compile: torch 2.14 then
     hands a Function with `setup_context` a context in place of its first argument."""
     if not torch.is_grad_enabled() or not torch.compiler.is_compiling():
         return torch.is_grad_enabled()

@@ -46,7 +46,7 @@ class Stopwatch:
         self._device, self._last = device, self._now(device)
 
     def mark(self, phase: str) -> None:
-        """Books the time since the last mark."""
+        """Records the time since the last mark."""
         now = self._now(self._device)
         self.ms[phase] = self.ms.get(phase, 0.0) + (now - self._last) * 1e3
         self._last = now

@@ -9,7 +9,7 @@
         optimizer.zero_grad()
 
 A policy assigns a layer a new recipe and never changes one; the next forward follows it. Nothing is converted or compiled again
-(`fqt.nn.let_recipe_change`), and the weights that the optimizer sees, the float32 master copy, stay untouched.
+(`fqt.layers.base.let_recipe_change`), and the weights that the optimizer sees, the float32 master copy, stay untouched.
 
 Every rank of a distributed run must decide alike, so a policy decides from what all ranks have in common: the weights, their
 averaged gradients, and what `Policy.agreed` makes common. It draws no random numbers.

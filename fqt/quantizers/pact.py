@@ -67,7 +67,7 @@ class PACT(Calibration, Estimator):
     def save(self, x: Tensor, q: QTensor, state: nn.Module | None) -> tuple[Tensor, ...]:
         assert isinstance(state, LearnedClip)
         alpha = state.alpha.detach()
-        # two bits of knowledge an element: whether it passes, and whether it lies beyond alpha
+        # two bits an element: whether it passes, and whether it lies beyond alpha
         beyond = (x >= alpha).to(torch.int8) - ((x <= -alpha).to(torch.int8) if self.signed else 0)
         passes = x.abs() < alpha if self.signed else (x >= 0) & (x < alpha)
         return passes, beyond, alpha.clone()

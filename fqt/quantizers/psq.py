@@ -1,4 +1,4 @@
-"""PSQ, the per-sample quantizer of StatQuant (arXiv 2010.14298, section 4.1), and its finer kin."""
+"""PSQ, the per-sample quantizer of StatQuant (arXiv 2010.14298, section 4.1), and the same for finer groups."""
 
 from fqt.quantizers.base import Quantizer, register
 

@@ -2,9 +2,8 @@
 
 The terms of a sum are taken in a fixed order: tap by tap, and within a tap by input channel (`output`), output channel
 (`grad_input`), or sample and position (`grad_weight`). They are cut wherever one operand passes from one group to another, or
-across the border of the image. Of
-each piece the codes' products are accumulated exactly and scaled as `fqt.reference.products` says; the pieces are then added in
-float32, in ascending order. Bias or mask come last.
+across the border of the image. The codes' products of each piece are accumulated exactly and scaled as `fqt.reference.products`
+says; the pieces are then added in float32, in ascending order. Bias or mask come last.
 
 A window is unfolded: (N, P, C) is gathered to what each position of the result meets under each tap.
 """

@@ -17,7 +17,7 @@ and over the blocks in order:
     sum_g = sum(g);   sum_gx = sum(g * x)           = the gradients of beta and gamma
     dy = ((dz - sum_g / M) - x * (sum_gx / M)) * a
 
-A NaN among z makes the scale of the signs NaN and their bits 0, as for any group (`fqt.reference`).
+A NaN among z makes the scale of the signs NaN and their bits 0, as for any group (`fqt.reference.codes`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 // The product operators of fqt_cpu, on LibTorch's stable ABI. They take packed codes, scales as (sample, position or
 // channel) views, and `sizes`: those of the layer, see `Convolution`.
 
+#include "../dispatch/grouping.h"
 #include "geometry.h"
 
 #include <torch/csrc/stable/library.h>
@@ -29,9 +30,6 @@ template <class T>
 const T* data(const std::optional<Tensor>& t) {
   return t ? t->const_data_ptr<T>() : nullptr;
 }
-
-// Whether codes whose scales have these axes are stored channel-major.
-bool channel_major(const std::string& axes) { return axes == "C" || axes == "NC"; }
 
 // --- signs -------------------------------------------------------------------------------------------------------------------
 
@@ -75,7 +73,8 @@ void sign_grad_input(Tensor g, int64_t bits, Tensor g_scale, std::optional<Tenso
 void sign_grad_weight(Tensor g, int64_t bits, std::string axes, Tensor g_scale, std::optional<Tensor> g_offset, Tensor samples,
                       Tensor channels, Tensor x, Tensor x_scale, std::vector<int64_t> sizes, Tensor grad) {
   Convolution convolution(sizes);
-  const bool blocks = axes == "N" || axes == "NC";
+  const Grouping by(axes);
+  const bool blocks = by.within_sample();
   std::vector<int32_t> stretches;
   int64_t missing = 0;
   if (!blocks && convolution.y.pointwise() && convolution.x.pointwise()) {  // any stretch of rows may count as a sample
@@ -92,8 +91,8 @@ void sign_grad_weight(Tensor g, int64_t bits, std::string axes, Tensor g_scale, 
   FQT_KERNEL(grad_weight)({.layer = seen.layer,
                            .g = {.data = g.const_data_ptr<uint8_t>(),
                                  .bits = bits,
-                                 .channel = channel_major(axes),
-                                 .by_channel = axes == "C"},
+                                 .channel = by.channel,
+                                 .by_channel = by.channel_alone()},
                            .x = x.const_data_ptr<uint8_t>(),
                            .g_scale = scale(g_scale),
                            .g_offset = scale(g_offset),
@@ -109,14 +108,14 @@ void sign_grad_weight(Tensor g, int64_t bits, std::string axes, Tensor g_scale, 
 
 // --- integers ----------------------------------------------------------------------------------------------------------------
 
-// Integers as they lie in memory; `axes` are those of their scales.
-Integers integers(const Tensor& codes, const std::string& grid, int64_t bits, const std::string& axes) {
+// Integers as they lie in memory.
+Integers integers(const Tensor& codes, const std::string& grid, int64_t bits, const Grouping& by = {}) {
   return {.data = static_cast<const uint8_t*>(codes.const_data_ptr()),
           .bits = bits,
           .storage = bits <= 2 ? bits : bits <= 4 ? 4 : bits <= 8 ? 8 : 16,
           .meaning = grid == "sign" ? Meaning::sign : grid == "uint" ? Meaning::natural : Meaning::complement,
-          .channel = channel_major(axes),
-          .by_channel = axes == "C"};
+          .channel = by.channel,
+          .by_channel = by.channel_alone()};
 }
 
 void integer_gather(Tensor a, std::string a_grid, int64_t a_bits, Tensor a_scale, std::optional<Tensor> a_offset, Tensor b,
@@ -126,8 +125,8 @@ void integer_gather(Tensor a, std::string a_grid, int64_t a_bits, Tensor a_scale
   const SeenLayer seen(Convolution(sizes), forward);
   const Layer& l = seen.layer;
   FQT_KERNEL(integer_gather)({.layer = l,
-                              .a = integers(a, a_grid, a_bits, ""),
-                              .b = integers(b, b_grid, b_bits, ""),
+                              .a = integers(a, a_grid, a_bits),
+                              .b = integers(b, b_grid, b_bits),
                               .depth = forward ? l.in : l.out,
                               .columns = forward ? l.out : l.in,
                               .across = !forward,
@@ -147,7 +146,8 @@ void integer_grad_weight(Tensor g, std::string g_grid, int64_t g_bits, std::stri
                          std::string x_grid, int64_t x_bits, Tensor x_scale, std::optional<Tensor> x_offset,
                          std::vector<int64_t> sizes, Tensor grad) {
   Convolution convolution(sizes);
-  const bool blocks = axes == "N" || axes == "NC";
+  const Grouping by(axes);
+  const bool blocks = by.within_sample();
   if (convolution.y.pointwise() && convolution.x.pointwise()) {  // positions are as good as samples, or as a line
     const int64_t positions = convolution.y.size * convolution.x.size;
     if (!blocks) convolution.samples *= positions;
@@ -155,8 +155,8 @@ void integer_grad_weight(Tensor g, std::string g_grid, int64_t g_bits, std::stri
   }
   const SeenLayer seen(convolution, true);
   FQT_KERNEL(integer_grad_weight)({.layer = seen.layer,
-                                   .g = integers(g, g_grid, g_bits, axes),
-                                   .x = integers(x, x_grid, x_bits, ""),
+                                   .g = integers(g, g_grid, g_bits, by),
+                                   .x = integers(x, x_grid, x_bits),
                                    .g_scale = scale(g_scale),
                                    .g_offset = scale(g_offset),
                                    .x_scale = *x_scale.const_data_ptr<float>(),

@@ -1,12 +1,12 @@
 // How a tensor is cut into images of rows of columns, see `Plan`.
 #pragma once
 
+#include "../dispatch/grouping.h"
 #include "isa.h"
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <string>
 #include <vector>
 
 namespace fqt {
@@ -36,25 +36,21 @@ struct View {
   }
 };
 
-// What a plan is made for. axes: of the scales, as in fqt/formats.py.
+// What a plan is made for.
 struct Layout {
-  std::string axes;
+  Grouping grouping;
   int64_t storage;
   bool stochastic;
   bool in_order;  // rows follow each other in the order of a group's elements, whatever memory is like
-
-  bool tensor() const { return axes.empty(); }
-  bool token() const { return axes == "NP"; }
-  bool channel() const { return axes == "C"; }
-  bool by_channel() const { return axes == "C" || axes == "NC"; }
 };
 
 // Whether channels are a plan's columns, else positions are.
 inline bool channels_inside(const View& x, const Layout& layout) {
-  if (layout.in_order) return !layout.by_channel();
+  const Grouping& by = layout.grouping;
+  if (layout.in_order) return !by.channel;
   if (x.sc == 1 || x.c == 1 || x.sp != 1 || x.p == 1) return true;
   // random numbers come four to a counter: it must not begin within a row that is packed across
-  return !layout.by_channel() && layout.stochastic && !layout.token() && x.c % 4 != 0;
+  return !by.channel && layout.stochastic && !by.position && x.c % 4 != 0;
 }
 
 // A tensor's strides as (image, row, column). merged: samples and positions are one axis.
@@ -77,9 +73,10 @@ inline void cut_anew(Plan& plan, int64_t storage) {
 
 // fold: null if nothing is multiplied in.
 inline Plan cut(const View& x, const View* fold, const Layout& layout) {
+  const Grouping& by = layout.grouping;
   const int64_t n = x.n, p = x.p, c = x.c, storage = layout.storage;
-  const bool inside = channels_inside(x, layout), channel = layout.channel(), by_channel = layout.by_channel();
-  const bool merged = inside && (layout.tensor() || channel) && x.merges() && (fold == nullptr || fold->merges());
+  const bool inside = channels_inside(x, layout), channel = by.channel_alone();
+  const bool merged = inside && (by.whole() || channel) && x.merges() && (fold == nullptr || fold->merges());
   STD_TORCH_CHECK(!channel || layout.in_order || n == 1 || merged || p % 8 == 0, "codes of a channel begin within a byte");
 
   Plan made;
@@ -88,24 +85,23 @@ inline Plan cut(const View& x, const View* fold, const Layout& layout) {
   made.images = merged ? 1 : n;
   made.rows = inside ? (merged ? n * p : p) : c;
   made.columns = made.last = made.inner = inside ? c : p;
-  made.along = inside != by_channel;
+  made.along = inside != by.channel;
   const int64_t bytes = (c * storage + 7) / 8, mask_bytes = (c + 7) / 8;
   // (image, row, column), the latter two exchanged where positions are inside
   const auto at = [&](int64_t image, int64_t position, int64_t in_channel) {
     return inside ? Affine{image, position, in_channel} : Affine{image, in_channel, position};
   };
   made.mask = at(p * mask_bytes, mask_bytes, 0);
-  if (by_channel) {
+  if (by.channel) {
     made.parts = inside ? Parts::columns : Parts::rows;
     const int64_t row = ((channel ? n * p : p) * storage + 7) / 8;
     made.group = channel ? at(0, 0, 1) : at(1, 0, n);
     made.element = channel ? at(p, 1, 0) : at(0, 1, 0);
     made.byte = channel ? at(p * storage / 8, 0, row) : at(row, 0, n * row);
   } else {
-    const bool token = layout.token(), tensor = layout.tensor();
-    made.parts = token ? (inside ? Parts::rows : Parts::columns) : Parts::whole;
-    made.group = tensor ? Affine{} : token ? at(p, 1, 0) : at(1, 0, 0);
-    made.element = token ? at(0, 0, 1) : at(tensor ? p * c : 0, c, 1);
+    made.parts = by.position ? (inside ? Parts::rows : Parts::columns) : Parts::whole;
+    made.group = by.whole() ? Affine{} : by.position ? at(p, 1, 0) : at(1, 0, 0);
+    made.element = by.position ? at(0, 0, 1) : at(by.whole() ? p * c : 0, c, 1);
     made.byte = at(p * bytes, bytes, 0);
   }
   made.direct = !x.bfloat16 && fold == nullptr && made.x.stride.column == 1;
@@ -127,7 +123,7 @@ class Input {
 
   Plan cut(const Layout& layout) {
     const bool folded = fold_.data != nullptr;
-    if (layout.channel() && x_.n > 1 && x_.p % 8 != 0 && !(x_.merges() && (!folded || fold_.merges()))) copy();
+    if (layout.grouping.channel_alone() && x_.n > 1 && x_.p % 8 != 0 && !(x_.merges() && (!folded || fold_.merges()))) copy();
     return fqt::cut(x_, fold_.data != nullptr ? &fold_ : nullptr, layout);
   }
 

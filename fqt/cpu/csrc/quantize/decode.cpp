@@ -1,5 +1,6 @@
 // The operator fqt_cpu::decode: where each group's codes lie, and where their values go.
 
+#include "../dispatch/grouping.h"
 #include "isa.h"
 
 #include <torch/csrc/stable/library.h>
@@ -15,17 +16,17 @@ namespace {
 using torch::stable::Tensor;
 
 // Codes in the order of the result, (N, P, C): runs with a scale of their own, cut into pieces that begin with a byte.
-void decode_in_order(const Coded& q, const uint8_t* codes, int64_t n, int64_t p, int64_t c, const std::string& axes,
+void decode_in_order(const Coded& q, const uint8_t* codes, int64_t n, int64_t p, int64_t c, const Grouping& by,
                      const float* scale, const float* offset, float* out) {
   constexpr int64_t kPiece = 16384;
   const int64_t bytes = (c * q.storage + 7) / 8;
-  const bool dense = c * q.storage % 8 == 0 && axes != "NP";
-  const int64_t runs = !dense ? n * p : axes.empty() ? 1 : n, length = !dense ? c : axes.empty() ? n * p * c : p * c;
+  const bool dense = c * q.storage % 8 == 0 && !by.position;
+  const int64_t runs = !dense ? n * p : by.whole() ? 1 : n, length = !dense ? c : by.whole() ? n * p * c : p * c;
   const int64_t run_bytes = dense ? length * q.storage / 8 : bytes, pieces = (length + kPiece - 1) / kPiece;
   parallel(runs * pieces, std::max<int64_t>(1, 2 * kPiece / (length + 1)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t run = i / pieces, first = i % pieces * kPiece;
-      const int64_t group = axes.empty() ? 0 : axes == "NP" || dense ? run : run / p;
+      const int64_t group = by.whole() ? 0 : by.position || dense ? run : run / p;
       FQT_KERNEL(decode)(q, codes + run * run_bytes + first * q.storage / 8, std::min(kPiece, length - first), scale[group],
                          offset ? offset + group : nullptr, out + run * length + first);
     }
@@ -68,9 +69,9 @@ void decode(Tensor codes, std::string grid, int64_t bits, std::string axes, Tens
   const uint8_t* from = static_cast<const uint8_t*>(codes.const_data_ptr());
   const float *scales = scale.const_data_ptr<float>(), *offsets = offset ? offset->const_data_ptr<float>() : nullptr;
   float* to = out.mutable_data_ptr<float>();
-  if (axes == "C") return decode_turned(q, from, 1, n * p, c, scales, offsets, to);
-  if (axes == "NC") return decode_turned(q, from, n, p, c, scales, offsets, to);
-  decode_in_order(q, from, n, p, c, axes, scales, offsets, to);
+  const Grouping by(axes);
+  if (!by.channel) return decode_in_order(q, from, n, p, c, by, scales, offsets, to);
+  decode_turned(q, from, by.sample ? n : 1, by.sample ? p : n * p, c, scales, offsets, to);
 }
 
 }  // namespace

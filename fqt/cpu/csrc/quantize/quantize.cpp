@@ -92,11 +92,11 @@ void write_index(const std::vector<float>& factor, Tensor& index) {
 void add_mask(Job& job, const Input& input, bool folded, const Layout& layout, double low, double high, Tensor& mask) {
   job.encoding.pass_low = static_cast<float>(low), job.encoding.pass_high = static_cast<float>(high);
   job.encoding.mask = mask.mutable_data_ptr<uint8_t>();
-  if (!folded && !layout.by_channel()) return;
+  if (!folded && !layout.grouping.channel) return;
   Job other = job;
   job.encoding.mask = nullptr;
   other.encoding.codes = nullptr;
-  other.plan = cut(input.values(), nullptr, {.axes = "", .storage = 1, .stochastic = false, .in_order = false});
+  other.plan = cut(input.values(), nullptr, {.grouping = {}, .storage = 1, .stochastic = false, .in_order = false});
   other.encode(Numbers(1), false);
 }
 
@@ -114,8 +114,8 @@ void calibrate(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, 
           .high = read(high)};
   Input input(x, fold);
   if (!job.empty()) {
-    job.plan = input.cut({.axes = axes, .storage = codes.storage, .stochastic = false, .in_order = false});
-    job.ordered = input.cut({.axes = axes, .storage = codes.storage, .stochastic = false, .in_order = true});
+    job.plan = input.cut({.grouping = Grouping(axes), .storage = codes.storage, .stochastic = false, .in_order = false});
+    job.ordered = input.cut({.grouping = Grouping(axes), .storage = codes.storage, .stochastic = false, .in_order = true});
   }
   Numbers all(job.groups);
   const std::vector<float> factors = job.calibrate(all);
@@ -138,7 +138,7 @@ void encode(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, Ten
           .groups = scale.numel(),
           .elements = x.numel() / scale.numel()};
   Input input(x, fold);
-  job.plan = input.cut({.axes = axes, .storage = of.storage, .stochastic = job.encoding.stochastic, .in_order = false});
+  job.plan = input.cut({.grouping = Grouping(axes), .storage = of.storage, .stochastic = job.encoding.stochastic, .in_order = false});
   const float *scales = read(scale), *inverses = read(inverse), *offsets = read(offset), *factors = read(factor);
   Numbers all(job.groups);
   for (int64_t g = 0; g < job.groups; ++g) {
@@ -165,7 +165,7 @@ void quantize(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, s
           .low = read(low),
           .high = read(high)};
   Input input(x, fold);
-  Layout layout{.axes = axes, .storage = of.storage, .stochastic = job.encoding.stochastic, .in_order = false};
+  Layout layout{.grouping = Grouping(axes), .storage = of.storage, .stochastic = job.encoding.stochastic, .in_order = false};
   if (!job.empty()) {
     if (mask) add_mask(job, input, fold.has_value(), layout, pass_low, pass_high, *mask);
     job.plan = input.cut(layout);
