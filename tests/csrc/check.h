@@ -13,6 +13,7 @@
 #include <sstream>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../../fqt/cpu/csrc/quantize/isa.h"
@@ -74,7 +75,8 @@ class Fenced {
   explicit Fenced(const std::vector<T>& from) : Fenced(static_cast<int64_t>(from.size())) {
     std::copy(from.begin(), from.end(), data);
   }
-  Fenced(const Fenced&) = delete;
+  Fenced(Fenced&& other)
+      : data(other.data), count(other.count), block_(std::exchange(other.block_, nullptr)), size_(std::exchange(other.size_, 0)) {}
   ~Fenced() {
 #if defined(__SANITIZE_ADDRESS__)
     std::free(block_);

@@ -213,7 +213,31 @@ void check_draws(Random& r) {
   }
 }
 
-void check_case(Random& r) {
+// A tensor of random sizes and strides, which may be multiplied by another.
+struct Input {
+  int64_t n, p, c;
+  Groups groups;
+  Tensor x, factors;
+  bool folded;
+
+  const Tensor* fold() const { return folded ? &factors : nullptr; }
+  int64_t elements() const { return n * p * c; }
+
+  // Calls body(sample, position, channel, what is quantized, its group).
+  template <class Body>
+  void each(const Body& body) const {
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < p; ++j) {
+        for (int64_t k = 0; k < c; ++k) {
+          const float value = folded ? x.get(i, j, k) * factors.get(i, j, k) : x.get(i, j, k);
+          body(i, j, k, value, groups.group(i, j, k));
+        }
+      }
+    }
+  }
+};
+
+Input draw_input(Random& r) {
   int64_t n, p, c;
   do {
     n = r.choose<int64_t>({1, 1, 2, 3, 5, 16, 33});
@@ -227,11 +251,20 @@ void check_case(Random& r) {
   const int64_t of_p = f2 ? c : 1, of_n = of_p * (f1 ? p : 1);
   Tensor factors(n, p, c, f0 ? of_n : 0, f1 ? of_p : 0, f2, false);
   for (int64_t i = 0; i < factors.extent(); ++i) factors.set(i, r.normal());
-  const Tensor* fold = folded ? &factors : nullptr;
   current.about << "quantize " << n << "x" << p << "x" << c << " axes '" << groups.axes << "' strides " << s.sn << "," << s.sp
                 << "," << s.sc << (x.bfloat16 ? " bfloat16" : "") << (folded ? " folded " : " ");
+  return {n, p, c, groups, std::move(x), std::move(factors), folded};
+}
 
-  // the format and how its range is found
+// A format, and how its range is found.
+struct Grids {
+  std::string grid;
+  int bits;
+  fqt::Calibration calibration;
+  fqt::Encoding encoding;
+};
+
+Grids draw_format(Random& r) {
   const std::string grid = r.choose<const char*>({"sign", "uint", "uint", "int", "fixed", "fixed", "ternary"});
   const bool fixed = grid == "fixed", words = grid != "sign" && grid != "ternary" && r.chance(0.5);
   const int64_t narrow = r.between(grid == "int" ? 2 : 1, 8), wide = r.between(9, fixed ? 32 : 16);
@@ -240,7 +273,6 @@ void check_case(Random& r) {
                                     : !words            ? narrow
                                     : fixed             ? r.choose<int64_t>({16, 24, 25, 32, wide, wide})
                                                         : wide);
-  const int storage = storage_of(bits);
   const double half = std::ldexp(1.0, bits - 1);
   const double top = grid == "uint" ? 2.0 * half - 1.0 : fixed ? half - 1.0 : std::max(1.0, half - 1.0);
   const double bottom = grid == "uint" ? 0.0 : fixed ? -half : -top;
@@ -248,145 +280,192 @@ void check_case(Random& r) {
                       : grid == "sign" || grid == "ternary" ? r.choose({Range::absmean, Range::absmax, Range::none})
                       : grid == "uint" ? r.choose({Range::minmax, Range::absmax, Range::none}) : Range::absmax;
   const float reach = r.choose({1.0f, 0.7f, 0.3f, 4.0f});
-  const float low_code = static_cast<float>(bottom), high_code = static_cast<float>(top);
-  fqt::Calibration calibration{range, grid == "uint" && r.chance(0.5) ? 0.0f : -reach, reach, low_code, high_code,
-                               grid == "uint" && r.chance(0.7), fixed};
-  fqt::Encoding e{grid == "sign" ? Grid::sign : Grid::uniform, storage, bottom, top, grid != "sign" && r.chance(0.6), r.bits(),
-                  static_cast<uint32_t>(r.bits()), nullptr, nullptr, -1.0f, r.choose({1.0f, 0.5f})};
+  const fqt::Calibration calibration{range, grid == "uint" && r.chance(0.5) ? 0.0f : -reach, reach, static_cast<float>(bottom),
+                                     static_cast<float>(top), grid == "uint" && r.chance(0.7), fixed};
+  const fqt::Encoding encoding{grid == "sign" ? Grid::sign : Grid::uniform, storage_of(bits), bottom, top,
+                               grid != "sign" && r.chance(0.6), r.bits(), static_cast<uint32_t>(r.bits()), nullptr, nullptr,
+                               -1.0f, r.choose({1.0f, 0.5f})};
+  return {grid, bits, calibration, encoding};
+}
 
-  fill(r, x, codes_of(calibration));
-  if (range == Range::none && r.chance(0.3)) x.set(r.between(0, x.extent() - 1), kNaN);
-  if (e.stochastic && (grid == "uint" || fixed) && r.chance(0.2)) {  // a fraction that equals its random number is rounded down
-    calibration = {Range::none, low_code, high_code, low_code, high_code, false, fixed};
-    for (int64_t i = 0; i < n * p * c; ++i) {
-      const int64_t j = i / c % p, at = x.at(i / c / p, j, i % c);
-      const uint64_t group = groups.group(i / c / p, j, i % c), element = groups.element(i / c / p, j, i % c);
-      x.set(at, uniform_u24(group, element, e.stream, e.key) * 0x1p-24f);
-    }
+// The tensor's values; now and then fractions that equal their random numbers, which are rounded down.
+void draw_values(Random& r, Input& in, Grids& of) {
+  const fqt::Encoding& e = of.encoding;
+  fqt::Calibration& by = of.calibration;
+  fill(r, in.x, codes_of(by));
+  if (by.range == Range::none && r.chance(0.3)) in.x.set(r.between(0, in.x.extent() - 1), kNaN);
+  if (!e.stochastic || (of.grid != "uint" && !by.fixed) || !r.chance(0.2)) return;
+  by = {Range::none, by.low_code, by.high_code, by.low_code, by.high_code, false, by.fixed};
+  for (int64_t i = 0; i < in.elements(); ++i) {
+    const int64_t n = i / in.c / in.p, p = i / in.c % in.p, c = i % in.c;
+    const uint64_t group = in.groups.group(n, p, c), element = in.groups.element(n, p, c);
+    in.x.set(in.x.at(n, p, c), uniform_u24(group, element, e.stream, e.key) * 0x1p-24f);
   }
+}
 
-  // how it is cut: positions as columns where codes and random numbers begin where bytes and counters do
+// How a tensor is cut: `inside`: whether channels are columns, else positions are.
+struct Cuts {
+  bool inside, merged;
+  fqt::Plan plan;
+};
+
+// Positions may be columns where codes and random numbers begin where bytes and counters do. False if there is no way.
+bool draw_cuts(Random& r, const Input& in, const Grids& of, Cuts& made) {
+  const Groups& groups = in.groups;
+  const int storage = of.encoding.storage;
   const bool by_channel = groups.by_channel(), channel = groups.axes == "C", tensor = groups.axes.empty();
-  const bool merges = x.merges() && (fold == nullptr || factors.merges()), bytes = !channel || n == 1 || p % 8 == 0;
-  bool inside = r.chance(0.5) || (!by_channel && e.stochastic && groups.axes != "NP" && c % 4 != 0);
+  const bool merges = in.x.merges() && (!in.folded || in.factors.merges()), bytes = !channel || in.n == 1 || in.p % 8 == 0;
+  bool inside = r.chance(0.5) || (!by_channel && of.encoding.stochastic && groups.axes != "NP" && in.c % 4 != 0);
   bool merged = inside && (tensor || channel) && merges && r.chance(0.7);
   if (!bytes && !merged) {
-    if (!merges) return;
+    if (!merges) return false;
     inside = merged = true;
   }
   int64_t recut = 0;
   if (inside && !by_channel && groups.axes != "NP" && r.chance(0.7)) {
-    const fqt::Plan plain = cut(x, fold, groups, storage, inside, merged, 0);
-    const bool dense = !plain.direct || plain.rows == 1 || plain.x.stride.row == c;
-    if (dense && (plain.rows == 1 || c % 8 == 0)) recut = r.choose<int64_t>({8, 64, 512, 1000, 4096});
+    const fqt::Plan plain = cut(in.x, in.fold(), groups, storage, inside, merged, 0);
+    const bool dense = !plain.direct || plain.rows == 1 || plain.x.stride.row == in.c;
+    if (dense && (plain.rows == 1 || in.c % 8 == 0)) recut = r.choose<int64_t>({8, 64, 512, 1000, 4096});
   }
-  const fqt::Plan plan = cut(x, fold, groups, storage, inside, merged, recut);
-  current.about << grid << bits << (e.stochastic ? " stochastic" : "") << (inside ? " channels inside" : " positions inside")
-                << (merged ? " merged" : "") << " recut " << recut << " range " << static_cast<int>(calibration.range);
+  current.about << of.grid << of.bits << (of.encoding.stochastic ? " stochastic" : "")
+                << (inside ? " channels inside" : " positions inside") << (merged ? " merged" : "") << " recut " << recut
+                << " range " << static_cast<int>(of.calibration.range);
+  made = {inside, merged, cut(in.x, in.fold(), groups, storage, inside, merged, recut)};
+  return true;
+}
 
-  // what there is to find
-  const int64_t count = groups.count();
-  std::vector<float> low(count, kInfinity), high(count, -kInfinity);
-  std::vector<std::vector<double>> sizes(count, std::vector<double>(groups.elements()));
-  bool any_nan = false;
-  const auto each = [&](const auto& body) {
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t j = 0; j < p; ++j) {
-        for (int64_t k = 0; k < c; ++k) {
-          const float value = folded ? x.get(i, j, k) * factors.get(i, j, k) : x.get(i, j, k);
-          body(i, j, k, value, groups.group(i, j, k));
-        }
-      }
-    }
-  };
-  each([&](int64_t i, int64_t j, int64_t k, float v, int64_t g) {
-    any_nan |= v != v;
-    low[g] = v != v || low[g] != low[g] ? kNaN : std::min(low[g], v);
-    high[g] = v != v || high[g] != high[g] ? kNaN : std::max(high[g], v);
-    sizes[g][groups.element(i, j, k)] = std::fabs(v);
-  });
+// What straight loops find, by group; and the codes and the mask that they make.
+struct Found {
+  std::vector<float> low, high;
+  std::vector<std::vector<double>> sizes;  // |x| of each element of a group
   std::vector<double> sums;
   std::vector<Numbers> numbers;
-  const bool look = calibration.range == Range::none && count == 1;  // the range is not looked at then
-  for (int64_t g = 0; g < count; ++g) {
-    sums.push_back(tree_sum(sizes[g]));
-    const float mean = static_cast<float>(sums[g] / static_cast<double>(groups.elements()));
-    numbers.push_back(calibrated(calibration, look ? 0.0f : low[g], high[g], mean));
-  }
-  std::vector<uint8_t> keep;
-  const bool prune = !look && r.chance(0.3);
-  for (const Numbers& made : numbers) keep.push_back(made.keep() && !(prune && r.chance(0.6)));
-  std::vector<uint8_t> codes(groups.bytes(storage)), mask(n * p * bytes_of(c, 1));
-  each([&](int64_t i, int64_t j, int64_t k, float v, int64_t g) {
-    const float u24 = e.stochastic ? uniform_u24(g, groups.element(i, j, k), e.stream, e.key) : 0.0f;
-    const int64_t bit = groups.bit(i, j, k, storage);
-    if (keep[g]) put(codes.data() + bit / 8, bit % 8 / storage, storage, stored(e, bits, v, numbers[g], u24));
-    const float plain = x.get(i, j, k);
-    put(mask.data() + (i * p + j) * bytes_of(c, 1), k, 1, plain >= e.pass_low && plain <= e.pass_high);
-  });
-  for (int64_t g = 0; g < count; ++g) low[g] += 0.0f, high[g] += 0.0f;  // which of two zeros is smaller is free
+  std::vector<uint8_t> keep, codes, mask;
+  bool look, nan;  // look: nobody looks at the range, so that encoding has to look for a NaN
 
-  const Groups bit{"", n, p, c};
-  const bool mask_with_codes = !folded && !by_channel && r.chance(0.7);
-  const fqt::Plan mask_plan = cut(x, nullptr, bit, 1, inside, false, 0);
-  const fqt::Plan ordered = cut(x, fold, groups, storage, !by_channel, !by_channel && tensor && merges, 0);
+  Found(Random& r, const Input& in, const Grids& of)
+      : low(in.groups.count(), kInfinity), high(in.groups.count(), -kInfinity),
+        sizes(in.groups.count(), std::vector<double>(in.groups.elements())), codes(in.groups.bytes(of.encoding.storage)),
+        mask(in.n * in.p * bytes_of(in.c, 1)), look(of.calibration.range == Range::none && in.groups.count() == 1), nan(false) {
+    in.each([&](int64_t i, int64_t j, int64_t k, float v, int64_t g) {
+      nan |= v != v;
+      low[g] = v != v || low[g] != low[g] ? kNaN : std::min(low[g], v);
+      high[g] = v != v || high[g] != high[g] ? kNaN : std::max(high[g], v);
+      sizes[g][in.groups.element(i, j, k)] = std::fabs(v);
+    });
+    for (size_t g = 0; g < low.size(); ++g) {
+      sums.push_back(tree_sum(sizes[g]));
+      const float mean = static_cast<float>(sums[g] / static_cast<double>(in.groups.elements()));
+      numbers.push_back(calibrated(of.calibration, look ? 0.0f : low[g], high[g], mean));
+    }
+    const bool prune = !look && r.chance(0.3);
+    for (const Numbers& made : numbers) keep.push_back(made.keep() && !(prune && r.chance(0.6)));
+    encode(in, of);
+    for (size_t g = 0; g < low.size(); ++g) low[g] += 0.0f, high[g] += 0.0f;  // which of two zeros is smaller is free
+  }
+
+ private:
+  void encode(const Input& in, const Grids& of) {
+    const fqt::Encoding& e = of.encoding;
+    in.each([&](int64_t i, int64_t j, int64_t k, float v, int64_t g) {
+      const float u24 = e.stochastic ? uniform_u24(g, in.groups.element(i, j, k), e.stream, e.key) : 0.0f;
+      const int64_t bit = in.groups.bit(i, j, k, e.storage);
+      if (keep[g]) put(codes.data() + bit / 8, bit % 8 / e.storage, e.storage, stored(e, of.bits, v, numbers[g], u24));
+      const float plain = in.x.get(i, j, k);
+      put(mask.data() + (i * in.p + j) * bytes_of(in.c, 1), k, 1, plain >= e.pass_low && plain <= e.pass_high);
+    });
+  }
+};
+
+int64_t group_of(const fqt::Plan& plan, int64_t image, int64_t first, int64_t slot) {
+  return plan.group.at(image, plan.parts == Parts::rows ? first + slot : 0, plan.parts == Parts::columns ? slot : 0);
+}
+
+void check_range(const Set& set, const Random& stretches, const fqt::Plan& plan, const Found& found) {
+  std::vector<float> low(found.low.size(), kInfinity), high(found.low.size(), -kInfinity);
+  each_stretch(stretches, plan, 1, [&](int64_t image, int64_t first, int64_t end) {
+    Fenced<float> lows(plan.slots(end - first)), highs(lows.count);
+    set.range(plan, {image, first, end}, lows.data, highs.data);
+    for (int64_t slot = 0; slot < lows.count; ++slot) {
+      float &a = low[group_of(plan, image, first, slot)], &b = high[group_of(plan, image, first, slot)];
+      a = a != a || lows[slot] != lows[slot] ? kNaN : std::min(a, lows[slot] + 0.0f);
+      b = b != b || highs[slot] != highs[slot] ? kNaN : std::max(b, highs[slot] + 0.0f);
+    }
+  });
+  same("range", set.name, low.data(), found.low);
+  same("range", set.name, high.data(), found.high);
+  ++served["range"][set.name];
+}
+
+void check_abs_sum(const Set& set, const fqt::Plan& ordered, int64_t elements, const Found& found) {
+  const int64_t count = static_cast<int64_t>(found.sums.size());
+  std::vector<double> sums;
+  for (int64_t g = 0; g < count; ++g) sums.push_back(set.abs_sum(ordered, g, 0, elements));
+  same("abs_sum", set.name, sums.data(), found.sums);
+  for (int64_t first = 0; first < elements; first += 1024) {  // parts are subtrees
+    const int64_t end = std::min<int64_t>(first + 1024, elements);
+    const double part = set.abs_sum(ordered, count - 1, first, end - first);
+    const auto from = found.sizes[count - 1].begin();
+    same("abs_sum", set.name, &part, std::vector<double>{tree_sum({from + first, from + end})});
+  }
+  ++served["abs_sum"][set.name];
+}
+
+// Codes, the mask or both (null: not this one); returns whether a NaN was found.
+bool encode(const Set& set, const Random& stretches, const fqt::Plan& plan, fqt::Encoding call, const Found& found) {
+  bool nan = false;
+  const int64_t step = plan.along ? 1 : fqt::kLineBits / call.storage;
+  each_stretch(stretches, plan, step, [&](int64_t image, int64_t first, int64_t end) {
+    Fenced<float> inverse(plan.along ? plan.slots(end - first) : plan.columns), offset(inverse.count);
+    Fenced<uint8_t> kept(inverse.count);
+    for (int64_t slot = 0; slot < inverse.count && call.codes != nullptr; ++slot) {
+      const int64_t g = group_of(plan, image, first, slot);
+      inverse[slot] = found.numbers[g].inverse, offset[slot] = found.numbers[g].offset, kept[slot] = found.keep[g];
+    }
+    const bool look = call.codes != nullptr && found.look;
+    nan |= set.encode(plan, call, {image, first, end}, {inverse.data, offset.data, kept.data}, look);
+  });
+  return nan;
+}
+
+void check_encode(const Set& set, const Random& stretches, const Grids& of, const fqt::Plan& plan, const fqt::Plan* mask_plan,
+                  const Found& found) {
+  Fenced<uint8_t> codes(static_cast<int64_t>(found.codes.size())), mask(static_cast<int64_t>(found.mask.size()));
+  fqt::Encoding call = of.encoding;
+  call.codes = codes.data, call.mask = mask_plan == nullptr ? mask.data : nullptr;
+  const bool nan = encode(set, stretches, plan, call, found);
+  if (mask_plan != nullptr) {
+    call.codes = nullptr, call.mask = mask.data;
+    encode(set, stretches, *mask_plan, call, found);
+  }
+  const char* const name = of.bits > 8 ? "encode.words" : "encode";
+  same(name, set.name, &nan, std::vector<bool>{found.look && found.nan});
+  same(name, set.name, codes.data, found.codes);
+  same(name, set.name, mask.data, found.mask);
+  ++served[name][set.name];
+}
+
+void check_case(Random& r) {
+  Input in = draw_input(r);
+  Grids of = draw_format(r);
+  draw_values(r, in, of);
+  Cuts cuts;
+  if (!draw_cuts(r, in, of, cuts)) return;
+  const Found found(r, in, of);
+
+  const bool by_channel = in.groups.by_channel(), mask_with_codes = !in.folded && !by_channel && r.chance(0.7);
+  const bool merges = in.x.merges() && (!in.folded || in.factors.merges());
+  const fqt::Plan mask_plan = cut(in.x, nullptr, Groups{"", in.n, in.p, in.c}, 1, cuts.inside, false, 0);
+  const fqt::Plan ordered = cut(in.x, in.fold(), in.groups, of.encoding.storage, !by_channel,
+                                !by_channel && in.groups.axes.empty() && merges, 0);
   const Random stretches = r;
   for (const Set& set : kSets) {
     if (!set.runs) continue;
-    std::vector<float> found_low(count, kInfinity), found_high(count, -kInfinity);
-    const auto group = [&](int64_t image, int64_t first, int64_t slot) {
-      return plan.group.at(image, plan.parts == Parts::rows ? first + slot : 0, plan.parts == Parts::columns ? slot : 0);
-    };
-    each_stretch(stretches, plan, 1, [&](int64_t image, int64_t first, int64_t end) {
-      Fenced<float> lows(plan.slots(end - first)), highs(lows.count);
-      set.range(plan, {image, first, end}, lows.data, highs.data);
-      for (int64_t slot = 0; slot < lows.count; ++slot) {
-        float &a = found_low[group(image, first, slot)], &b = found_high[group(image, first, slot)];
-        a = a != a || lows[slot] != lows[slot] ? kNaN : std::min(a, lows[slot] + 0.0f);
-        b = b != b || highs[slot] != highs[slot] ? kNaN : std::max(b, highs[slot] + 0.0f);
-      }
-    });
-    same("range", set.name, found_low.data(), low);
-    same("range", set.name, found_high.data(), high);
-    ++served["range"][set.name];
-
-    std::vector<double> found_sums;
-    for (int64_t g = 0; g < count; ++g) found_sums.push_back(set.abs_sum(ordered, g, 0, groups.elements()));
-    same("abs_sum", set.name, found_sums.data(), sums);
-    for (int64_t first = 0; first < groups.elements(); first += 1024) {  // parts are subtrees
-      const int64_t end = std::min<int64_t>(first + 1024, groups.elements());
-      const double part = set.abs_sum(ordered, count - 1, first, end - first);
-      const auto from = sizes[count - 1].begin();
-      same("abs_sum", set.name, &part, std::vector<double>{tree_sum({from + first, from + end})});
-    }
-    ++served["abs_sum"][set.name];
-
-    Fenced<uint8_t> to_codes(static_cast<int64_t>(codes.size())), to_mask(static_cast<int64_t>(mask.size()));
-    const auto encode = [&](const fqt::Plan& with, uint8_t* codes_to, uint8_t* mask_to) {
-      fqt::Encoding call = e;
-      call.codes = codes_to, call.mask = mask_to;
-      bool nan = false;
-      const int64_t step = with.along ? 1 : fqt::kLineBits / call.storage;
-      each_stretch(stretches, with, step, [&](int64_t image, int64_t first, int64_t end) {
-        Fenced<float> inverse(with.along ? with.slots(end - first) : with.columns), offset(inverse.count);
-        Fenced<uint8_t> kept(inverse.count);
-        for (int64_t slot = 0; slot < inverse.count && codes_to != nullptr; ++slot) {
-          const int64_t g = group(image, first, slot);
-          inverse[slot] = numbers[g].inverse, offset[slot] = numbers[g].offset, kept[slot] = keep[g];
-        }
-        nan |= set.encode(with, call, {image, first, end}, {inverse.data, offset.data, kept.data}, codes_to != nullptr && look);
-      });
-      return nan;
-    };
-    const bool nan = encode(plan, to_codes.data, mask_with_codes ? to_mask.data : nullptr);
-    if (!mask_with_codes) encode(mask_plan, nullptr, to_mask.data);
-    const char* const name = bits > 8 ? "encode.words" : "encode";
-    same(name, set.name, &nan, std::vector<bool>{look && any_nan});
-    same(name, set.name, to_codes.data, codes);
-    same(name, set.name, to_mask.data, mask);
-    ++served[name][set.name];
+    check_range(set, stretches, cuts.plan, found);
+    check_abs_sum(set, ordered, in.groups.elements(), found);
+    check_encode(set, stretches, of, cuts.plan, mask_with_codes ? nullptr : &mask_plan, found);
   }
-  check_calibrate(r, calibration);
+  check_calibrate(r, of.calibration);
   check_draws(r);
 }
 
