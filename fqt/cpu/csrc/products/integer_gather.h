@@ -139,12 +139,7 @@ class Gather {
         sum[k * group_width + i] = sum_codes(row, padded, true);
       }
     }
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(codes);
-    for (int64_t k = 0; k < all; k += 16) {
-      for (int64_t i = 0; i < width; ++i) {
-        for (int64_t j = k; j < least(all, k + 16); ++j) to[j * width + i] = from[i * all + j];
-      }
-    }
+    transpose_words(reinterpret_cast<const uint32_t*>(codes), all, width, all, to, width);
   }
 
   void take_scales() {
@@ -238,28 +233,28 @@ class Gather {
     kind_begin[kinds.size()] = count;
   }
 
+  const uint8_t* row_of(int64_t pixel, const Panel& panel) const {
+    return reinterpret_cast<const uint8_t*>(rows.data + pixel * row_codes + panel.group * padded);
+  }
+
   // Pixels of one kind by a panel.
   void multiply_pixels(const Panel& panel, size_t kind, const Pixel* found, int64_t count) {
     const Kind& k = kinds[kind];
     const int64_t at = kind * slots + panel.at, steps = steps_of<Code>(c.a, c.b);
     const Columns<Sum> column{base.data + at, column_sums.data + at, scale.data + panel.at,
                               c.b_offset.data ? offset.data + panel.at : nullptr, c.bias ? bias.data + panel.at : nullptr};
+    const Terms terms{runs.data() + k.begin, runs.data() + k.end, columns.data + panel.at * taps * words, steps};
+    const Terms low_terms{terms.first, terms.last, terms.columns + column_words, steps};
     for (int64_t i = 0; i < count; i += kTile) {
       const int64_t height = least(kTile, count - i);
-      const uint8_t* row[kTile];
-      for (int64_t m = 0; m < kTile; ++m) {
-        const Code* of_pixel = rows.data + found[i + least(m, height - 1)].from * row_codes + panel.group * padded;
-        row[m] = reinterpret_cast<const uint8_t*>(of_pixel);
-      }
+      Rows row{{}, row_of(found[least(i + kTile, count - 1)].from, panel)};
+      for (int64_t m = 0; m < kTile; ++m) row.of[m] = row_of(found[i + least(m, height - 1)].from, panel);
       const Loop<Code, Sum> loop(height, panel.width);
-      Terms terms{row, runs.data() + k.begin, static_cast<int64_t>(k.end - k.begin), columns.data + panel.at * taps * words,
-                  steps};
       alignas(64) Sum sums[kTile][kColumns];
-      loop(terms, sums);
+      loop(terms, row, sums);
       if (twice) {
         alignas(64) Sum low[kTile][kColumns];
-        terms.columns += column_words;
-        loop(terms, low);
+        loop(low_terms, row, low);
         for (int64_t m = 0; m < height; ++m) {
           for (int64_t j = 0; j < panel.width; ++j) sums[m][j] = 256 * sums[m][j] + low[m][j];
         }

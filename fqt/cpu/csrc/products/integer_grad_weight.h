@@ -155,11 +155,7 @@ class Weigh {
           }
           interleave(rows, inputs, words_of.data + i * padded);
         }
-        for (int64_t channel = 0; channel < inputs; ++channel) {
-          uint32_t* to = reinterpret_cast<uint32_t*>(x.data + channel * pitch) + first;
-          const uint32_t* from = words_of.data + channel;
-          for (int64_t i = 0; i < count; ++i) to[i] = from[i * padded];
-        }
+        transpose_words(words_of.data, padded, count, inputs, reinterpret_cast<uint32_t*>(x.data) + first, pitch / kPer<Code>);
       }
     });
   }
@@ -187,6 +183,10 @@ class Weigh {
   // A channel's codes in a row: a line or a sample begins a word, or words are made of one code a sample.
   void decode_channel(const Round& round, int64_t channel, Code* to) const {
     const int64_t packed = ceil_div(positions * c.g.storage, 8), whole = ceil_div(l.n * positions * c.g.storage, 8);
+    if (c.g.by_channel && c.samples == nullptr && sample_terms == positions) {
+      decode_g(c.g.data + channel * whole, round.first * positions, round.samples * positions, to);
+      return;
+    }
     for (int64_t s = 0; s < round.samples; ++s, to += sample_terms) {
       const int64_t n = sample_of(round.first + s), from = c.g.by_channel ? n * positions : 0;
       const uint8_t* row = c.g.data + (c.g.by_channel ? channel * whole : (channel * l.n + n) * packed);
@@ -205,20 +205,19 @@ class Weigh {
     const int64_t step = side_by_side ? 1 : chunk / kPer<Code>, strips = side_by_side ? g_words : positions;
     for (int64_t group = 0; group < step; ++group) {
       for (int64_t strip = 0; strip < strips; strip += together) {
+        uint32_t words[kInts * together];
         for (int64_t i = 0; i < kInts; ++i) {
           const Code* row = codes + i * length;
-          uint32_t words[together];
           if (side_by_side) {
-            std::memcpy(words, row + strip * kPer<Code>, sizeof(words));
-          } else {
-            const Code* rows[kPer<Code>];
-            for (int j = 0; j < kPer<Code>; ++j) rows[j] = row + (group * kPer<Code> + j) * positions + strip;
-            interleave(rows, together, words);
+            std::memcpy(words + i * together, row + strip * kPer<Code>, together * sizeof(uint32_t));
+            continue;
           }
-          for (int64_t w = 0; w < least(together, strips - strip); ++w) {
-            to[((strip + w) * step + group) * panel.width + i] = words[w];
-          }
+          const Code* rows[kPer<Code>];
+          for (int j = 0; j < kPer<Code>; ++j) rows[j] = row + (group * kPer<Code> + j) * positions + strip;
+          interleave(rows, together, words + i * together);
         }
+        transpose_words(words, together, kInts, least(together, strips - strip), to + (strip * step + group) * panel.width,
+                        step * panel.width);
       }
     }
   }
@@ -292,30 +291,28 @@ class Weigh {
     }
   }
 
-  Terms terms_of(const uint8_t* const* rows, int64_t at, const uint32_t* columns) const {
-    return {rows, runs[at].data(), static_cast<int64_t>(runs[at].size()), columns, steps};
+  Terms terms_of(int64_t at, const uint32_t* columns) const {
+    return {runs[at].data(), runs[at].data() + runs[at].size(), columns, steps};
   }
 
   // Codes of columns, and terms: products with rows of ones.
   void add_column_sums(const Panel& panel, int64_t at) {
-    const uint8_t* row[kTile];
+    Rows row;
     alignas(64) Sum sums[kTile][kColumns];
-    for (int m = 0; m < kTile; ++m) row[m] = reinterpret_cast<const uint8_t*>(ones());
-    Loop<Code, Sum>(1, panel.width)(terms_of(row, at, g.data + panel.slot * g_words), sums);
+    row.of[0] = row.next = reinterpret_cast<const uint8_t*>(ones());
+    Loop<Code, Sum>(1, panel.width)(terms_of(at, g.data + panel.slot * g_words), row, sums);
     for (int64_t i = 0; i < panel.width; ++i) column_sums[at * slots + panel.slot + i] += sums[0][i];
     if (panel.slot != 0) return;
-    Loop<Code, Sum>(1, kInts)(terms_of(row, at, column_of_ones.data), sums);
+    Loop<Code, Sum>(1, kInts)(terms_of(at, column_of_ones.data), row, sums);
     terms[at] += sums[0][0];
   }
 
   // Codes of rows: products with columns of ones.
   void add_row_sums(int64_t group, int64_t at) {
-    const uint8_t* row[kTile];
     alignas(64) Sum sums[kTile][kColumns];
     for (int64_t i = 0; i < l.in; i += kTile) {
       const int64_t height = least(kTile, l.in - i);
-      rows_at(group, i, height, row);
-      Loop<Code, Sum>(height, kInts)(terms_of(row, at, column_of_ones.data), sums);
+      Loop<Code, Sum>(height, kInts)(terms_of(at, column_of_ones.data), rows_at(group, i, height), sums);
       for (int64_t m = 0; m < height; ++m) row_sums[at * inputs + group * l.in + i + m] += sums[m][0];
     }
   }
@@ -332,10 +329,13 @@ class Weigh {
   }
 
   // Rows [first, first + height) of a group.
-  void rows_at(int64_t group, int64_t first, int64_t height, const uint8_t** row) const {
+  Rows rows_at(int64_t group, int64_t first, int64_t height) const {
+    const Code* const of_group = x.data + group * l.in * pitch;
+    Rows row{{}, reinterpret_cast<const uint8_t*>(of_group + (first + height) * pitch)};
     for (int64_t m = 0; m < kTile; ++m) {
-      row[m] = reinterpret_cast<const uint8_t*>(x.data + (group * l.in + first + least(m, height - 1)) * pitch);
+      row.of[m] = reinterpret_cast<const uint8_t*>(of_group + (first + least(m, height - 1)) * pitch);
     }
+    return row;
   }
 
   void take_scales(const Round& round) {
@@ -376,12 +376,11 @@ class Weigh {
   // Rows [first, first + height) of a tap by a panel, in all segments. cell: its place in totals; grad: in the result.
   void multiply_tile(const Round& round, const Panel& panel, int64_t tap, int64_t first, int64_t height, int64_t cell,
                      float* grad) {
-    const uint8_t* row[kTile];
-    rows_at(panel.group, first, height, row);
+    const Rows row = rows_at(panel.group, first, height);
     const Loop<Code, Sum> loop(height, panel.width);
     for (int64_t s = 0; s < segments_of(round); ++s) {
       alignas(64) Sum sums[kTile][kColumns];
-      loop(terms_of(row, s * taps + tap, g.data + panel.slot * g_words), sums);
+      loop(terms_of(s * taps + tap, g.data + panel.slot * g_words), row, sums);
       if (!c.blocks && rounds > 1) add_totals(round, height, panel.width, totals.data + cell, sums);
       if (c.blocks || round.last) finish_tile(panel, s, tap, first, height, sums, grad);
     }
@@ -413,10 +412,13 @@ class Weigh {
   // Rows and columns are exchanged.
   void write_turned(const Panel& panel, int64_t tap, int64_t row_begin, int64_t row_end, const float* grad) const {
     constexpr int64_t together = 16;
+    uint32_t turned[kColumns * together];
     for (int64_t i = row_begin; i < row_end; i += together) {
+      const int64_t count = least(together, row_end - i);
+      const float* from = grad + (i - row_begin) * panel.width;
+      transpose_words(reinterpret_cast<const uint32_t*>(from), panel.width, count, panel.used, turned, together);
       for (int64_t j = 0; j < panel.used; ++j) {
-        float* to = c.grad + (c.channels[panel.first + j] * taps + tap) * l.in;
-        for (int64_t k = i; k < least(row_end, i + together); ++k) to[k] = grad[(k - row_begin) * panel.width + j];
+        std::memcpy(c.grad + (c.channels[panel.first + j] * taps + tap) * l.in + i, turned + j * together, count * sizeof(float));
       }
     }
   }

@@ -2,18 +2,23 @@
 
 namespace {
 
-// What a tile sums: its rows, all kTile of them, half or one; the runs at which both operands go on; a panel of columns; and
-// how many words a loop may add up before it takes them up in wider sums.
+// What tiles of some rows sum: the runs at which both operands go on; a panel of columns; and how many words a loop may add up
+// before it takes them up in wider sums.
 struct Terms {
-  const uint8_t* const* rows;
-  const Run* runs;
-  int64_t run_count;
+  const Run *first, *last;
   const uint32_t* columns;
   int64_t steps;
 };
 
+// Rows of a tile: all kTile of them, half or one are read. next: the first of the tile that comes next, which is brought near
+// meanwhile, as if its rows followed each other in memory.
+struct Rows {
+  const uint8_t* of[kTile];
+  const uint8_t* next;
+};
+
 template <class Sum>
-using Multiply = void (*)(Terms, Sum (*)[kColumns]);
+using Multiply = void (*)(const Terms&, const Rows&, Sum (*)[kColumns]);
 
 typedef int32_t Lanes __attribute__((vector_size(4 * kInts), may_alias));
 
@@ -31,10 +36,15 @@ inline Lanes add_pairs(Lanes sum, int32_t row, Lanes column) {
 // sums[m][column] = the sum over all runs of 16-bit integers, for M rows and V vectors of columns. After `steps` words, which
 // 32 bits hold, sums of 64 bits take them up.
 template <class Sum, int M, int V>
-void multiply_words(const Terms t, Sum (*sums)[kColumns]) {
+void multiply_words(const Terms& terms, const Rows& rows, Sum (*sums)[kColumns]) {
+  const Terms t = terms;  // in registers: the sums that are written might lie anywhere
+  const Rows r = rows;
   typedef Sum Sums __attribute__((vector_size(sizeof(Sum) * kInts), may_alias));
   constexpr bool kWide = sizeof(Sum) == 8;
-  Lanes sum[M][V] = {};
+  Lanes sum[M][V];
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v) sum[m][v] = Lanes{};
+  }
   bool fresh = true;
   const auto take_up = [&]() __attribute__((always_inline)) {  // else the sums would lie in memory
     for (int m = 0; m < M; ++m) {
@@ -48,17 +58,18 @@ void multiply_words(const Terms t, Sum (*sums)[kColumns]) {
     fresh = false;
   };
   int64_t left = t.steps;
-  for (const Run* run = t.runs; run < t.runs + t.run_count; ++run) {
+  for (const Run* run = t.first; run < t.last; ++run) {
     const uint32_t* column = t.columns + run->column * V * kInts;
     for (int64_t at = run->row, end = at + 4 * run->words; at < end;) {
       const int64_t stop = kWide ? least(end, at + 4 * left) : end;
       left -= (stop - at) / 4;
       for (; at < stop; at += 4, column += V * kInts) {
+        __builtin_prefetch(r.next + at * M);
         Lanes c[V];
         for (int v = 0; v < V; ++v) c[v] = *reinterpret_cast<const Lanes*>(column + v * kInts);
         for (int m = 0; m < M; ++m) {
-          const int32_t r = word(t.rows[m] + at);
-          for (int v = 0; v < V; ++v) sum[m][v] = add_pairs(sum[m][v], r, c[v]);
+          const int32_t row = word(r.of[m] + at);
+          for (int v = 0; v < V; ++v) sum[m][v] = add_pairs(sum[m][v], row, c[v]);
         }
       }
       if (kWide && left == 0) {
@@ -73,20 +84,22 @@ void multiply_words(const Terms t, Sum (*sums)[kColumns]) {
 #if defined(FQT_AVX512) || defined(FQT_AVX2)
 // The same of bytes. AVX2 adds two products at once in 16 bits, which hold `steps` of these pairs.
 template <class Sum, int M, int V>
-void multiply_bytes(const Terms t, Sum (*sums)[kColumns]) {
+void multiply_bytes(const Terms& terms, const Rows& rows, Sum (*sums)[kColumns]) {
+  const Terms t = terms;  // in registers: the sums that are written might lie anywhere
+  const Rows r = rows;
 #if defined(FQT_AVX512)
   __m512i sum[M][V];
   for (int m = 0; m < M; ++m) {
     for (int v = 0; v < V; ++v) sum[m][v] = _mm512_setzero_si512();
   }
-  for (const Run* run = t.runs; run < t.runs + t.run_count; ++run) {
+  for (const Run* run = t.first; run < t.last; ++run) {
     const uint32_t* column = t.columns + run->column * V * kInts;
     for (int64_t at = run->row, end = at + 4 * run->words; at < end; at += 4, column += V * kInts) {
       __m512i c[V];
       for (int v = 0; v < V; ++v) c[v] = _mm512_load_si512(column + v * kInts);
       for (int m = 0; m < M; ++m) {
-        const __m512i r = _mm512_set1_epi32(word(t.rows[m] + at));
-        for (int v = 0; v < V; ++v) sum[m][v] = _mm512_dpbusd_epi32(sum[m][v], r, c[v]);
+        const __m512i row = _mm512_set1_epi32(word(r.of[m] + at));
+        for (int v = 0; v < V; ++v) sum[m][v] = _mm512_dpbusd_epi32(sum[m][v], row, c[v]);
       }
     }
   }
@@ -113,17 +126,18 @@ void multiply_bytes(const Terms t, Sum (*sums)[kColumns]) {
     clear();
     left = t.steps;
   };
-  for (const Run* run = t.runs; run < t.runs + t.run_count; ++run) {
+  for (const Run* run = t.first; run < t.last; ++run) {
     const uint32_t* column = t.columns + run->column * V * kInts;
     for (int64_t at = run->row, end = at + 4 * run->words; at < end;) {
       const int64_t stop = least(end, at + 4 * left);
       left -= (stop - at) / 4;
       for (; at < stop; at += 4, column += V * kInts) {
+        __builtin_prefetch(r.next + at * M);
         __m256i c[V];
         for (int v = 0; v < V; ++v) c[v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(column + v * kInts));
         for (int m = 0; m < M; ++m) {
-          const __m256i r = _mm256_set1_epi32(word(t.rows[m] + at));
-          for (int v = 0; v < V; ++v) sum[m][v] = _mm256_add_epi16(sum[m][v], _mm256_maddubs_epi16(r, c[v]));
+          const __m256i row = _mm256_set1_epi32(word(r.of[m] + at));
+          for (int v = 0; v < V; ++v) sum[m][v] = _mm256_add_epi16(sum[m][v], _mm256_maddubs_epi16(row, c[v]));
         }
       }
       if (left == 0) widen();
@@ -143,11 +157,11 @@ Multiply<Sum> multiply_of(int64_t rows, int64_t width) {
   const int height = rows == 1 ? 0 : rows <= kHalf ? 1 : 2;
 #if defined(FQT_AVX512) || defined(FQT_AVX2)
   if constexpr (sizeof(Code) == 1) {
-    constexpr Multiply<Sum> of[3][4] = FQT_TILES(multiply_bytes);
+    static constexpr Multiply<Sum> of[3][4] = FQT_TILES(multiply_bytes);
     return of[height][width / kInts - 1];
   }
 #endif
-  constexpr Multiply<Sum> of[3][4] = FQT_TILES(multiply_words);
+  static constexpr Multiply<Sum> of[3][4] = FQT_TILES(multiply_words);
   return of[height][width / kInts - 1];
 #undef FQT_TILES
 #undef FQT_LOOPS
@@ -162,16 +176,15 @@ struct Loop {
   int64_t width;
   Loop(int64_t rows, int64_t width) : multiply(multiply_of<Code, Narrow>(rows, width)), width(width) {}
 
-  void operator()(const Terms& t, Sum (*sums)[kColumns]) const {
+  void operator()(const Terms& t, const Rows& rows, Sum (*sums)[kColumns]) const {
     if constexpr (sizeof(Sum) == sizeof(Narrow)) {
-      multiply(t, sums);
+      multiply(t, rows, sums);
     } else {
       std::memset(sums, 0, kTile * sizeof(sums[0]));
-      Terms one = t;
-      one.run_count = 1;
-      for (int64_t i = 0; i < t.run_count; ++i, ++one.runs) {
+      for (Terms one = t; one.first < t.last; ++one.first) {
         alignas(64) int32_t narrow[kTile][kColumns] = {};
-        multiply(one, narrow);
+        one.last = one.first + 1;
+        multiply(one, rows, narrow);
         for (int m = 0; m < kTile; ++m) {
           for (int64_t k = 0; k < width; ++k) sums[m][k] += narrow[m][k];
         }
@@ -232,7 +245,7 @@ using Finish = void (*)(const Sum (*)[kColumns], int64_t, const Row<Sum>*, const
 
 template <bool row_first, bool add, class Sum>
 Finish<Sum> finish_of(int64_t width) {
-  constexpr Finish<Sum> of_width[] = {finish<row_first, add, 1, Sum>, finish<row_first, add, 2, Sum>,
+  static constexpr Finish<Sum> of_width[] = {finish<row_first, add, 1, Sum>, finish<row_first, add, 2, Sum>,
                                       finish<row_first, add, kVectors == 2 ? 2 : 3, Sum>,
                                       finish<row_first, add, kVectors, Sum>};
   return of_width[width / kInts - 1];

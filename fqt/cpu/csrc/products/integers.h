@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t kMostTerms = 32768;
 constexpr int64_t kFewTerms = 6;  // to add up so few at a time costs more than to multiply twice
 static_assert(kFewTerms >= 2, "a word holds two terms");
+constexpr int64_t kFewSteps = 2;  // of bytes; where 16 bits hold fewer, words of 16 bits are as fast
 #if defined(FQT_AVX512)
 constexpr int kTile = 6, kVectors = 4;  // rows of a tile, vectors of a panel
 #elif defined(FQT_AVX2)
@@ -82,83 +83,88 @@ template <class Code>
 class Decoder {
  public:
   Decoder(const Integers& q, int shift, Part part = Part::whole)
-      : storage_(q.storage), shift_(shift), negative_(q.meaning == Meaning::complement), part_(part) {
-    if (storage_ >= 8) return;
-    const int lanes = 8 / storage_, count = 1 << storage_;
-    for (int byte = 0; byte < 256; ++byte) {
-      for (int i = 0; i < lanes; ++i) {
-        const int lane = byte >> i * storage_ & (count - 1);
-        const int code = q.meaning == Meaning::sign ? 2 * lane - 1 : negative_ && lane >= count / 2 ? lane - count : lane;
-        table_[byte * lanes + i] = static_cast<Code>(code + shift);
-      }
-    }
-  }
+      : storage_(q.storage), shift_(shift), meaning_(q.meaning), part_(part) {}
 
   // Codes [first, first + count) of a row.
   void operator()(const uint8_t* row, int64_t first, int64_t count, Code* out) const {
     if (storage_ == 16) {
-      row += 2 * first;
-      if (part_ == Part::whole) {
-        std::memcpy(out, row, 2 * count);
-        return;
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        out[i] = part_ == Part::low ? static_cast<Code>(row[2 * i]) : static_cast<Code>(static_cast<int8_t>(row[2 * i + 1]));
-      }
-      return;
+      decode_words(row + 2 * first, count, out);
+    } else if (storage_ == 8) {
+      decode_bytes(row + first, count, out);
+    } else {
+      storage_ == 1 ? unpack<1>(row, first, count, out)
+                    : storage_ == 2 ? unpack<2>(row, first, count, out) : unpack<4>(row, first, count, out);
     }
-    if (storage_ == 8) {
-      row += first;
-      if (negative_) {
-        for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Code>(static_cast<int8_t>(row[i]) + shift_);
-      } else {
-        for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Code>(row[i] + shift_);
-      }
-      return;
-    }
-    storage_ == 1 ? look_up<8>(row, first, count, out)
-                  : storage_ == 2 ? look_up<4>(row, first, count, out) : look_up<2>(row, first, count, out);
   }
 
  private:
-  template <int kLanesOfByte>
-  void look_up(const uint8_t* row, int64_t first, int64_t count, Code* out) const {
+  void decode_words(const uint8_t* row, int64_t count, Code* out) const {
+    if (part_ == Part::whole) {
+      std::memcpy(out, row, 2 * count);
+    } else if (part_ == Part::low) {
+      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Code>(row[2 * i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Code>(static_cast<int8_t>(row[2 * i + 1]));
+    }
+  }
+
+  void decode_bytes(const uint8_t* row, int64_t count, Code* __restrict out) const {
+    const int shift = shift_;
+    if (meaning_ == Meaning::complement) {
+      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Code>(static_cast<int8_t>(row[i]) + shift);
+    } else {
+      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Code>(row[i] + shift);
+    }
+  }
+
+  // Of kBits in memory: the code is (bits ^ flip << up) + add, which fits a signed byte.
+  template <int kBits>
+  void unpack(const uint8_t* row, int64_t first, int64_t count, Code* __restrict out) const {
+    constexpr int kLanesOfByte = 8 / kBits, kMask = (1 << kBits) - 1, kHalf = 1 << (kBits - 1);
+    const bool complement = meaning_ == Meaning::complement, sign = meaning_ == Meaning::sign;
+    const uint8_t flip = complement ? kHalf : 0, up = sign, add = static_cast<uint8_t>(shift_ - (complement ? kHalf : sign));
+    const auto code = [=](uint8_t byte, int lane) {
+      const uint8_t bits = (byte >> lane * kBits) & kMask;
+      return static_cast<Code>(static_cast<int8_t>(static_cast<uint8_t>(((bits ^ flip) << up) + add)));
+    };
     row += first / kLanesOfByte;
-    if (const int64_t skip = first % kLanesOfByte; skip && count) {
-      const int64_t now = least(count, kLanesOfByte - skip);
-      std::memcpy(out, table_ + *row++ * kLanesOfByte + skip, now * sizeof(Code));
-      out += now, count -= now;
+    int64_t i = 0;
+    for (int lane = first % kLanesOfByte; lane != 0 && i < count; ++i) {
+      out[i] = code(*row, lane);
+      if (++lane == kLanesOfByte) lane = 0, ++row;
     }
-    for (; count >= kLanesOfByte; count -= kLanesOfByte, out += kLanesOfByte) {
-      std::memcpy(out, table_ + *row++ * kLanesOfByte, kLanesOfByte * sizeof(Code));
+    const int64_t bytes = (count - i) / kLanesOfByte;
+    Code* __restrict to = out + i;
+    for (int64_t byte = 0; byte < bytes; ++byte) {
+      for (int lane = 0; lane < kLanesOfByte; ++lane) to[byte * kLanesOfByte + lane] = code(row[byte], lane);
     }
-    if (count) std::memcpy(out, table_ + *row * kLanesOfByte, count * sizeof(Code));
+    i += bytes * kLanesOfByte;
+    for (int lane = 0; i < count; ++i, ++lane) out[i] = code(row[bytes], lane);
   }
 
   int64_t storage_;
   int shift_;
-  bool negative_;
+  Meaning meaning_;
   Part part_;
-  Code table_[256 * 8];
 };
 
 // What is added to the codes of rows, and taken from those of columns.
 template <class Code>
 int row_shift(const Integers& q) {
-  return sizeof(Code) == 2 ? 0 : q.meaning == Meaning::sign ? 1 : q.meaning == Meaning::complement ? 1 << (q.storage - 1) : 0;
+  return sizeof(Code) == 2 ? 0 : q.meaning == Meaning::sign ? 1 : q.meaning == Meaning::complement ? 1 << (q.bits - 1) : 0;
 }
 template <class Code>
 int column_shift(const Integers& q) {
-  return sizeof(Code) == 1 && q.meaning == Meaning::natural && q.storage == 8 ? 128 : 0;
+  return sizeof(Code) == 1 && q.meaning == Meaning::natural && q.bits == 8 ? 128 : 0;
 }
 
 // How many additions of two products of bytes 16 bits hold.
 inline int64_t narrow_steps(const Integers& row, const Integers& column) {
   if (row.storage > 8 || column.storage > 8) return 0;
-  const int64_t of_row = row.meaning == Meaning::sign ? 2 : (1 << row.storage) - 1;
-  const int64_t of_column = column.meaning == Meaning::sign                                         ? 1
-                            : column.meaning == Meaning::complement || column.storage == 8 ? 1 << (column.storage - 1)
-                                                                                               : (1 << column.storage) - 1;
+  const int64_t of_row = row.meaning == Meaning::sign ? 2 : (1 << row.bits) - 1;
+  const int64_t of_column = column.meaning == Meaning::sign                                      ? 1
+                            : column.meaning == Meaning::complement || column.bits == 8 ? 1 << (column.bits - 1)
+                                                                                            : (1 << column.bits) - 1;
   return 32767 / (2 * of_row * of_column);
 }
 
@@ -183,6 +189,24 @@ void interleave(const Code* const* rows, int64_t count, uint32_t* __restrict out
   }
 }
 
+// Words as they are: `rows` rows of `count` words each become `count` rows of `rows` words.
+inline void transpose_words(const uint32_t* in, int64_t pitch, int64_t rows, int64_t count, uint32_t* out, int64_t out_pitch) {
+  constexpr int64_t kSide = kInts;
+  for (int64_t i = 0; i < rows; i += kSide) {
+    for (int64_t j = 0; j < count; j += kSide) {
+      const uint32_t* from = in + i * pitch + j;
+      uint32_t* to = out + j * out_pitch + i;
+      if (i + kSide <= rows && j + kSide <= count) {
+        transpose(from, pitch, to, out_pitch);
+        continue;
+      }
+      for (int64_t m = 0; m < least(kSide, rows - i); ++m) {
+        for (int64_t n = 0; n < least(kSide, count - j); ++n) to[n * out_pitch + m] = from[m * pitch + n];
+      }
+    }
+  }
+}
+
 template <class Code>
 int64_t sum_codes(const Code* codes, int64_t count, bool column) {
   int64_t total = 0;
@@ -204,7 +228,7 @@ inline bool in_bytes(const Integers& row, const Integers& column) {
 #if defined(FQT_AVX512)
   return row.storage <= 8 && column.storage <= 8;
 #elif defined(FQT_AVX2)
-  return narrow_steps(row, column) >= 8;
+  return narrow_steps(row, column) >= kFewSteps;
 #else
   return false;
 #endif

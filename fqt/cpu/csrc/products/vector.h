@@ -26,6 +26,38 @@ typedef uint32_t Ints __attribute__((vector_size(kWidth), may_alias));
 
 inline Bytes load(const uint8_t* from) { return *reinterpret_cast<const Bytes*>(from); }  // aligned
 
+// Every second lane of the result is from a, the others from b: the first halves of both, or the last.
+template <bool kLast>
+inline Ints interleaved(Ints a, Ints b) {
+  constexpr int kLanesOf = kWidth / 4, kFirst = kLast ? kLanesOf / 2 : 0;
+#if defined(FQT_AVX512)
+  return __builtin_shufflevector(a, b, kFirst, 16 + kFirst, kFirst + 1, 17 + kFirst, kFirst + 2, 18 + kFirst, kFirst + 3,
+                                 19 + kFirst, kFirst + 4, 20 + kFirst, kFirst + 5, 21 + kFirst, kFirst + 6, 22 + kFirst,
+                                 kFirst + 7, 23 + kFirst);
+#elif defined(FQT_AVX2)
+  return __builtin_shufflevector(a, b, kFirst, 8 + kFirst, kFirst + 1, 9 + kFirst, kFirst + 2, 10 + kFirst, kFirst + 3,
+                                 11 + kFirst);
+#else
+  return __builtin_shufflevector(a, b, kFirst, 4 + kFirst, kFirst + 1, 5 + kFirst);
+#endif
+}
+
+// A square of words, as many as a vector has, transposed: row i of `in`, which begins i * pitch words on, becomes column i of
+// `out`. in and out need not be aligned.
+inline void transpose(const uint32_t* in, int64_t pitch, uint32_t* out, int64_t out_pitch) {
+  constexpr int kSide = kWidth / 4;
+  Ints row[kSide], next[kSide];
+  for (int i = 0; i < kSide; ++i) std::memcpy(&row[i], in + i * pitch, kWidth);
+  for (int apart = 1; apart < kSide; apart *= 2) {
+    for (int i = 0; i < kSide / 2; ++i) {
+      next[2 * i] = interleaved<false>(row[i], row[i + kSide / 2]);
+      next[2 * i + 1] = interleaved<true>(row[i], row[i + kSide / 2]);
+    }
+    std::memcpy(row, next, sizeof(row));
+  }
+  for (int i = 0; i < kSide; ++i) std::memcpy(out + i * out_pitch, &row[i], kWidth);
+}
+
 // table[index] in every byte; indices are below 16. The table is 16 bytes, aligned.
 inline Bytes lookup(const uint8_t* table, Bytes index) {
 #if defined(FQT_AVX512)
