@@ -3,7 +3,9 @@
     python -m benchmarks.step --model vgg16@128 resnet18@64 --recipe fqt_1bit int8 [--batch B] [--threads T] [--optimizer sgd]
                               [--json F] [--quick]
 
-A step is forward, cross-entropy, backward and optimizer, on random images of CIFAR's size (mlp: of Fashion-MNIST's). The
+A step is forward, cross-entropy, backward and optimizer, on random images of CIFAR's size (mlp: of Fashion-MNIST's), or for
+bert, gpt2, llama, vit and mixer (`benchmarks.step_models`: a few blocks, whose first and last layer are
+converted too) on random tokens or images of 224 x 224. The
 float32 side is the best of eager and torch.compile, each in NCHW and channels_last; the converted side the better of eager
 channels_last and NCHW: the table names both. All variants of a model take their steps in turns after a warm-up, so what else
 the machine does hits all alike; medians of seven rounds, with the fastest and the slowest. Weights stay put (a learning rate
@@ -26,7 +28,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +37,7 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity
 
 import fqt
+from benchmarks import step_models
 from benchmarks.common import table, where, write_json
 from fqt.inspect.memory import peak_bytes
 from fqt.testing import assert_same_values
@@ -81,15 +84,21 @@ def compare(
     compiled: bool = True,
 ) -> list[dict[str, object]]:
     """A row for each recipe. SystemExit if a kernel differs from the reference."""
-    shape = shape or (FASHION_MNIST if name == "mlp" else CIFAR)
-    plain = models.build(name, shape, CLASSES)
-    images, labels = torch.randn(batch, *shape), torch.randint(CLASSES, (batch,))
-    converted = {recipe: fqt.convert(copy.deepcopy(plain), recipe) for recipe in recipes}
+    if name in step_models.MODELS:
+        plain, images = step_models.MODELS[name][0](batch)
+        followed = {recipe: _ends_too(fqt.load_recipe(recipe)) for recipe in recipes}
+    else:
+        shape = shape or (FASHION_MNIST if name == "mlp" else CIFAR)
+        plain, images = models.build(name, shape, CLASSES), torch.randn(batch, *shape)
+        followed = {recipe: fqt.load_recipe(recipe) for recipe in recipes}
+    labels = torch.randint(CLASSES, (batch,))
+    converted = {recipe: fqt.convert(copy.deepcopy(plain), followed[recipe]) for recipe in recipes}
     for recipe in recipes:
-        differs = difference(plain, recipe, images[: max(2, min(4, batch))], labels[: max(2, min(4, batch))])
+        differs = difference(plain, followed[recipe], images[: max(2, min(4, batch))], labels[: max(2, min(4, batch))])
         if differs:
             sys.exit(f"{name}, {recipe}: the kernels differ from the reference, so no figures: {differs}")
-    formats = FORMATS if any(isinstance(module, nn.Conv2d) for module in plain.modules()) else {"NCHW": FORMATS["NCHW"]}
+    convolves = name not in step_models.MODELS and any(isinstance(module, nn.Conv2d) for module in plain.modules())
+    formats = FORMATS if convolves else {"NCHW": FORMATS["NCHW"]}
     eager = [("fp32", plain, False), *((recipe, model, False) for recipe, model in converted.items())]
     wanted = [*eager, *([("fp32", plain, True)] if compiled else [])]
     torch._dynamo.reset()
@@ -124,6 +133,11 @@ def compare(
     ]  # fmt: skip
 
 
+def _ends_too(recipe: fqt.Recipe) -> fqt.Recipe:
+    """The recipe without its rules for the first and last layer: of a few blocks these are a large share."""
+    return replace(recipe, rules=tuple(rule for rule in recipe.rules if rule.match not in ("<first>", "<last>")))
+
+
 def variant(
     recipe: str, model: nn.Module, memory: str, images: Tensor, labels: Tensor, optimizer: str, *, compile: bool
 ) -> Variant:
@@ -131,8 +145,12 @@ def variant(
     model = copy.deepcopy(model).to(memory_format=FORMATS[memory])  # type: ignore[call-overload]
     config = Training(compile=compile, channels_last=memory == "channels_last")
     step = Step(model, model, _optimizer(optimizer, model), config)
-    parts = [(images.contiguous(memory_format=FORMATS[memory]), labels)]
+    parts = [(_in_format(images, memory), labels)]
     return Variant(recipe, f"{'compiled' if compile else 'eager'} {memory}", step, parts, {})
+
+
+def _in_format(images: Tensor, memory: str) -> Tensor:
+    return images.contiguous(memory_format=FORMATS[memory]) if images.dim() == 4 else images
 
 
 def _optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
@@ -147,7 +165,7 @@ def spread(of: Variant) -> list[float]:
     return [min(of.times["step"]), max(of.times["step"])]
 
 
-def difference(plain: nn.Module, recipe: str, images: Tensor, labels: Tensor) -> str:
+def difference(plain: nn.Module, recipe: str | fqt.Recipe, images: Tensor, labels: Tensor) -> str:
     """The first tensor in which a step on the kernels and one on the reference are not the same, or ""."""
     results = []
     for backend in (None, "reference"):
@@ -167,7 +185,7 @@ def difference(plain: nn.Module, recipe: str, images: Tensor, labels: Tensor) ->
 def held(model: nn.Module, images: Tensor, labels: Tensor, optimizer: str, memory: str) -> tuple[int, int]:
     """Bytes that an eager forward saves for the backward, and the peak of a whole step."""
     model = copy.deepcopy(model).to(memory_format=FORMATS[memory])  # type: ignore[call-overload]
-    images = images.contiguous(memory_format=FORMATS[memory])
+    images = _in_format(images, memory)
     with fqt.count_saved_bytes(images) as saved:
         loss = cross_entropy(model(images), labels)
     del loss
@@ -234,7 +252,8 @@ def main() -> None:
     rows = []
     for model in args.model:
         name, _, own = model.partition("@")
-        batch, rounds = (4, 3) if args.quick else (int(own or args.batch), 7)
+        usual = step_models.MODELS[name][1] if name in step_models.MODELS else args.batch
+        batch, rounds = (4, 3) if args.quick else (int(own or usual), 7)
         rows += compare(name, args.recipe, batch=batch, optimizer=args.optimizer, rounds=rounds, compiled=compiled)
     print("the kernels equal the reference: loss and every gradient, bit for bit\n")
     print(show(rows))

@@ -11,6 +11,7 @@ from fqt.formats import Format, Grid, Grouping, register_grid
 from fqt.inspect.memory import Memory, memory
 from fqt.inspect.observe import count_saved_bytes, observe_gradients
 from fqt.inspect.profile import profile
+from fqt.inspect.recommend import Recommendation, recommend
 from fqt.inspect.summary import Summary, modelled_speedup, summary
 from fqt.inspect.timing import Profile
 from fqt.layers import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers, register_layer
@@ -48,6 +49,7 @@ __all__ = [
     "QuantizedLayer",
     "Quantizer",
     "Recipe",
+    "Recommendation",
     "Rule",
     "Scales",
     "Summary",
@@ -63,6 +65,7 @@ __all__ = [
     "quantize",
     "quantized_layers",
     "recipes",
+    "recommend",
     "register",
     "register_calibration",
     "register_estimator",

@@ -229,11 +229,11 @@ def _matches(pattern: str, name: str, layers: dict[str, nn.Module]) -> bool:
         return name == names[0]
     if pattern == "<last>":
         return name == names[-1]
-    if pattern in ("<downsample>", "<depthwise>"):
+    if pattern in PLACES:
         layer = layers[name]
         window = _adapter(layer).window(layer)  # type: ignore[arg-type]
-        if window is None:
-            return False
+        if window is None or pattern == "<conv>":
+            return window is not None
         if pattern == "<downsample>":
             return window.kernel == (1, 1) and max(window.stride) > 1
         return window.groups > 1 and _adapter(layer).weight_OKI(layer).shape[2] == 1  # type: ignore[arg-type]

@@ -27,7 +27,9 @@ from fqt.quantizers.stages import ProductTransform, Stage, Transform, build_stag
 
 Written = Quantizer | Literal["saved", "float"]
 """An operand as a recipe says it."""
-PLACES = ("<first>", "<last>", "<downsample>", "<depthwise>")  # downsample: 1x1 with a stride; depthwise: nothing to gain
+PLACES = ("<first>", "<last>", "<downsample>", "<depthwise>", "<conv>")
+"""Places that a rule may name. Downsample: a 1x1 window with a stride; depthwise: a channel a group, where nothing is to be
+gained; conv: any convolution."""
 _SUMMED = {
     "x": {"N": "samples", "P": "positions", "C": "channels"},
     "w": {"O": "output channels"},

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from fqt.convert import revert
 from fqt.cpu.library import fresh_memory
 from fqt.inspect.profile import copied
 from fqt.inspect.summary import backends
-from fqt.inspect.trial import feed, undisturbed
+from fqt.inspect.trial import Loss, MakeOptimizer, feed, floats_of, undisturbed
 from fqt.layers import QuantizedLayer, quantized_layers
 from fqt.recipe import Recipe
 
@@ -31,8 +30,6 @@ ROWS: tuple[str, ...] = (
     "master weights", "packed weights", "saved activations", "masks", "scales", "gradients", "optimizer", "workspace",
     "input and buffers",
 )  # fmt: skip
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-Loss = Callable[[object], Tensor]
 
 
 @dataclass(frozen=True)
@@ -127,8 +124,7 @@ def _note(model: nn.Module) -> str:
 
 
 def _sum(output: object) -> Tensor:
-    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return torch.stack([tensor.float().sum() for tensor in tensors]).sum()
+    return torch.stack([tensor.float().sum() for tensor in floats_of(output)]).sum()
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------

@@ -1,12 +1,17 @@
-"""Trying a model without touching it: what `profile` and `memory` share."""
+"""Trying a model without touching it: what `profile`, `memory` and `recommend` share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Loss = Callable[[object], Tensor]
+"""Of a model's output."""
 
 
 def feed(model: nn.Module, input: object) -> object:
@@ -14,6 +19,11 @@ def feed(model: nn.Module, input: object) -> object:
     if isinstance(input, Mapping):
         return model(**input)
     return model(*input) if isinstance(input, tuple) else model(input)
+
+
+def floats_of(output: object) -> list[Tensor]:
+    """The float tensors within a model's output."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 @contextmanager

@@ -279,6 +279,14 @@ def test_rules_keep_first_last_and_downsample_in_float() -> None:
     assert recipes_of(fqt.convert(small(), ONE_BIT)) == dict.fromkeys(["0", "3", "5", "8", "10"], "fqt_1bit")
 
 
+WITH_DEPTHWISE = [name for name in fqt.recipes() if any(rule.match == "<depthwise>" for rule in fqt.load_recipe(name).rules)]
+
+
+def test_conv_is_every_convolution() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Flatten(2), nn.Conv1d(4, 4, 3), nn.Linear(4, 4))
+    assert set(recipes_of(fqt.convert(model, replace(INT8, rules=(Rule("<conv>", None),))))) == {"3"}
+
+
 @pytest.mark.parametrize(
     ("conv", "stays"),
     [
@@ -308,10 +316,11 @@ def test_downsample_is_a_strided_1x1_convolution(conv: nn.Conv2d, stays: bool) -
     ],
     ids=str,
 )
-@pytest.mark.parametrize("recipe", [name for name in fqt.recipes() if fqt.load_recipe(name).rules])
+@pytest.mark.parametrize("recipe", WITH_DEPTHWISE)
 def test_depthwise_convolutions_stay_in_float(recipe: str, conv: nn.Conv2d, stays: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), copy.deepcopy(conv), nn.Linear(4, 4))
-    assert recipes_of(fqt.convert(model, recipe)) == ({"1": recipe} if stays else {"1": recipe, "2": recipe})
+    by_conv = {"2": "int8"} if recipe == "int8_token" else {"2": recipe}
+    assert recipes_of(fqt.convert(model, recipe)) == {"1": recipe, **({} if stays else by_conv)}
 
 
 def test_named_rules_first_match_wins() -> None:

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = [
     "AdaPT", "Calibration", "Estimator", "Format", "Grid", "Grouping", "Memory", "Policy", "Precision", "Product",
     "ProductTransform", "Profile", "QTensor", "QuantConv2d", "QuantLinear", "QuantizedLayer", "Quantizer", "Recipe",
-    "Rule", "Scales", "Summary", "Transform", "build_policy", "convert", "count_saved_bytes", "load_recipe", "memory",
-    "modelled_speedup", "observe_gradients", "profile", "quantize", "quantized_layers", "recipes", "register",
+    "Recommendation", "Rule", "Scales", "Summary", "Transform", "build_policy", "convert", "count_saved_bytes", "load_recipe", "memory",
+    "modelled_speedup", "observe_gradients", "profile", "quantize", "quantized_layers", "recipes", "recommend", "register",
     "register_calibration", "register_estimator", "register_grid", "register_layer", "register_policy",
     "register_transform", "revert", "summary",
 ]  # fmt: skip
@@ -95,7 +95,7 @@ def imports_of(sources: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
     return found
 
 
-ALLOWED = {"fqt", "torch", "numpy", "yaml"} | set(sys.stdlib_module_names)
+ALLOWED = {"fqt", "torch", "numpy", "yaml", "tqdm"} | set(sys.stdlib_module_names)
 OPTIONAL = {"triton_kernels": {"triton"}, "cuda_kernels": {"cuda", "triton"}}
 
 
@@ -168,9 +168,10 @@ def test_the_length_guard_can_fail() -> None:
 
 def test_the_built_in_recipes_are_these() -> None:
     assert fqt.recipes() == [
-        "adapt", "adapt_calibrated",
+        "adapt", "adapt_calibrated", "bitnet", "bitnet_g4", "bitnet_g6",
         "dorefa_w1a1g4", "dorefa_w1a2g6", "dorefa_w8a8g8", "fp32", "fqt_1bit", "fqt_1bit_b1", "fqt_1bit_b2", "fqt_1bit_b8",
-        "fqt_1bit_topk", "fqt_w1a1g4", "fqt_w1a1g6", "int8", "psq_b1", "psq_b2", "psq_b4", "psq_b8", "xnor",
+        "fqt_1bit_topk", "fqt_w1a1g4", "fqt_w1a1g6", "int4", "int6", "int8", "int8_token",
+        "psq_b1", "psq_b2", "psq_b4", "psq_b8", "xnor",
     ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from fqt.recipe_yaml import load_recipe, recipes
 XNOR = "sign/tensor x sign/channel"
 FOLDED = " x sign/channel (folded)"
 FORWARD_FLOAT_ENDS = (("<first>", None), ("<last>", None), ("<depthwise>", None))
+LINEAR_FLOAT_ENDS = (("<first>", None), ("<last>", None), ("<conv>", None))
 FLOAT_ENDS = (("<first>", None), ("<last>", None), ("<downsample>", None), ("<depthwise>", None))
 IDENTITY = (("ReLU", "Identity"), ("ReLU6", "Identity"))
 
@@ -30,6 +31,18 @@ def psq(bits: int) -> tuple[str, str]:
     return f"uint{bits}/sample{FOLDED}", f"uint{bits}/sample (by block) x sign/tensor"
 
 
+def integers(bits):
+    """Symmetric integers everywhere, x by sample."""
+    x, w, g = f"int{bits}/sample", f"int{bits}/channel", f"int{bits}"
+    return (f"{x} x {w}", f"{g}/sample x {w} (folded)", f"{g}/channel x {x} (folded)", (bits,) * 3, 1.0, FORWARD_FLOAT_ENDS, ())
+
+
+def ternary(bits):
+    """Ternary weights, 8-bit x by token, gradients of `bits`."""
+    x, w, g = "int8/token", "ternary/tensor", f"int{bits}"
+    return f"{x} x {w}", f"{g}/sample x {w}", f"{g}/channel x {x} (folded)", (8, bits, 8), 1.0, LINEAR_FLOAT_ENDS, ()
+
+
 # name: output, grad_input, grad_weight, their bits, what is kept of the gradients, rules, replace
 BUILT_IN = {
     "adapt": ("fixed<16,8>/tensor x fixed<16,8>/tensor", "int8/sample x fixed<16,8>/tensor",
@@ -37,6 +50,9 @@ BUILT_IN = {
               (16, 16, 16), 1.0, (), ()),
     "adapt_calibrated": ("int8/sample x fixed<8,7>/tensor", "int8/sample x fixed<8,7>/tensor",
                          "int8/channel x int8/sample (folded)", (8, 8, 8), 1.0, (), ()),
+    "bitnet": ternary(8),
+    "bitnet_g4": ternary(4),
+    "bitnet_g6": ternary(6),
     "dorefa_w1a1g4": ("uint1/tensor x sign/tensor", "uint4/sample x sign/tensor", "uint4/sample (by block) x uint1/tensor",
                       (1, 4, 4), 1.0, FORWARD_FLOAT_ENDS, ()),
     "dorefa_w1a2g6": ("uint2/tensor x sign/tensor", "uint6/sample x sign/tensor", "uint6/sample (by block) x uint2/tensor",
@@ -52,8 +68,11 @@ BUILT_IN = {
     "fqt_w1a1g4": (XNOR, "uint4/sample" + FOLDED, "uint4/sample_channel (by block) x sign/tensor", (1, 4, 4), 1.0, FLOAT_ENDS,
                    IDENTITY),
     "fqt_w1a1g6": (XNOR, "uint6/sample" + FOLDED, "uint6/channel x sign/tensor", (1, 6, 6), 1.0, FLOAT_ENDS, IDENTITY),
-    "int8": ("int8/sample x int8/channel", "int8/sample x int8/channel (folded)", "int8/channel x int8/sample (folded)",
-             (8, 8, 8), 1.0, FORWARD_FLOAT_ENDS, ()),
+    "int4": integers(4),
+    "int6": integers(6),
+    "int8": integers(8),
+    "int8_token": ("int8/token x int8/channel", "int8/sample x int8/channel (folded)", "int8/channel x int8/token (folded)",
+                   (8, 8, 8), 1.0, (*FORWARD_FLOAT_ENDS, ("<conv>", load_recipe("int8"))), ()),
     "psq_b1": (XNOR, *psq(1), (1, 1, 1), 1.0, FLOAT_ENDS, IDENTITY),
     "psq_b2": (XNOR, *psq(2), (1, 2, 2), 1.0, FLOAT_ENDS, IDENTITY),
     "psq_b4": (XNOR, *psq(4), (1, 4, 4), 1.0, FLOAT_ENDS, IDENTITY),
@@ -85,8 +104,10 @@ def test_a_built_in_recipe_is_what_the_table_says(name):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_built_in_recipe_fits_linear_layers_and_convolutions(name):
     recipe = load_recipe(name)
-    for kind in ("linear", "conv"):
-        recipe.check(kind)
+    rule = next((rule for rule in recipe.rules if rule.match == "<conv>"), None)
+    recipe.check("linear")
+    if rule is None or rule.recipe is not None:
+        (recipe if rule is None else rule.recipe).check("conv")
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in ("fp32", "xnor")])
