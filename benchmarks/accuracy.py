@@ -15,16 +15,14 @@ on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import multiprocessing
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.common import table, write_json
+from benchmarks.runs import Row, run_all
 
 METHODS = ("fp32", "xnor", "psq_b1", "psq_b4", "fqt_1bit", "fqt_1bit_topk", "fqt_w1a1g4", "fqt_w1a1g6", "dorefa_w1a2g6")
 RATES = (6e-3, 2e-2, 6e-2)
@@ -44,7 +42,7 @@ class Job:
     validation: float
 
 
-def train(job: Job) -> dict[str, object]:
+def train(job: Job) -> Row:
     """Run a job on one thread."""
     import torch
 
@@ -72,22 +70,10 @@ def train(job: Job) -> dict[str, object]:
     return {**asdict(job), "valid": result.valid_accuracy, "test": result.test_accuracy, "seconds": result.seconds}
 
 
-def run_all(jobs: list[Job], log: Path, workers: int) -> list[dict[str, object]]:
-    """The results of `jobs`, from the log where they stand there, else by training."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    by_job = {Job(**{key: row[key] for key in Job.__dataclass_fields__}): row for row in done}
-    missing = [job for job in jobs if job not in by_job]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(train, job): job for job in missing}
-        for future in as_completed(futures):
-            job, row = futures[future], future.result()
-            by_job[job] = row
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            score = row["test"] if row["valid"] is None else row["valid"]
-            print(f"{job.method} lr {job.rate:g} seed {job.seed}: {100 * float(str(score)):.2f} %", flush=True)
-    return [by_job[job] for job in jobs]
+def said(row: Row) -> str:
+    """What is printed of a finished run."""
+    score = row["test"] if row["valid"] is None else row["valid"]
+    return f"{row['method']} lr {row['rate']:g} seed {row['seed']}: {100 * score:.2f} %"
 
 
 def measure(
@@ -98,13 +84,13 @@ def measure(
     log = log or Path("runs") / f"accuracy{'-quick' if quick else ''}.jsonl"
     rate_limit, rate_epochs = (500, 1) if quick else (18000, 2)
     searches = [Job(data, m, r, SEED_OF_RATES, rate_epochs, rate_limit, 0.1) for m in methods for r in RATES]
-    found = run_all(searches, log, workers)
+    found = run_all(searches, train, log, workers, said)
     best = {
         method: max((row for row in found if row["method"] == method), key=lambda row: float(str(row["valid"])))["rate"]
         for method in methods
     }
     finals = [Job(data, m, float(str(best[m])), seed, epochs, limit, 0.0) for seed in seeds for m in methods]
-    results = run_all(finals, log, workers)
+    results = run_all(finals, train, log, workers, said)
     rows = []
     for method in methods:
         scores = [100 * float(str(row["test"])) for row in results if row["method"] == method]

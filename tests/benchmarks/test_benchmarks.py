@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from benchmarks import accuracy, adapt, cases, gradients, kernels, layers, pareto, readme, saved, step
+from benchmarks import accuracy, adapt, cases, gradients, kernels, layers, lm, pareto, readme, runs, saved, step
 from fqt import ops, reference
 from fqt.cpu import library
 from fqt.ops import Kernel
@@ -91,22 +91,37 @@ class _InPlace:
 
 
 def test_accuracy_repeats_no_finished_run(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(accuracy, "ProcessPoolExecutor", _InPlace)
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", _InPlace)
     log = tmp_path / "log.jsonl"
     arguments = ("--data", "digits", "--methods", "xnor", "--workers", "1", "--log", str(log))
     (first,) = rows(monkeypatch, tmp_path, accuracy.main, *arguments)
-    runs = log.read_text().splitlines()
-    assert len(runs) == len(accuracy.RATES) + 1
+    finished = log.read_text().splitlines()
+    assert len(finished) == len(accuracy.RATES) + 1
     (second,) = rows(monkeypatch, tmp_path, accuracy.main, *arguments)
-    assert second == first and log.read_text().splitlines() == runs
+    assert second == first and log.read_text().splitlines() == finished
     assert first["rate"] in accuracy.RATES and 0 < first["mean"] <= 100
     assert "| xnor" in capsys.readouterr().out
+
+
+def test_lm_repeats_no_finished_run(monkeypatch, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 100)
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", _InPlace)
+    log = tmp_path / "lm.jsonl"
+    arguments = (str(text), "--recipes", "fp32", "int8", "--log", str(log))
+    first = rows(monkeypatch, tmp_path, lm.main, *arguments)
+    assert [row["recipe"] for row in first] == ["fp32", "int8"]
+    assert all(0 < row["loss"] < 5 and row["speedup"] > 0 for row in first)
+    finished = log.read_text()
+    assert [row["losses"] for row in rows(monkeypatch, tmp_path, lm.main, *arguments)] == [row["losses"] for row in first]
+    assert log.read_text() == finished
+    assert "| int8" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore")  # the worker's own
 def test_accuracy_trains_in_a_process_of_its_own_as_here(tmp_path):
     job = accuracy.Job("digits", "xnor", 2e-2, 1, 1, 200, 0.0)
-    (row,) = accuracy.run_all([job], tmp_path / "log.jsonl", workers=1)
+    (row,) = runs.run_all([job], accuracy.train, tmp_path / "log.jsonl", 1, accuracy.said)
     assert {**row, "seconds": 0} == {**accuracy.train(job), "seconds": 0}
 
 
