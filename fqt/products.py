@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fqt import calls
-from fqt.autograd import once
+from fqt.autograd import once, positional
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.multiply import multiply_grad_input, multiply_grad_weight, multiply_output
@@ -186,6 +186,7 @@ class _Products(torch.autograd.Function):
     """output in the forward, grad_input and grad_weight in the backward."""
 
     @staticmethod
+    @positional
     def forward(
         x_NPC: Tensor,
         w_OKI: Tensor,

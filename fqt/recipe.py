@@ -299,5 +299,6 @@ class Recipe:
         return tuple(formats)
 
     def everywhere(self) -> Recipe:
-        """This recipe without its rules: for every layer, the first and the last included."""
-        return replace(self, rules=())
+        """This recipe for every layer, the first and the last included: without its rules, but for those of `<conv>`, which say
+        for what kind of layer it is not meant."""
+        return replace(self, rules=tuple(rule for rule in self.rules if rule.match == "<conv>"))

@@ -15,6 +15,8 @@ from fqt.qtensor import QTensor
 from fqt.reference import spread
 
 _FEWEST_ZERO_ROWS = 4
+SMALL = 1 << 15
+"""Bytes of a weight's codes below which `busy_rows` does not look."""
 
 
 def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
@@ -73,10 +75,13 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None) -> Tensor:
 def busy_rows(w: QTensor, geometry: Geometry | None) -> Tensor | None:
     """The output channels whose weights are not all zero, (O',) int64, where `output` and `grad_input` leave the others out.
 
-    None where they do not: fewer than one channel in `_FEWEST_ZERO_ROWS` is zero, since leaving out costs a copy of the result;
-    or all are; or codes that are zero do not mean the value 0; or channels come in groups.
+    None where they do not: the weight is so small that to look costs more; fewer than one channel in `_FEWEST_ZERO_ROWS` is
+    zero, since leaving out costs a copy of the result; or all are; or codes that are zero do not mean the value 0; or channels
+    come in groups.
     """
     if w.format.grid not in ("int", "fixed", "ternary") or (geometry is not None and geometry.groups > 1):
+        return None
+    if w.codes.numel() < SMALL:
         return None
     busy = w.codes.flatten(1).view(torch.uint8).any(1).nonzero()[:, 0]  # of bytes: torch has a fast loop for them
     zero = w.shape[0] - busy.numel()
@@ -94,4 +99,6 @@ def _coded(q: QTensor) -> tuple[Tensor, str, int]:
 
 def _by_row(q: QTensor) -> tuple[Tensor | None, ...]:
     """Scale and offset by the first two axes, either of which may be 1."""
-    return tuple(None if v is None else spread(v, q)[:, :, 0] for v in (q.scale, q.offset))
+    lead = q.format.grouping.lead
+    sizes = (q.shape[0] if lead > 0 else 1, q.shape[1] if lead > 1 else 1)
+    return tuple(None if v is None else v.view(sizes) for v in (q.scale, q.offset))

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from fqt.recipe import Recipe
+
 SEED = int(os.environ.get("FQT_TEST_SEED", "20240817"))
 
 
@@ -34,6 +36,11 @@ def random_case(seed: int) -> Iterator[tuple[random.Random, torch.Generator]]:
     except Exception as error:
         error.add_note(f"repeat this case alone: FQT_TEST_CASE={seed}, and pytest with the name of this test")
         raise
+
+
+def fits_convolutions(recipe: Recipe) -> bool:
+    """Whether a recipe is for convolutions too: one that is not sends them elsewhere by a rule."""
+    return all(rule.match != "<conv>" for rule in recipe.rules)
 
 
 def fingerprint(model: nn.Module) -> list[object]:

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fqt
 from fqt.recipe import Recipe
+from tests.fqt.helpers import fits_convolutions
 
 INT8 = fqt.load_recipe("int8").everywhere()
 ONE_BIT = fqt.load_recipe("fqt_1bit").everywhere()
@@ -60,7 +61,7 @@ def images(n: int = 4) -> Tensor:
     return torch.randn(n, 3, 6, 6)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if fits_convolutions(recipe)])
 def test_a_compiled_convolution_is_eager_bit_for_bit_in_one_graph(name: str) -> None:
     model = fqt.convert(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), RECIPES[name])
     fast, counter = compiled(copy.deepcopy(model))

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import fqt
 from fqt.operand import STREAM
 from fqt.quantizers import build
-from fqt.recipe import Product, Recipe
+from fqt.recipe import Product, Recipe, Rule
 
-LOW_BIT = [name for name in fqt.recipes() if name != "fp32"]
+LOW_BIT = [name for name in fqt.recipes() if name != "fp32" and Rule("<conv>", None) not in fqt.load_recipe(name).rules]
 INT8 = fqt.load_recipe("int8").everywhere()
 _WEIGHT = build("fixed_point", "w", word_length=6, fraction_length=4)
 _ACTIVATION = build("affine", "x", bits=3, stochastic=True)

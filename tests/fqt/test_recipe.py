@@ -334,6 +334,10 @@ def test_saved_codes_of_a_float_operand_are_float():
     assert recipe.low_bit("grad_input")
 
 
+def test_everywhere_keeps_the_rule_that_says_what_a_recipe_is_not_for():
+    assert load_recipe("bitnet").everywhere().rules == (Rule("<conv>", None),)
+
+
 def test_everywhere_drops_the_rules_and_nothing_else():
     recipe = load_recipe("fqt_1bit")
     assert recipe.everywhere() == replace(recipe, rules=())

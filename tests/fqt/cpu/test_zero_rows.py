@@ -18,6 +18,11 @@ pytestmark = pytest.mark.skipif(not library.LIBRARY.exists(), reason="the extens
 WINDOW = Geometry(6, 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)
 
 
+@pytest.fixture(autouse=True)
+def _small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integers, "SMALL", 0)
+
+
 def codes(shape: tuple[int, int, int], operand: str, name: str, zero: list[int] | None = None, **options: object) -> QTensor:
     values = torch.randn(shape)
     if zero is not None:

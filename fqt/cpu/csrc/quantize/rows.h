@@ -39,6 +39,19 @@ inline void multiply(const Source& fold, int64_t at, int64_t count, float* to) {
   }
 }
 
+// Copies a run of a row of floats that lie side by side, multiplied: in one pass, as most folded runs are.
+inline bool copy_multiplied(const Source& s, int64_t at, const Source& fold, int64_t fold_at, int64_t count, float* __restrict to) {
+  if (s.bfloat16 || s.stride.column != 1 || fold.stride.column > 1) return false;
+  const float* from = static_cast<const float*>(s.data) + at;
+  const float* factor = static_cast<const float*>(fold.data) + fold_at;
+  if (fold.stride.column == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor[i];
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i] * *factor;
+  }
+  return true;
+}
+
 // `count` columns of a row: where they lie, or copied to `buffer` (widened, folded).
 inline const float* fetch(const Plan& p, int64_t image, int64_t row, int64_t column, int64_t count, float* buffer) {
   if (p.direct) {
@@ -49,8 +62,13 @@ inline const float* fetch(const Plan& p, int64_t image, int64_t row, int64_t col
   float* to = buffer;
   while (count > 0) {
     const int64_t run = least(count, p.inner - at);
-    copy(p.x, p.x.stride.at(image, in_row, at), run, to);
-    if (p.fold.data != nullptr) multiply(p.fold, p.fold.stride.at(image, in_row, at), run, to);
+    const int64_t x_at = p.x.stride.at(image, in_row, at);
+    if (p.fold.data == nullptr) {
+      copy(p.x, x_at, run, to);
+    } else if (const int64_t fold_at = p.fold.stride.at(image, in_row, at); !copy_multiplied(p.x, x_at, p.fold, fold_at, run, to)) {
+      copy(p.x, x_at, run, to);
+      multiply(p.fold, fold_at, run, to);
+    }
     to += run;
     count -= run;
     at = 0;
