@@ -172,7 +172,10 @@ def names(recipes: Iterable[str], cases: Iterable[str]) -> Iterator[tuple[str, C
         for operand in OPERANDS:
             if recipe.quantizer(*operand.split(".")) is not None:
                 yield f"{name} / {operand}", lambda backend, recipe=recipe, operand=operand: codes(recipe, operand, backend)
+        linear_only = any(rule.match == "<conv>" and rule.recipe is None for rule in recipe.rules)
         for case in () if recipe.is_float else cases:
+            if linear_only and not any(isinstance(module, nn.Linear) for module in CASES[case].make().modules()):
+                continue
             for mode in ("train", "eval"):
                 yield (
                     f"{name} / {case} / {mode}",
