@@ -20,6 +20,7 @@ from fqt.fusion.modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedMaxPool2
 from fqt.inspect.summary import NOTE, backends, count_macs, forget_macs
 from fqt.inspect.timing import measure
 from fqt.layers import STATES, QuantizedLayer, adapter_of, plain_classes, quantized_class, quantized_layers
+from fqt.layers.patched import rebind, stranger
 from fqt.recipe import PLACES, Recipe
 from fqt.recipe_yaml import load_recipe
 from fqt.wording import nearest
@@ -70,7 +71,8 @@ def convert(
         The model.
 
     Raises:
-        ValueError: the model is converted already, a pattern matches no layer, nothing is left to convert, or the named
+        ValueError: the model is converted already, a pattern matches no layer, nothing is left to convert, a layer has a
+            `forward` set on the instance that would not reach the converted one, or the named
             backend is unknown or cannot serve a layer; `min_speedup` is not a positive number, or only one of `min_speedup` and
             `example` is given.
         TypeError: `model` is not a module, or `skip` is not strings.
@@ -107,6 +109,13 @@ def convert(
             layer_recipe.check(_adapter(layers[name]).kind)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
+    for name in chosen:
+        patch = stranger(layers[name])
+        if patch is not None:
+            raise ValueError(
+                f"layer {name!r} has a forward of its own, {patch}, set on the instance, which would go on computing in float: "
+                f"convert first and patch afterwards, or keep this layer float by skip={name!r}"
+            )
     exchange = _exchange(recipe)
     _check_speedup(min_speedup, example)
     slow = {} if min_speedup is None else _slower(model, chosen, backend, min_speedup, example)
@@ -154,7 +163,8 @@ def convert(
 
 def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None:
     """Convert a layer. ValueError where a backend is named that does not serve all that the layer asks of kernels."""
-    layer.__class__ = quantized_class(type(layer))
+    plain, layer.__class__ = type(layer), quantized_class(type(layer))
+    rebind(layer, plain, type(layer))
     assert isinstance(layer, QuantizedLayer)
     layer.recipe = recipe
     if backend:
@@ -175,6 +185,7 @@ def _make_plain(layer: nn.Module) -> None:
         layer._modules.pop(STATES, None)
         for name in ("changing", "watcher"):
             layer.__dict__.pop(name, None)
+        rebind(layer, type(layer), layer.plain)
         layer.__class__ = layer.plain  # type: ignore[assignment]
 
 
@@ -303,7 +314,8 @@ def revert(model: nn.Module) -> nn.Module:
     Parameters and buffers of quantizers (a learned step, a running range) go with them; the log names them.
 
     Raises:
-        ValueError: nothing in the model is converted, or a layer has become something else since.
+        ValueError: nothing in the model is converted, or a layer has become something else since, or has got a `forward` set
+            on the instance that goes on calling the one of now.
     """
     layers = dict(quantized_layers(model))
     if not layers:
@@ -313,6 +325,12 @@ def revert(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"layer {name!r} is a {type(layer).__name__}, no longer what fqt.convert made of it: "
                 f"undo that first (a parametrization: torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+        patch = stranger(layer)
+        if patch is not None:
+            raise ValueError(
+                f"layer {name!r} has a forward of its own, {patch}, set on the instance since fqt.convert, which would go on "
+                f"computing in low bits: take it off first"
             )
     states = [f"{name}.{state}" for name, layer in layers.items() for state in layer.states_names()]
     for module in list(model.modules()):
