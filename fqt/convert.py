@@ -31,6 +31,9 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.MaxPool2d: FusedMaxPool2d,
 }
 _UNFUSED = {fused: plain for plain, fused in _FUSED.items()}
+_LEAF = "__module__"
+"""torch.fx asks an instance for the module of its class, and traces into all that is not of torch.nn. What conversion changes
+was a leaf, or has a forward that cannot be traced, so it answers "torch.nn"."""
 _log = logging.getLogger("fqt")
 
 
@@ -166,6 +169,7 @@ def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None
     plain, layer.__class__ = type(layer), quantized_class(type(layer))
     rebind(layer, plain, type(layer))
     assert isinstance(layer, QuantizedLayer)
+    layer.__dict__[_LEAF] = "torch.nn"
     layer.recipe = recipe
     if backend:
         layer.backend = backend
@@ -183,7 +187,7 @@ def _make_plain(layer: nn.Module) -> None:
         layer.__dict__.pop("backend", None)
         layer.__dict__.pop("fusion", None)
         layer._modules.pop(STATES, None)
-        for name in ("changing", "watcher"):
+        for name in ("changing", "watcher", _LEAF):
             layer.__dict__.pop(name, None)
         rebind(layer, type(layer), layer.plain)
         layer.__class__ = layer.plain  # type: ignore[assignment]
@@ -304,6 +308,7 @@ def _fuse(model: nn.Module, backend: str) -> None:
             module.__dict__["fusion"] = Between
         elif type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
+            module.__dict__[_LEAF] = "torch.nn"
             if backend and not isinstance(module, FusedMaxPool2d):
                 module.__dict__["backend"] = backend
 
@@ -340,6 +345,7 @@ def revert(model: nn.Module) -> nn.Module:
         if type(module) in _UNFUSED:
             module.__class__ = _UNFUSED[type(module)]  # type: ignore[assignment]
             module.__dict__.pop("backend", None)
+            module.__dict__.pop(_LEAF, None)
         if "_fqt_replaced" in module.__dict__:
             module.__class__, added = module.__dict__.pop("_fqt_replaced")
             for name in added:
