@@ -74,10 +74,10 @@ def convert(
         The model.
 
     Raises:
-        ValueError: the model is converted already, a pattern matches no layer, nothing is left to convert, a layer has a
-            `forward` set on the instance that would not reach the converted one, or the named
-            backend is unknown or cannot serve a layer; `min_speedup` is not a positive number, or only one of `min_speedup` and
-            `example` is given.
+        ValueError: the model is converted already, a pattern matches no layer, or nothing is left to convert; a layer has a
+            `forward` set on the instance that would not reach the converted one, or is pruned and its zeros would get codes
+            that are not zero; the named backend is unknown or cannot serve a layer; `min_speedup` is not a positive number, or
+            only one of `min_speedup` and `example` is given.
         TypeError: `model` is not a module, or `skip` is not strings.
 
     An error leaves the model as it was.
@@ -165,7 +165,8 @@ def convert(
 
 
 def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None:
-    """Convert a layer. ValueError where a backend is named that does not serve all that the layer asks of kernels."""
+    """Convert a layer. ValueError where a backend is named that does not serve all that the layer asks of kernels, or
+    where the codes do not keep a pruned layer's mask."""
     plain, layer.__class__ = type(layer), quantized_class(type(layer))
     rebind(layer, plain, type(layer))
     assert isinstance(layer, QuantizedLayer)
@@ -178,6 +179,13 @@ def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None
                 ops.select(what.split()[0], request)
             except ValueError as error:
                 raise ValueError(f"layer {name!r}, {what}: {error}") from error
+    lost = layer.lost_zeros()
+    if lost:
+        quantizer = recipe.quantizer("output", "w")
+        raise ValueError(
+            f"layer {name!r} is pruned, and as {quantizer} {lost} of its {layer.weight.numel()} weights would come back from "
+            f"zero: choose weights that have a zero, such as {{quantizer: ternary_weight}}, or keep it float by skip={name!r}"
+        )
 
 
 def _make_plain(layer: nn.Module) -> None:

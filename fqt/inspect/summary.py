@@ -140,6 +140,9 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
         nbytes = codes * max(format.storage_bits, 8) // 8 + format.groups(shape) * (8 if format.offset else 4)
     names = list(dict.fromkeys(by.backend for by in served.values()))
     reasons = [*_arithmetic(layer, served), *dict.fromkeys(by.note for by in served.values() if by.note)]
+    lost = layer.lost_zeros()
+    if lost:
+        reasons.insert(0, f"{lost} pruned weights are not zero as codes")
     if layer.backend:
         reasons.insert(0, f"backend {layer.backend!r} was named")
     return Row(

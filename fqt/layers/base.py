@@ -172,6 +172,13 @@ class QuantizedLayer(nn.Module):
                 w_OKI, key=key, training=False, geometry=self.window(), states=self.states, backend=self.backend
             ).q
 
+    def lost_zeros(self) -> int:
+        """How many of the weights that a mask of torch.nn.utils.prune holds at zero are something else as codes."""
+        if "weight_mask" not in self._buffers or self.weight.is_meta:
+            return 0
+        q = self.quantized_weight()
+        return 0 if q is None else int(((self.weight_OKI() == 0) & (q.decode() != 0)).sum())
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A class that was made for a plain class found by its path is made again, where it is unpickled."""
         reduced = super().__reduce_ex__(protocol)
