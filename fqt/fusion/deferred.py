@@ -105,10 +105,13 @@ class Deferred(Tensor):
     ) -> Deferred:
         """One that stands in no graph yet."""
         height, width = windows.pooled_size
-        n, channels = source.y.shape[0], source.y.shape[2]
-        like = shape_of(torch.empty(n, height * width, channels, device="meta"), windows)
+        n, c = source.y.shape[0], source.y.shape[2]
+        shape = (n, c) if shape_of is rows else (n, c, height, width)
+        strides = (c, 1) if shape_of is rows else (c * height * width, height * width, width, 1)
+        if shape_of is images_last:
+            strides = (c * height * width, 1, c * width, c)
         made: Deferred = Tensor._make_wrapper_subclass(
-            Deferred, like.shape, strides=like.stride(), dtype=torch.float32, device=source.y.device
+            Deferred, shape, strides=strides, dtype=torch.float32, device=source.y.device
         )
         made.source, made.graph, made.norm, made.windows, made.shape_of = source, graph, norm, windows, shape_of
         made.watched = made.passed_over = False
