@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from fqt import ops
+from fqt.choose import Choice, Override, choose, ends_by_kind, load_overrides, patterns
 from fqt.fusion.deferred import Between, accumulates
 from fqt.fusion.modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedMaxPool2d
-from fqt.inspect.summary import NOTE, backends, count_macs, forget_macs
+from fqt.inspect.summary import NOTE, backends, count_macs, forget_macs, matrix_weights
 from fqt.inspect.timing import measure
 from fqt.layers import STATES, QuantizedLayer, adapter_of, plain_classes, quantized_class, quantized_layers
 from fqt.layers.patched import rebind, stranger
-from fqt.recipe import PLACES, Recipe
+from fqt.recipe import Recipe
 from fqt.recipe_yaml import load_recipe
 from fqt.wording import nearest
 
@@ -42,6 +43,8 @@ def convert(
     recipe: str | Path | Recipe,
     *,
     skip: Sequence[str] | str | None = None,
+    only: Sequence[str] | str | None = None,
+    overrides: Mapping[Override, str | Path | Recipe] | None = None,
     fuse: bool = True,
     backend: str | None = None,
     min_speedup: float | None = None,
@@ -50,14 +53,24 @@ def convert(
     """Make every layer of a kind that fqt knows (nn.Linear, nn.Conv2d, nn.Conv1d, transformers' Conv1D, and what
     `register_layer` added) train by a recipe, in place.
 
-    Subclasses of these are left alone (they may compute something else); `summary` lists them. The order of layers, for
-    the places <first> and <last>, is that of `model.named_modules()`.
+    Subclasses of these are left alone (they may compute something else), and so are the adapters that LoRA puts beside a frozen
+    layer; `summary` lists every module that holds a matrix, with the reason where it stays float.
+
+    A converted layer has another class, QuantLinear in place of nn.Linear, derived from the plain one. So `isinstance` says
+    what it said, and code that compares exact classes (`type(m) is nn.Linear`: weight initialization, freezing, FLOP counters,
+    weight decay by kind, pruning and quantization tools) passes converted layers over without a word. Run such code before
+    `convert` where it changes the model, and use `isinstance` in what runs afterwards. Optimizers, checkpoints, `compile`, DDP,
+    hooks and parametrizations go behind `convert`, as `forward`s that are set on an instance must.
 
     Args:
         model: any module; may itself be a layer.
         recipe: a built-in name (`fqt.recipes()`), the path of a YAML file, or a `Recipe`. "fp32" changes nothing.
         skip: fnmatch patterns of module names ("features.0", "*.downsample.*") that stay in float, beside the recipe's own
             rules.
+        only: patterns of the module names that are converted; the others stay float.
+        overrides: {pattern: recipe, or "float"}; a pattern may be one of the places of rules ("<depthwise>") or a predicate,
+            called with a layer's name and module. The first that holds decides, before the recipe's rules, for layers
+            that `skip` and `only` leave. The one way to convert an adapter.
         fuse: in a 1-bit recipe, have BatchNorm and max-pooling work together with the layers around them: the next layer
             takes the signs that it needs, and no float activation is written or kept between (see `fqt.fusion`). Eager
             float32 on a CPU; elsewhere it changes nothing. Same formulas; sums of the statistics are rounded otherwise than
@@ -78,7 +91,7 @@ def convert(
             `forward` set on the instance that would not reach the converted one, or is pruned and its zeros would get codes
             that are not zero; the named backend is unknown or cannot serve a layer; `min_speedup` is not a positive number, or
             only one of `min_speedup` and `example` is given.
-        TypeError: `model` is not a module, or `skip` is not strings.
+        TypeError: `model` is not a module, `skip` or `only` is not strings, or `overrides` is not such a mapping.
 
     An error leaves the model as it was.
     """
@@ -86,9 +99,7 @@ def convert(
         what = f"the class {model.__name__}: make an instance" if isinstance(model, type) else type(model).__name__
         raise TypeError(f"convert takes a torch.nn.Module, not {what}")
     recipe, backend = load_recipe(recipe), ops.named_backend(backend)
-    patterns = [skip] if isinstance(skip, str) else [] if skip is None else skip
-    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"skip is a pattern of module names or a list of them, not {skip!r}")
+    skip, only, by_name = patterns("skip", skip), patterns("only", only), load_overrides(overrides)
     converted = [name for name, _ in quantized_layers(model)]
     if converted:
         raise ValueError(
@@ -96,20 +107,20 @@ def convert(
             f"call fqt.revert(model) before another conversion"
         )
     layers = {name: module for name, module in model.named_modules() if adapter_of(module) is not None}
-    chosen = _choose(layers, recipe, patterns)
-    if recipe.is_float:
+    ends = ends_by_kind(model)
+    choices = choose(model, layers, recipe, ends, skip=skip, only=only, overrides=by_name)
+    if recipe.is_float and all(override is None or override.is_float for override in by_name.values()):
         return model
+    chosen = {name: choice.recipe for name, choice in choices.items() if choice.recipe is not None}
     if not chosen:
-        if layers:
-            reason = f"all {len(layers)} layers ({', '.join(list(layers)[:4])}) stay float by the recipe's rules or `skip`"
-            remedy = "loosen `skip`, or pass fqt.load_recipe(...).everywhere() to drop the recipe's rules"
-        else:
-            kinds = ", ".join(plain_classes())
-            reason, remedy = f"it has no layer of a kind that fqt converts ({kinds})", "check that this is the model you meant"
-        raise ValueError(f"recipe {recipe.name!r} converts nothing in this {type(model).__name__}: {reason}; {remedy}")
+        raise ValueError(
+            f"recipe {recipe.name!r} converts nothing in this {type(model).__name__}: {_why_nothing(model, choices)}"
+        )
     for name, layer_recipe in chosen.items():
+        adapter = adapter_of(layers[name])
+        assert adapter is not None
         try:
-            layer_recipe.check(_adapter(layers[name]).kind)
+            layer_recipe.check(adapter.kind)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
     for name in chosen:
@@ -136,8 +147,11 @@ def convert(
         for name in chosen:
             _make_plain(layers[name])
         raise
-    for name, speedup in slow.items():
-        layers[name].__dict__[NOTE] = f"kept float: {speedup:.2f}x measured"
+    for name, choice in choices.items():
+        if name not in chosen:
+            layers[name].__dict__[NOTE] = (
+                f"kept float: {slow[name]:.2f}x measured" if name in slow else f"kept float {choice.reason}"
+            )
     for layer in layers.values():
         count_macs(layer)
     replaced = _replace_modules(model, exchange)
@@ -162,6 +176,25 @@ def convert(
         else "",
     )
     return model
+
+
+def _why_nothing(model: nn.Module, choices: dict[str, Choice]) -> str:
+    """Why a recipe converts nothing, and what to do about it."""
+    if choices:
+        reasons = {choice.reason for choice in choices.values()}
+        return (
+            f"all {len(choices)} layers ({', '.join(list(choices)[:4])}) stay float {' and '.join(sorted(reasons))}; loosen "
+            f"skip, only and overrides, or pass fqt.load_recipe(...).everywhere() to drop the recipe's rules"
+        )
+    kinds = ", ".join(plain_classes())
+    holders = Counter(type(module).__name__ for module in model.modules() if matrix_weights(module))
+    if not holders:
+        return f"it has no layer of a kind that fqt converts ({kinds}); check that this is the model you meant"
+    held = ", ".join(f"{count} {kind}" for kind, count in holders.most_common())
+    return (
+        f"its weights are held by {held}, none of a kind that fqt converts ({kinds}); fqt.summary(model) says of each why, and "
+        f"fqt.register_layer adds a kind"
+    )
 
 
 def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None:
@@ -222,56 +255,6 @@ def _slower(model: nn.Module, chosen: dict[str, Recipe], backend: str, min_speed
 
 def _speeds(speedups: dict[str, float]) -> str:
     return ", ".join(f"{name} {speedup:.2f}x" for name, speedup in speedups.items())
-
-
-def _choose(layers: dict[str, nn.Module], recipe: Recipe, skip: Sequence[str]) -> dict[str, Recipe]:
-    """Layer name -> its recipe, for those that do not stay float."""
-    for pattern in skip:
-        if not any(_matches(pattern, name, layers) for name in layers):
-            raise ValueError(f"skip pattern {pattern!r} matches no layer{nearest(pattern, layers)}; layers: {_some(layers)}")
-    for rule in recipe.rules:
-        if rule.match not in PLACES and not any(_matches(rule.match, name, layers) for name in layers):
-            raise ValueError(
-                f"recipe {recipe.name!r}: rule {rule.match!r} matches no layer{nearest(rule.match, layers)}; "
-                f"layers: {_some(layers)}"
-            )
-    chosen = {}
-    for name in layers:
-        if any(_matches(pattern, name, layers) for pattern in skip):
-            continue
-        rule = next((rule for rule in recipe.rules if _matches(rule.match, name, layers)), None)
-        layer_recipe = recipe if rule is None else rule.recipe
-        if layer_recipe is not None and not layer_recipe.everywhere().is_float:
-            chosen[name] = layer_recipe
-    return chosen
-
-
-def _matches(pattern: str, name: str, layers: dict[str, nn.Module]) -> bool:
-    names = list(layers)
-    if pattern == "<first>":
-        return name == names[0]
-    if pattern == "<last>":
-        return name == names[-1]
-    if pattern in ("<downsample>", "<depthwise>"):
-        layer = layers[name]
-        window = _adapter(layer).window(layer)  # type: ignore[arg-type]
-        if window is None:
-            return False
-        if pattern == "<downsample>":
-            return window.kernel == (1, 1) and max(window.stride) > 1
-        return window.groups > 1 and _adapter(layer).weight_OKI(layer).shape[2] == 1  # type: ignore[arg-type]
-    return fnmatchcase(name, pattern)
-
-
-def _adapter(layer: nn.Module) -> type[QuantizedLayer]:
-    adapter = adapter_of(layer)
-    assert adapter is not None
-    return adapter
-
-
-def _some(names: dict[str, nn.Module]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:8]) + (f", ... ({len(listed)} in all)" if len(listed) > 8 else "")
 
 
 def _exchange(recipe: Recipe) -> dict[type[nn.Module], nn.Module]:

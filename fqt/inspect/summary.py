@@ -100,10 +100,10 @@ def summary(model: nn.Module) -> Summary:
     """
     rows = []
     for name, module in model.named_modules():
-        weights = _weights(module)
+        weights = matrix_weights(module)
         if isinstance(module, QuantizedLayer):
             rows.append(_quantized_row(name, module))
-        elif any(is_lazy(weight) or weight.dim() > 1 for weight in weights):
+        elif weights:
             float_product = "float x float"
             rows.append(
                 Row(
@@ -217,12 +217,13 @@ def backends(layer: QuantizedLayer) -> dict[str, Served]:
     return served
 
 
-def _weights(module: nn.Module) -> list[nn.Parameter]:
-    """The module's own weights by whatever name (in_proj_weight, weight_ih_l0), those under a parametrization included."""
+def matrix_weights(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own weights by whatever name (in_proj_weight, weight_ih_l0), those under a parametrization included; none
+    where none is lazy or has two axes."""
     weights = [p for name, p in module._parameters.items() if p is not None and "weight" in name]
     for name, parametrizations in _parametrizations(module).items():
         weights += parametrizations.parameters(recurse=False) if "weight" in name else []
-    return weights
+    return weights if any(is_lazy(weight) or weight.dim() > 1 for weight in weights) else []
 
 
 def _parametrizations(module: nn.Module) -> dict[str, nn.Module]:
@@ -231,7 +232,7 @@ def _parametrizations(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _why_float(module: nn.Module) -> str:
-    if any(is_lazy(weight) for weight in _weights(module)):
+    if any(is_lazy(weight) for weight in matrix_weights(module)):
         return "lazy: it has no shape before its first forward; convert after that"
     if adapter_of(module) is not None:
         return module.__dict__.get(NOTE, "kept float")

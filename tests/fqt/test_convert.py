@@ -545,7 +545,7 @@ ERRORS: list[tuple[object, dict[str, object], type[Exception], list[str]]] = [
     ("int8", {"skip": "*"}, ValueError, ["'int8' converts nothing in this Sequential", "all 5 layers (0, 3, 5, 8)", "skip"]),
     (ONE_BIT, {"skip": ["[035]", "8", "10"]}, ValueError, ["all 5 layers", "everywhere()"]),
     (replace(INT8, rules=(Rule("fc", None),)), {}, ValueError, ["rule 'fc' matches no layer", "layers: 0, 3"]),
-    (replace(INT8, rules=(Rule("*", None),)), {}, ValueError, ["all 5 layers", "stay float by the recipe's rules"]),
+    (replace(INT8, rules=(Rule("*", None),)), {}, ValueError, ["all 5 layers", "stay float by the rule '*'"]),
     (replace(INT8, replace=(("ReLu", "Identity"),)), {}, ValueError, ["'ReLu'", "did you mean 'ReLU'?"]),
     (replace(INT8, replace=(("ReLU", "functional"),)), {}, ValueError, ["'functional'", "no module of torch.nn"]),
     (replace(INT8, replace=(("ReLU", "Parameter"),)), {}, ValueError, ["'Parameter'", "no module of torch.nn"]),
@@ -578,7 +578,11 @@ MODEL_ERRORS: list[tuple[Callable[[], object], type[Exception], list[str]]] = [
     (lambda: fqt.convert([nn.Linear(2, 2)], "int8"), TypeError, ["not list"]),  # type: ignore[arg-type]
     (lambda: fqt.convert(nn.ReLU(), "int8"), ValueError, ["no layer of a kind that fqt converts (nn.Linear, ", "ReLU"]),
     (lambda: fqt.convert(nn.Sequential(), ONE_BIT), ValueError, ["converts nothing", "check that this is the model"]),
-    (lambda: fqt.convert(nn.Sequential(nn.LazyLinear(3)), INT8), ValueError, ["no layer of a kind that fqt converts"]),
+    (lambda: fqt.convert(nn.Sequential(nn.LazyLinear(3)), INT8), ValueError, ["held by 1 LazyLinear, none of a kind"]),
+    (
+        lambda: fqt.convert(nn.ModuleDict({"a": parametrizations.weight_norm(nn.Linear(3, 3)), "b": nn.LSTM(3, 3)}), INT8),
+        ValueError, ["held by 1 ParametrizedLinear, 1 LSTM, none of a kind", "fqt.summary(model)", "fqt.register_layer"],
+    ),
     (lambda: fqt.convert(fqt.convert(small(), "int8"), "int8"), ValueError, ["already (3 layers", "'3'", "fqt.revert(model)"]),
     (lambda: fqt.convert(fqt.convert(small(), "int8"), "fp32"), ValueError, ["already"]),
     (lambda: fqt.convert(nn.Sequential(fqt.convert(nn.Linear(3, 3), INT8)), INT8), ValueError, ["(1 layers", "'0'"]),

@@ -167,7 +167,7 @@ def zoo() -> nn.Module:
 def test_every_weight_has_a_row_and_every_float_one_its_reason() -> None:
     found = rows(fqt.convert(zoo(), "int8"))
     assert {name: (row.kind, row.note) for name, row in found.items() if row.bits["output"] == 32} == {
-        "first": ("Conv2d", "kept float"),
+        "first": ("Conv2d", "kept float by the rule '<first>'"),
         "mine": ("MyLinear", "a subclass: left alone"),
         "attention": ("MultiheadAttention", "not a kind that fqt converts"),
         "attention.out_proj": ("NonDynamicallyQuantizableLinear", "a subclass: left alone"),
@@ -176,7 +176,7 @@ def test_every_weight_has_a_row_and_every_float_one_its_reason() -> None:
         "lazy": ("LazyLinear", "lazy: it has no shape before its first forward; convert after that"),
         "normed": ("ParametrizedLinear", "a subclass: left alone"),
         "transposed": ("ConvTranspose2d", "not a kind that fqt converts"),
-        "last": ("Linear", "kept float"),
+        "last": ("Linear", "kept float by the rule '<last>'"),
     }
     assert found["middle"].kind == "QuantLinear"
     assert [name for name in found if "." not in name] == [n for n, _ in zoo().named_children() if n in found], "in order"
