@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fqt.inspect.flow import Ends
 from fqt.inspect.summary import matrix_weights
 from fqt.layers import adapter_of
 from fqt.recipe import PLACES, Recipe
@@ -18,14 +19,6 @@ from fqt.wording import nearest
 Override = str | Callable[[str, nn.Module], bool]
 """A pattern of module names, one of `PLACES`, or a predicate of a layer's name and module."""
 _ADAPTER_BASE = "peft.tuners.tuners_utils.BaseTunerLayer"
-
-
-@dataclass(frozen=True)
-class Ends:
-    """The names of the layers where a network begins and ends."""
-
-    first: frozenset[str]
-    last: frozenset[str]
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,24 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fqt import ops
 from fqt.choose import Choice, Override, choose, ends_by_kind, load_overrides, patterns
+from fqt.exchange import blind, candidates, exchange, exchange_back, exchanges, wanted
 from fqt.fusion.deferred import Between, accumulates
 from fqt.fusion.modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedMaxPool2d
+from fqt.inspect.flow import Flow, flow_of, traced_flow
 from fqt.inspect.summary import NOTE, backends, count_macs, forget_macs, matrix_weights
 from fqt.inspect.timing import measure
 from fqt.layers import STATES, QuantizedLayer, adapter_of, plain_classes, quantized_class, quantized_layers
 from fqt.layers.patched import rebind, stranger
 from fqt.recipe import Recipe
 from fqt.recipe_yaml import load_recipe
-from fqt.wording import nearest
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: FusedBatchNorm1d,
@@ -79,9 +81,16 @@ def convert(
             ("reference", "cpu", ...). None: the one that the environment's FQT_BACKEND names, else for each product the
             fastest that serves it.
         min_speedup: keep a layer float where its float time over its low-bit time, measured as by `fqt.profile` here and
-            now, is less than this: 1.0 converts what gains. As with `skip`, activations are exchanged all the same.
-        example: the input to measure on: a tensor, a tuple of arguments or a mapping of keyword arguments, in size and
+            now, is less than this: 1.0 converts what gains.
+        example: an input of the model: a tensor, a tuple of arguments or a mapping of keyword arguments. One forward of it, on
+            a copy, shows what flows where: the rules' <first> and <last> are then the ends of that flow, an activation is
+            exchanged where a layer reads it whose recipe says so, and the log says which converted layers are not called, what
+            share of the multiply-adds is converted, and which signs are all alike. For `min_speedup` give it in size and
             memory format those of the training.
+
+    Without `example` <first> and <last> are the first and the last module that holds a matrix, in the order of
+    `model.named_modules()`, and the readers of activations are found by torch.fx, or where that cannot trace the model,
+    taken to be the layers beside them.
 
     Returns:
         The model.
@@ -90,7 +99,7 @@ def convert(
         ValueError: the model is converted already, a pattern matches no layer, or nothing is left to convert; a layer has a
             `forward` set on the instance that would not reach the converted one, or is pruned and its zeros would get codes
             that are not zero; the named backend is unknown or cannot serve a layer; `min_speedup` is not a positive number, or
-            only one of `min_speedup` and `example` is given.
+            comes without `example`.
         TypeError: `model` is not a module, `skip` or `only` is not strings, or `overrides` is not such a mapping.
 
     An error leaves the model as it was.
@@ -107,7 +116,9 @@ def convert(
             f"call fqt.revert(model) before another conversion"
         )
     layers = {name: module for name, module in model.named_modules() if adapter_of(module) is not None}
-    ends = ends_by_kind(model)
+    _check_speedup(min_speedup, example)
+    flow = None if example is None else flow_of(model, example)
+    ends = ends_by_kind(model) if flow is None else flow.ends()
     choices = choose(model, layers, recipe, ends, skip=skip, only=only, overrides=by_name)
     if recipe.is_float and all(override is None or override.is_float for override in by_name.values()):
         return model
@@ -130,8 +141,8 @@ def convert(
                 f"layer {name!r} has a forward of its own, {patch}, set on the instance, which would go on computing in float: "
                 f"convert first and patch afterwards, or keep this layer float by skip={name!r}"
             )
-    exchange = _exchange(recipe)
-    _check_speedup(min_speedup, example)
+    for each in [recipe, *chosen.values()]:
+        exchanges(each)
     slow = {} if min_speedup is None else _slower(model, chosen, backend, min_speedup, example)
     chosen = {name: layer_recipe for name, layer_recipe in chosen.items() if name not in slow}
     if not chosen:
@@ -154,7 +165,11 @@ def convert(
             )
     for layer in layers.values():
         count_macs(layer)
-    replaced = _replace_modules(model, exchange)
+    flow = flow or (traced_flow(model) if candidates(model, chosen) else None)
+    exchanged = wanted(model, chosen, flow)
+    kept = candidates(model, chosen).keys() - exchanged.keys()
+    for name, fresh in exchanged.items():
+        exchange(model.get_submodule(name), fresh)
     if fuse and any(accumulates(layer.recipe) for _, layer in quantized_layers(model)):
         _fuse(model, backend)
     added = [f"{name}.{state}" for name, layer in quantized_layers(model) for state in layer.states_names(parameters=True)]
@@ -163,19 +178,56 @@ def convert(
             "%s adds %d parameters, which an optimizer made from now on trains: %s", recipe.name, len(added), ", ".join(added)
         )
     served = {by.backend for _, layer in quantized_layers(model) for by in backends(layer).values()}
+    said = []
+    if kept:
+        said.append(f"{len(kept)} kept for float readers{_some(sorted(kept))}")
+    for place in ("<first>", "<last>"):
+        at = [name for name, choice in choices.items() if name not in chosen and choice.reason == f"by the rule {place!r}"]
+        if at:
+            said.append(f"{place} is{_some(at)}")
+    if slow:
+        said.append(f"kept float, slower than {min_speedup:g}x: {_speeds(slow)}")
+    troubles = _troubles(model, chosen, flow, exchanged)
+    if "reference" in served and not backend:
+        troubles.append("some products have no low-bit kernel here and run on the reference, see fqt.summary(model)")
     _log.log(
-        logging.WARNING if "reference" in served and not backend else logging.INFO,
-        "%s: %d of %d layers converted, %d activations replaced%s%s",
+        logging.WARNING if troubles else logging.INFO,
+        "%s: %d of %d layers converted, %d activations replaced%s",
         recipe.name,
         len(chosen),
         len(layers),
-        replaced,
-        f"; kept float, slower than {min_speedup:g}x: {_speeds(slow)}" if slow else "",
-        "; some products have no low-bit kernel here and run on the reference, see fqt.summary(model)"
-        if "reference" in served and not backend
-        else "",
+        len(exchanged),
+        "; ".join([_some(exchanged), *said, *troubles]),
     )
     return model
+
+
+def _troubles(model: nn.Module, chosen: dict[str, Recipe], flow: Flow | None, exchanged: dict[str, nn.Module]) -> list[str]:
+    """What a user would want to know of a conversion that did less than it seems to."""
+    found = []
+    if flow is not None and flow.total:
+        share, of = sum(flow.madds.get(name, 0) for name in chosen) / flow.total, "multiply-adds"
+        asleep = [name for name in chosen if name not in flow.reads]
+        if asleep:
+            found.append(f"{len(asleep)} converted layers are not called by example, which runs nothing of them{_some(asleep)}")
+    else:
+        holders = {name: m for name, m in model.named_modules() if not isinstance(m, nn.Embedding)}
+        sizes = {name: sum(w.numel() for w in matrix_weights(m) if not is_lazy(w)) for name, m in holders.items()}
+        share, of = sum(sizes[name] for name in chosen) / max(sum(sizes.values()), 1), "weights of matrices"
+    if share < 0.5:
+        found.append(f"only {share:.0%} of the {of} are in converted layers, see fqt.summary(model)")
+    for name, makers in blind(flow, chosen, exchanged).items() if flow is not None else ():
+        found.append(
+            f"{name} takes signs of values that are nowhere negative (behind {makers}), and learns nothing from them: use a "
+            f"module that the recipe replaces (nn.ReLU), or skip={name!r}"
+        )
+    return found
+
+
+def _some(names: Iterable[str]) -> str:
+    """In brackets, some of the names."""
+    listed = list(names)
+    return f" ({', '.join(listed[:6])}{', ...' if len(listed) > 6 else ''})" if listed else ""
 
 
 def _why_nothing(model: nn.Module, choices: dict[str, Choice]) -> str:
@@ -236,11 +288,10 @@ def _make_plain(layer: nn.Module) -> None:
 
 def _check_speedup(min_speedup: object, example: object) -> None:
     if min_speedup is None:
-        if example is not None:
-            raise ValueError("example has no effect without min_speedup: give both, or leave it out")
-    elif not isinstance(min_speedup, int | float) or not min_speedup > 0:
+        return
+    if not isinstance(min_speedup, int | float) or not min_speedup > 0:
         raise ValueError(f"min_speedup is {min_speedup!r}, not a positive number such as 1.0")
-    elif example is None:
+    if example is None:
         raise ValueError(f"min_speedup={min_speedup:g} is measured: give example=, an input as large as in training")
 
 
@@ -255,39 +306,6 @@ def _slower(model: nn.Module, chosen: dict[str, Recipe], backend: str, min_speed
 
 def _speeds(speedups: dict[str, float]) -> str:
     return ", ".join(f"{name} {speedup:.2f}x" for name, speedup in speedups.items())
-
-
-def _exchange(recipe: Recipe) -> dict[type[nn.Module], nn.Module]:
-    """The recipe's `replace`: class -> a fresh module of the class that takes its place."""
-    exchange = {}
-    for old, new in recipe.replace:
-        for name in (old, new):
-            if not (isinstance(getattr(nn, name, None), type) and issubclass(getattr(nn, name), nn.Module)):
-                raise ValueError(
-                    f"recipe {recipe.name!r}: replace names {name!r}, which is no module of torch.nn{nearest(name, dir(nn))}"
-                )
-        try:
-            fresh = getattr(nn, new)()
-        except TypeError as error:
-            raise ValueError(f"recipe {recipe.name!r}: replace cannot make a {new}: {error}; choose an activation") from error
-        if fresh.state_dict():
-            raise ValueError(f"recipe {recipe.name!r}: replace names {new!r}, which has parameters; choose one without")
-        exchange[getattr(nn, old)] = fresh
-    return exchange
-
-
-def _replace_modules(model: nn.Module, exchange: dict[type[nn.Module], nn.Module]) -> int:
-    """Exchange classes, remembering on the module what `revert` needs: its class, and the attributes that it had not."""
-    count = 0
-    for module in model.modules():
-        fresh = exchange.get(type(module))
-        if fresh is not None:
-            added = {name: value for name, value in fresh.__dict__.items() if name not in module.__dict__}
-            module.__dict__.update(added)
-            module.__dict__["_fqt_replaced"] = (type(module), tuple(added))
-            module.__class__ = type(fresh)
-            count += 1
-    return count
 
 
 def _fuse(model: nn.Module, backend: str) -> None:
@@ -337,10 +355,7 @@ def revert(model: nn.Module) -> nn.Module:
             module.__class__ = _UNFUSED[type(module)]  # type: ignore[assignment]
             module.__dict__.pop("backend", None)
             module.__dict__.pop(_LEAF, None)
-        if "_fqt_replaced" in module.__dict__:
-            module.__class__, added = module.__dict__.pop("_fqt_replaced")
-            for name in added:
-                del module.__dict__[name]
+        exchange_back(module)
     if states:
         _log.info("reverted; dropped with the quantizers: %s", ", ".join(states))
     return model

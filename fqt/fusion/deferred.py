@@ -41,11 +41,13 @@ _DESCRIPTIONS = {
     for name in ("shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_leaf", "is_cuda", "grad_fn")
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
 # what is about its gradient, for which it stands itself in the graph
-_GRADIENTS = {
-    torch.autograd.grad, Tensor.backward, Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_,
-    Tensor.register_post_accumulate_grad_hook, Tensor.grad.__get__, Tensor.grad.__set__, Tensor.requires_grad.__set__,
-    Tensor.retains_grad.__get__,
-}  # fmt: skip
+_GRADIENTS = (
+    {torch.autograd.grad, Tensor.backward, Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_}
+    | {Tensor.register_post_accumulate_grad_hook}
+    | {getattr(Tensor, name).__get__ for name in ("grad", "retains_grad")}
+    | {getattr(Tensor, name).__set__ for name in ("grad", "requires_grad")}
+)
+_SET_DATA = getattr(Tensor, "data").__set__  # noqa: B009
 
 
 @dataclass(frozen=True)
@@ -150,20 +152,20 @@ class Deferred(Tensor):
         return self if self.whole() else self.value()
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _GRADIENTS:
             args, kwargs = _each(args, Deferred.in_graph), _each(kwargs, Deferred.in_graph)
         elif func not in _DESCRIPTIONS:
             of_args = _each(args, Deferred.value), _each(kwargs, Deferred.value)
-            if func is Tensor.data.__set__:  # which no version counts
+            if func == _SET_DATA:  # which no version counts
                 args[0].version = -1
             args, kwargs = of_args
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func._schema.is_mutable:
             raise RuntimeError(
                 f"{func} would change an activation that is not computed yet, past torch functions: clone it first, or convert "

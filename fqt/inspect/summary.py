@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from fqt import ops
 from fqt.cpu import integers
-from fqt.layers import QuantizedLayer, adapter_of, is_subclass
+from fqt.layers import QuantizedLayer, adapter_of, is_subclass, quantized_layers
 from fqt.ops import PRODUCTS
 from fqt.recipe import MAX_PRODUCT_BITS
 from fqt.rows import Kernel
@@ -33,7 +33,8 @@ class Row:
         packed_bytes: of the weight as the forward reads it, scales included; of the float weight in a float layer.
         backend: what serves the low-bit products; "torch" if there are none.
         served: product -> the backend of the kernel that serves it, for those that run in low bits.
-        note: why a layer is float, why no kernel or no faster one serves it, what words of more than 8 bits run on.
+        note: why a layer is float or ran nothing, why no kernel or no faster one serves it, what words of more than 8 bits
+            run on.
         bits: product -> bits at which it runs, 32 = float.
         kept: product -> fraction of groups that pruning keeps.
     """
@@ -96,12 +97,14 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """A row for each module that holds a weight of two or more axes, converted or not.
 
-    Multiply-adds are known once a converted model has run a forward.
+    Multiply-adds are known once a converted model has run a forward. A converted layer that was not called then stands as
+    float: a model that reads a layer's weight itself, for a function of torch, computes past it.
     """
     rows = []
+    ran = any(_MACS in layer.__dict__ for _, layer in quantized_layers(model))
     for name, module in model.named_modules():
         weights = matrix_weights(module)
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, QuantizedLayer) and (_MACS in module.__dict__ or not ran):
             rows.append(_quantized_row(name, module))
         elif weights:
             float_product = "float x float"
@@ -234,6 +237,8 @@ def _parametrizations(module: nn.Module) -> dict[str, nn.Module]:
 def _why_float(module: nn.Module) -> str:
     if any(is_lazy(weight) for weight in matrix_weights(module)):
         return "lazy: it has no shape before its first forward; convert after that"
+    if isinstance(module, QuantizedLayer):
+        return "converted, but not called by the forwards since: nothing of it ran in low bits"
     if adapter_of(module) is not None:
         return module.__dict__.get(NOTE, "kept float")
     if is_subclass(module):

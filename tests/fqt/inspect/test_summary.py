@@ -258,6 +258,26 @@ def test_a_shared_module_is_counted_once() -> None:
     assert [row.name for row in fqt.summary(model).rows] == ["a"]
 
 
+def test_a_converted_layer_that_no_forward_called_stands_as_float() -> None:
+    class Borrows(nn.Module):
+        """As attention blocks do that hand their layers' weights to one function."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(nn.functional.linear(x, self.inner.weight))
+
+    model = fqt.convert(Borrows(), INT8)
+    assert {row.backend == "torch" for row in fqt.summary(model).rows} == {False}, "nothing is known before a forward"
+    model(torch.randn(2, 6))
+    inner, outer = fqt.summary(model).rows
+    assert (inner.kind, inner.backend, inner.bits["output"], inner.madds) == ("QuantLinear", "torch", 32, None)
+    assert inner.note == "converted, but not called by the forwards since: nothing of it ran in low bits"
+    assert outer.bits["output"] == 8
+
+
 # --- the modelled speedup ---------------------------------------------------------------------------------------------------
 
 
