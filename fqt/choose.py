@@ -11,7 +11,7 @@ from torch import nn
 
 from fqt.inspect.flow import Ends
 from fqt.inspect.summary import matrix_weights
-from fqt.layers import adapter_of
+from fqt.layers import ADAPTERS, adapter_of
 from fqt.recipe import PLACES, Recipe
 from fqt.recipe_yaml import load_recipe
 from fqt.wording import nearest
@@ -96,6 +96,8 @@ def choose(
             found = Choice(None, "by only, which leaves it out")
         elif key := next((key for key in overrides if matches(key, name)), None):
             found = Choice(overrides[key], f"by overrides {_word(key)}")
+        elif (holder := _float_borrower(name, model, chosen)) is not None:
+            found = Choice(None, f"with {holder!r}, which multiplies its weight itself")
         elif is_adapter(name, model):
             found = Choice(None, "as an adapter beside a frozen layer, which overrides alone converts")
         else:
@@ -104,6 +106,14 @@ def choose(
         floats = found.recipe is None or found.recipe.everywhere().is_float
         chosen[name] = Choice(None, found.reason or "by the recipe") if floats else found
     return chosen
+
+
+def _float_borrower(name: str, model: nn.Module, chosen: dict[str, Choice]) -> str | None:
+    """The module around a layer that multiplies its weight itself as long as it is not converted, which it is not."""
+    holder, _, child = name.rpartition(".")
+    adapter = ADAPTERS.get(type(model.get_submodule(holder))) if child else None
+    stays = holder not in chosen or chosen[holder].recipe is None
+    return holder if adapter is not None and child in adapter.borrows and stays else None
 
 
 class _Matches:

@@ -37,6 +37,7 @@ _UNFUSED = {fused: plain for plain, fused in _FUSED.items()}
 _LEAF = "__module__"
 """torch.fx asks an instance for the module of its class, and traces into all that is not of torch.nn. What conversion changes
 was a leaf, or has a forward that cannot be traced, so it answers "torch.nn"."""
+_NESTED = "_fqt_nested"
 _log = logging.getLogger("fqt")
 
 
@@ -165,6 +166,10 @@ def convert(
             )
     for layer in layers.values():
         count_macs(layer)
+    for module in model.modules():
+        if type(module) is nn.TransformerEncoder and module.use_nested_tensor and any(quantized_layers(module)):
+            module.use_nested_tensor = False  # its layers would be given nested tensors, which only torch's fast path takes
+            module.__dict__[_NESTED] = True
     flow = flow or (traced_flow(model) if candidates(model, chosen) else None)
     exchanged = wanted(model, chosen, flow)
     kept = candidates(model, chosen).keys() - exchanged.keys()
@@ -207,7 +212,8 @@ def _troubles(model: nn.Module, chosen: dict[str, Recipe], flow: Flow | None, ex
     found = []
     if flow is not None and flow.total:
         share, of = sum(flow.madds.get(name, 0) for name in chosen) / flow.total, "multiply-adds"
-        asleep = [name for name in chosen if name not in flow.reads]
+        borrowed = {f"{name}.{child}" for name, layer in quantized_layers(model) for child in layer.borrows}
+        asleep = [name for name in chosen if name not in flow.reads and name not in borrowed]
         if asleep:
             found.append(f"{len(asleep)} converted layers are not called by example, which runs nothing of them{_some(asleep)}")
     else:
@@ -356,6 +362,8 @@ def revert(model: nn.Module) -> nn.Module:
             module.__dict__.pop("backend", None)
             module.__dict__.pop(_LEAF, None)
         exchange_back(module)
+        if module.__dict__.pop(_NESTED, False):
+            module.use_nested_tensor = True
     if states:
         _log.info("reverted; dropped with the quantizers: %s", ", ".join(states))
     return model

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from fqt import ops
 from fqt.cpu import integers
-from fqt.layers import QuantizedLayer, adapter_of, is_subclass, quantized_layers
+from fqt.layers import QuantizedLayer, adapter_of, is_subclass, quantized_layers, refusal
 from fqt.ops import PRODUCTS
 from fqt.recipe import MAX_PRODUCT_BITS
 from fqt.rows import Kernel
@@ -241,6 +242,8 @@ def _why_float(module: nn.Module) -> str:
         return "converted, but not called by the forwards since: nothing of it ran in low bits"
     if adapter_of(module) is not None:
         return module.__dict__.get(NOTE, "kept float")
+    if refusal(module):
+        return f"left alone: {refusal(module)}"
     if is_subclass(module):
         return "a subclass: left alone"
     return "not a kind that fqt converts"
@@ -257,7 +260,7 @@ def count_macs(layer: nn.Module) -> None:
     layer.register_forward_hook(_remember_macs)
 
 
-def _remember_macs(layer: nn.Module, inputs: object, output: Tensor) -> None:
+def _remember_macs(layer: nn.Module, inputs: object, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     adapter = adapter_of(layer)

@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 
 from fqt.layers.base import (
+    ADAPTERS,
     STATES,
     QuantizedLayer,
     adapter_of,
@@ -12,6 +13,7 @@ from fqt.layers.base import (
     plain_classes,
     quantized_class,
     quantized_layers,
+    refusal,
     register_layer,
 )
 from fqt.layers.conv import QuantConv2d
@@ -21,6 +23,7 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
+    "ADAPTERS",
     "STATES",
     "QuantConv2d",
     "QuantLinear",
@@ -31,5 +34,6 @@ __all__ = [
     "plain_classes",
     "quantized_class",
     "quantized_layers",
+    "refusal",
     "register_layer",
 ]

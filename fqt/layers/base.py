@@ -41,12 +41,15 @@ class QuantizedLayer(nn.Module):
         plain: the class that is converted.
         options: names of the constructor's arguments that give a layer of the same sizes, as far as they are attributes too.
         images: whether its input may be channels_last.
+        borrows: names of layers within it whose weights its plain class multiplies itself, so that they are called only where
+            it is converted.
     """
 
     kind: ClassVar[str] = "linear"
     plain: ClassVar[type[nn.Module]]
     options: ClassVar[tuple[str, ...]] = ()
     images: ClassVar[bool] = False
+    borrows: ClassVar[tuple[str, ...]] = ()
     weight: Tensor
     bias: Tensor | None
     fusion: Fusion | None = None
@@ -61,6 +64,11 @@ class QuantizedLayer(nn.Module):
         return _uncompiled(self, input) if self.changing and _uncompiled is not None else self.compute(input)
 
     # --- the adapter ---
+
+    @classmethod
+    def refuses(cls, plain: nn.Module) -> str:
+        """Why a plain layer of this class cannot be converted, "" if it can."""
+        return ""
 
     def compute(self, input: Tensor) -> Tensor:
         """The layer's forward."""
@@ -82,6 +90,10 @@ class QuantizedLayer(nn.Module):
     def multiply_adds(self, output: Tensor) -> int:
         """Multiply-adds of one sample's forward, of which `output` came."""
         return math.prod(output.shape[1:-1]) * self.weight.numel()
+
+    def exercise(self, x: Tensor) -> Tensor:
+        """The output for x where the layer's forward takes x alone, or something to that effect."""
+        return self(x)
 
     def like(self, kind: type[nn.Module]) -> nn.Module:
         """A new layer of class `kind`, of this layer's sizes."""
@@ -174,7 +186,7 @@ class QuantizedLayer(nn.Module):
 
     def lost_zeros(self) -> int:
         """How many of the weights that a mask of torch.nn.utils.prune holds at zero are something else as codes."""
-        if "weight_mask" not in self._buffers or self.weight.is_meta:
+        if not any(name.endswith("weight_mask") for name in self._buffers) or self.weight.is_meta:
             return 0
         q = self.quantized_weight()
         return 0 if q is None else int(((self.weight_OKI() == 0) & (q.decode() != 0)).sum())
@@ -224,15 +236,26 @@ def register_layer(plain: type[nn.Module] | str) -> Callable[[type[QuantizedLaye
 
 def adapter_of(module: nn.Module) -> type[QuantizedLayer] | None:
     """The class by which a plain or converted layer is known; None for any other module, a subclass of a plain layer too."""
-    kind = type(module)
     if isinstance(module, QuantizedLayer):
-        return kind  # type: ignore[return-value]
+        return type(module)
+    adapter = _registered(module)
+    return None if adapter is None or adapter.refuses(module) else adapter
+
+
+def refusal(module: nn.Module) -> str:
+    """Why a module of a class that is converted is not, "" if it is, or if its class is not."""
+    adapter = _registered(module)
+    return "" if adapter is None else adapter.refuses(module)
+
+
+def _registered(module: nn.Module) -> type[QuantizedLayer] | None:
+    kind = type(module)
     return ADAPTERS.get(kind) or (quantized_class(kind) if f"{kind.__module__}.{kind.__qualname__}" in ADAPTERS else None)
 
 
 def is_subclass(module: nn.Module) -> bool:
     """Whether a module is of a class derived from one that is converted, which may compute something else."""
-    return adapter_of(module) is None and any(isinstance(module, plain) for plain in ADAPTERS if not isinstance(plain, str))
+    return _registered(module) is None and any(isinstance(module, plain) for plain in ADAPTERS if not isinstance(plain, str))
 
 
 def quantized_class(plain: type[nn.Module]) -> type[QuantizedLayer]:

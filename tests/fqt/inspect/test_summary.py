@@ -151,7 +151,7 @@ def zoo() -> nn.Module:
             "first": nn.Conv2d(3, 4, 3),
             "middle": nn.Linear(4, 4),
             "mine": MyLinear(4, 4),
-            "attention": nn.MultiheadAttention(4, 2),
+            "attention": nn.MultiheadAttention(4, 2, kdim=3),
             "lstm": nn.LSTM(4, 3),
             "embedding": nn.Embedding(7, 4),
             "lazy": nn.LazyLinear(3),
@@ -169,8 +169,11 @@ def test_every_weight_has_a_row_and_every_float_one_its_reason() -> None:
     assert {name: (row.kind, row.note) for name, row in found.items() if row.bits["output"] == 32} == {
         "first": ("Conv2d", "kept float by the rule '<first>'"),
         "mine": ("MyLinear", "a subclass: left alone"),
-        "attention": ("MultiheadAttention", "not a kind that fqt converts"),
-        "attention.out_proj": ("NonDynamicallyQuantizableLinear", "a subclass: left alone"),
+        "attention": ("MultiheadAttention", "left alone: its key or value has a size of its own"),
+        "attention.out_proj": (
+            "NonDynamicallyQuantizableLinear",
+            "kept float with 'attention', which multiplies its weight itself",
+        ),
         "lstm": ("LSTM", "not a kind that fqt converts"),
         "embedding": ("Embedding", "not a kind that fqt converts"),
         "lazy": ("LazyLinear", "lazy: it has no shape before its first forward; convert after that"),
@@ -183,7 +186,7 @@ def test_every_weight_has_a_row_and_every_float_one_its_reason() -> None:
     for row in found.values():
         if row.bits["output"] == 32:
             assert (row.backend, row.output, row.grad_input, row.grad_weight) == ("torch", *["float x float"] * 3)
-    assert found["attention"].parameters == 4 * 12 + 12
+    assert found["attention"].parameters == 4 * (4 + 3 + 4) + 12
     assert found["lstm"].packed_bytes == 4 * (12 * 4 + 12 * 3)
     assert found["normed"].parameters == 16 + 4 + 4
 
