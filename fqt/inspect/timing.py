@@ -124,10 +124,10 @@ def record_calls(model: nn.Module, input: object) -> dict[str, Counter[Call]]:
 
 def time_layer(name: str, layer: QuantizedLayer, calls: Counter[Call], seconds: float) -> list[Timing]:
     """A timing of each product that the calls pay for, on layers of the same sizes. Within `undisturbed`: it draws."""
-    formats = (False, True) if layer.images else (False,)
     served, sums = {product: by.backend for product, by in backends(layer).items()}, {}
     for call, count in calls.items():
         sides = [_products(layer, call, low=True, channels_last=call.channels_last)]
+        formats = (False, True) if layer.images and len(call.shape) == 4 else (False,)
         sides += [_products(layer, call, low=False, channels_last=channels_last) for channels_last in formats]
         functions = [function for side in sides for function in side.values()]
         medians = _in_turns(functions, layer.weight.device, seconds / len(calls))

@@ -1,7 +1,7 @@
-"""Subclasses of torch's layers, timm's, that compute what the plain class does: from the same numbers, from an
+"""Subclasses of torch's layers, in timm and torchvision, that compute what the plain class does: from the same numbers, from an
 input padded as TensorFlow pads ("same"), or with a standardized weight.
 
-They are known by their paths, so that timm need not be installed, nor imported.
+They are known by their paths, so that their packages need not be installed, nor imported.
 """
 
 from __future__ import annotations
@@ -9,11 +9,21 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fqt.layers.base import register_layer
+from fqt.layers.base import QuantizedLayer, register_layer
 from fqt.layers.conv import QuantConv2d, convolve, padding_of
+from fqt.layers.conv3d import QuantConv3d
 from fqt.layers.linear import QuantLinear
 
 register_layer("timm.layers.linear.Linear")(QuantLinear)
+
+
+@register_layer("torchvision.models.video.resnet.Conv3DSimple")
+@register_layer("torchvision.models.video.resnet.Conv3DNoTemporal")
+class VideoConv3d(QuantConv3d):
+    """nn.Conv3d, made of other arguments."""
+
+    def like(self, kind: type[nn.Module]) -> nn.Module:
+        return super().like(QuantConv3d if issubclass(kind, QuantizedLayer) else nn.Conv3d)
 
 
 @register_layer("timm.layers.conv2d_same.Conv2dSame")

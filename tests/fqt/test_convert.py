@@ -211,8 +211,7 @@ def test_subclasses_are_left_alone() -> None:
             "parametrized": parametrizations.weight_norm(nn.Linear(4, 4)),
             "user": MyLinear(4, 4),
             "bilinear": nn.Bilinear(4, 4, 2),
-            "conv3d": nn.Conv3d(4, 4, 1),
-            "transposed": nn.ConvTranspose2d(4, 4, 1),
+            "transposed": nn.ConvTranspose3d(4, 4, 1),
         }
     )
     before = {name: type(m) for name, m in model.named_modules() if name != "plain"}

@@ -156,7 +156,7 @@ def zoo() -> nn.Module:
             "embedding": nn.Embedding(7, 4),
             "lazy": nn.LazyLinear(3),
             "normed": parametrizations.weight_norm(nn.Linear(4, 4)),
-            "transposed": nn.ConvTranspose2d(4, 4, 1),
+            "transposed": nn.ConvTranspose3d(4, 4, 1),
             "norm": nn.BatchNorm2d(4),
             "act": nn.ReLU(),
             "last": nn.Linear(4, 2),
@@ -178,7 +178,7 @@ def test_every_weight_has_a_row_and_every_float_one_its_reason() -> None:
         "embedding": ("Embedding", "not a kind that fqt converts"),
         "lazy": ("LazyLinear", "lazy: it has no shape before its first forward; convert after that"),
         "normed": ("ParametrizedLinear", "a subclass: left alone"),
-        "transposed": ("ConvTranspose2d", "not a kind that fqt converts"),
+        "transposed": ("ConvTranspose3d", "not a kind that fqt converts"),
         "last": ("Linear", "kept float by the rule '<last>'"),
     }
     assert found["middle"].kind == "QuantLinear"
