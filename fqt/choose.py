@@ -12,6 +12,7 @@ from torch import nn
 from fqt.inspect.flow import Ends
 from fqt.inspect.summary import matrix_weights
 from fqt.layers import ADAPTERS, adapter_of
+from fqt.layers.parametrized import at_rest
 from fqt.recipe import PLACES, Recipe
 from fqt.recipe_yaml import load_recipe
 from fqt.wording import nearest
@@ -136,7 +137,8 @@ class _Matches:
                 return False
             if pattern == "<downsample>":
                 return window.kernel == (1, 1) and max(window.stride) > 1
-            return window.groups > 1 and adapter.weight_OKI(layer).shape[2] == 1  # type: ignore[arg-type]
+            with at_rest(layer):
+                return window.groups > 1 and adapter.weight_OKI(layer).shape[2] == 1  # type: ignore[arg-type]
         return fnmatchcase(name, pattern)
 
 

@@ -23,7 +23,7 @@ from fqt.fusion.modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedMaxPool2
 from fqt.inspect.flow import Flow, flow_of, traced_flow
 from fqt.inspect.summary import NOTE, backends, count_macs, forget_macs, matrix_weights
 from fqt.inspect.timing import measure
-from fqt.layers import STATES, QuantizedLayer, adapter_of, plain_classes, quantized_class, quantized_layers
+from fqt.layers import STATES, QuantizedLayer, adapter_of, converted_class, plain_class, plain_classes, quantized_layers
 from fqt.layers.patched import rebind, stranger
 from fqt.recipe import Recipe
 from fqt.recipe_yaml import load_recipe
@@ -258,7 +258,7 @@ def _why_nothing(model: nn.Module, choices: dict[str, Choice]) -> str:
 def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None:
     """Convert a layer. ValueError where a backend is named that does not serve all that the layer asks of kernels, or
     where the codes do not keep a pruned layer's mask."""
-    plain, layer.__class__ = type(layer), quantized_class(type(layer))
+    plain, layer.__class__ = type(layer), converted_class(layer)
     rebind(layer, plain, type(layer))
     assert isinstance(layer, QuantizedLayer)
     layer.__dict__[_LEAF] = "torch.nn"
@@ -288,8 +288,10 @@ def _make_plain(layer: nn.Module) -> None:
         layer._modules.pop(STATES, None)
         for name in ("changing", "watcher", _LEAF):
             layer.__dict__.pop(name, None)
-        rebind(layer, type(layer), layer.plain)
-        layer.__class__ = layer.plain  # type: ignore[assignment]
+        plain = plain_class(layer)
+        assert plain is not None
+        rebind(layer, type(layer), plain)
+        layer.__class__ = plain  # type: ignore[assignment]
 
 
 def _check_speedup(min_speedup: object, example: object) -> None:
@@ -341,7 +343,7 @@ def revert(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError(f"nothing in this {type(model).__name__} is converted: there is nothing to revert")
     for name, layer in layers.items():
-        if type(layer) is not quantized_class(layer.plain):
+        if plain_class(layer) is None:
             raise ValueError(
                 f"layer {name!r} is a {type(layer).__name__}, no longer what fqt.convert made of it: "
                 f"undo that first (a parametrization: torch.nn.utils.parametrize.remove_parametrizations)"

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from fqt import ops
 from fqt.cpu import integers
 from fqt.layers import QuantizedLayer, adapter_of, is_subclass, quantized_layers, refusal
+from fqt.layers.parametrized import at_rest
 from fqt.ops import PRODUCTS
 from fqt.recipe import MAX_PRODUCT_BITS
 from fqt.rows import Kernel
@@ -106,7 +107,8 @@ def summary(model: nn.Module) -> Summary:
     for name, module in model.named_modules():
         weights = matrix_weights(module)
         if isinstance(module, QuantizedLayer) and (_MACS in module.__dict__ or not ran):
-            rows.append(_quantized_row(name, module))
+            with at_rest(module):
+                rows.append(_quantized_row(name, module))
         elif weights:
             float_product = "float x float"
             rows.append(
@@ -265,7 +267,8 @@ def _remember_macs(layer: nn.Module, inputs: object, output: Any) -> None:
         return
     adapter = adapter_of(layer)
     assert adapter is not None
-    layer.__dict__[_MACS] = adapter.multiply_adds(layer, output)  # type: ignore[arg-type]
+    with at_rest(layer):
+        layer.__dict__[_MACS] = adapter.multiply_adds(layer, output)  # type: ignore[arg-type]
 
 
 def copy_macs(counted: nn.Module, model: nn.Module) -> None:

@@ -65,7 +65,8 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         inputs = [
             x if batched and self.batch_first else x.transpose(0, 1) if batched else x.unsqueeze(0) for x in (query, key, value)
         ]
-        q, k, v = (self._projected(x, part) for part, x in enumerate(inputs))
+        w_OI = self.in_proj_weight  # once: a parametrization computes it
+        q, k, v = (self._projected(x, w_OI, part) for part, x in enumerate(inputs))
         n, length, heads = q.shape[0], q.shape[1], self.num_heads
         if self.bias_k is not None and self.bias_v is not None:
             k, v = torch.cat([k, self.bias_k.expand(n, 1, -1)], 1), torch.cat([v, self.bias_v.expand(n, 1, -1)], 1)
@@ -93,12 +94,12 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             weights = weights if batched else weights.squeeze(0)
         return (y if batched and self.batch_first else y.transpose(0, 1) if batched else y.squeeze(0)), weights
 
-    def _projected(self, x_NPC: Tensor, part: int) -> Tensor:
+    def _projected(self, x_NPC: Tensor, w_OI: Tensor, part: int) -> Tensor:
         """The projection of the query (0), key (1) or value (2)."""
         rows = slice(part * self.embed_dim, (part + 1) * self.embed_dim)
         bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
         options = {"training": self.training, "states": self.states, "backend": self.backend}
-        return functional.linear(x_NPC, self.in_proj_weight[rows], bias, self.recipe, **options)  # type: ignore[arg-type]
+        return functional.linear(x_NPC, w_OI[rows], bias, self.recipe, **options)  # type: ignore[arg-type]
 
     def weight_OKI(self) -> Tensor:
         return self.in_proj_weight.unsqueeze(1)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fqt import ops
 from fqt.functional import Fusion
 from fqt.geometry import Geometry
+from fqt.layers.parametrized import at_rest, beneath, derived_from, former
 from fqt.operand import LEFT_RIGHT, States
 from fqt.qtensor import QTensor
 from fqt.recipe import Recipe
@@ -122,7 +123,8 @@ class QuantizedLayer(nn.Module):
         before = self.__dict__.get("recipe")
         self.__dict__["recipe"] = recipe
         if before is None or before.stages != recipe.stages:
-            self._make_states(recipe)
+            with at_rest(self):
+                self._make_states(recipe)
 
     @property
     def states(self) -> States | None:
@@ -160,7 +162,8 @@ class QuantizedLayer(nn.Module):
     def requests(self) -> dict[str, ops.Request]:
         """What the layer asks of kernels: each product that runs in low bits, and "quantize output.x" and so on, or
         "encode output.x" where a registered calibration finds the scales."""
-        device, asked = self.weight.device.type, {}
+        with at_rest(self):
+            device, asked = self.weight.device.type, {}
         for product, letters in LEFT_RIGHT.items():
             for letter in letters:
                 operand = self.recipe.operand(product, letter)
@@ -177,7 +180,7 @@ class QuantizedLayer(nn.Module):
         operand = self.recipe.operand("output", "w")
         if operand is None:
             return None
-        with torch.no_grad():
+        with torch.no_grad(), at_rest(self):
             w_OKI = operand.transformed(self.weight_OKI(), self.states)
             key = torch.zeros((), dtype=torch.int64, device=w_OKI.device) if operand.random else None
             return operand.encode(
@@ -249,13 +252,23 @@ def refusal(module: nn.Module) -> str:
 
 
 def _registered(module: nn.Module) -> type[QuantizedLayer] | None:
-    kind = type(module)
+    kind = beneath(module)
     return ADAPTERS.get(kind) or (quantized_class(kind) if f"{kind.__module__}.{kind.__qualname__}" in ADAPTERS else None)
 
 
 def is_subclass(module: nn.Module) -> bool:
     """Whether a module is of a class derived from one that is converted, which may compute something else."""
     return _registered(module) is None and any(isinstance(module, plain) for plain in ADAPTERS if not isinstance(plain, str))
+
+
+def converted_class(layer: nn.Module) -> type[nn.Module]:
+    """The class that a plain layer gets; of a parametrized one, a class of its own."""
+    return derived_from(layer, quantized_class(beneath(layer)))
+
+
+def plain_class(layer: QuantizedLayer) -> type[nn.Module] | None:
+    """The class that a converted layer had; None where it has become something else since."""
+    return layer.plain if type(layer) is quantized_class(layer.plain) else former(layer)
 
 
 def quantized_class(plain: type[nn.Module]) -> type[QuantizedLayer]:

@@ -39,6 +39,7 @@ class QuantConv3d(QuantizedLayer, nn.Conv3d):
                 f"conv3d: a window of {steps} frames (dilation {dilation}) does not fit {depth} padded by {front + back}: "
                 f"give more frames, or more padding"
             )
+        weight = self.weight  # once: a parametrization computes it
         y: Tensor | None = None
         for step in range(steps):
             seen = [frame for frame in range(out) if 0 <= frame * stride - front + step * dilation < depth]
@@ -46,7 +47,7 @@ class QuantConv3d(QuantizedLayer, nn.Conv3d):
                 continue
             start = seen[0] * stride - front + step * dilation
             frames = x[:, :, start : start + (len(seen) - 1) * stride + 1 : stride]
-            part = self._frames(frames, step, sides)
+            part = self._frames(frames, weight[:, :, step], sides)
             if y is None:
                 y = part.new_zeros(part.shape[0], out, *part.shape[2:])
             y[:, seen[0] : seen[-1] + 1] += part
@@ -55,11 +56,11 @@ class QuantConv3d(QuantizedLayer, nn.Conv3d):
         y = y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1, 1)
         return y if input.dim() == 5 else y.squeeze(0)
 
-    def _frames(self, x_NIFHW: Tensor, step: int, sides: list[int]) -> Tensor:
+    def _frames(self, x_NIFHW: Tensor, w_OIHW: Tensor, sides: list[int]) -> Tensor:
         """The convolution of each frame with one step of the window, (N, F, O, H', W')."""
         y = functional.conv2d(
             x_NIFHW.transpose(1, 2).flatten(0, 1),
-            self.weight[:, :, step],
+            w_OIHW,
             None,
             self.recipe,
             stride=(self.stride[1], self.stride[2]),

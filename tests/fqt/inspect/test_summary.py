@@ -155,7 +155,7 @@ def zoo() -> nn.Module:
             "lstm": nn.LSTM(4, 3),
             "embedding": nn.Embedding(7, 4),
             "lazy": nn.LazyLinear(3),
-            "normed": parametrizations.weight_norm(nn.Linear(4, 4)),
+            "normed": parametrizations.weight_norm(MyLinear(4, 4)),
             "transposed": nn.ConvTranspose3d(4, 4, 1),
             "norm": nn.BatchNorm2d(4),
             "act": nn.ReLU(),
@@ -177,7 +177,7 @@ def test_every_weight_has_a_row_and_every_float_one_its_reason() -> None:
         "lstm": ("LSTM", "not a kind that fqt converts"),
         "embedding": ("Embedding", "not a kind that fqt converts"),
         "lazy": ("LazyLinear", "lazy: it has no shape before its first forward; convert after that"),
-        "normed": ("ParametrizedLinear", "a subclass: left alone"),
+        "normed": ("ParametrizedMyLinear", "a subclass: left alone"),
         "transposed": ("ConvTranspose3d", "not a kind that fqt converts"),
         "last": ("Linear", "kept float by the rule '<last>'"),
     }
