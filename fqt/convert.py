@@ -365,7 +365,7 @@ def revert(model: nn.Module) -> nn.Module:
             module.__dict__.pop(_LEAF, None)
         exchange_back(module)
         if module.__dict__.pop(_NESTED, False):
-            module.use_nested_tensor = True
+            module.__dict__["use_nested_tensor"] = True
     if states:
         _log.info("reverted; dropped with the quantizers: %s", ", ".join(states))
     return model

@@ -43,7 +43,6 @@ _DESCRIPTIONS = {
 # what is about its gradient, for which it stands itself in the graph
 _GRADIENTS = (
     {torch.autograd.grad, Tensor.backward, Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_}
-    | {Tensor.register_post_accumulate_grad_hook}
     | {getattr(Tensor, name).__get__ for name in ("grad", "retains_grad")}
     | {getattr(Tensor, name).__set__ for name in ("grad", "requires_grad")}
 )
@@ -108,16 +107,14 @@ class Deferred(Tensor):
         """One that stands in no graph yet."""
         height, width = windows.pooled_size
         n, c = source.y.shape[0], source.y.shape[2]
+        p = height * width
+        strides = (c, 1) if shape_of is rows else (c * p, 1, c * width, c) if shape_of is images_last else (c * p, p, width, 1)
         shape = (n, c) if shape_of is rows else (n, c, height, width)
-        strides = (c, 1) if shape_of is rows else (c * height * width, height * width, width, 1)
-        if shape_of is images_last:
-            strides = (c * height * width, 1, c * width, c)
         made: Deferred = Tensor._make_wrapper_subclass(
             Deferred, shape, strides=strides, dtype=torch.float32, device=source.y.device
         )
         made.source, made.graph, made.norm, made.windows, made.shape_of = source, graph, norm, windows, shape_of
-        made.watched = made.passed_over = False
-        made.floats, made.version = None, 0
+        made.watched, made.passed_over, made.floats, made.version = False, False, None, 0
         return made
 
     def value(self) -> Tensor:
@@ -141,6 +138,11 @@ class Deferred(Tensor):
     def whole(self) -> bool:
         """Whether nobody wrote to it, or to a view of it, so that it still is what is behind it."""
         return self.floats is None or self.floats._version == self.version
+
+    def asked(self) -> bool:
+        """Whether somebody may want its gradient."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.watched or self.retains_grad or bool(self._backward_hooks)
 
     def in_graph(self) -> Tensor:
         """The tensor whose gradient is that of the activation."""
@@ -243,7 +245,7 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -
 
 def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor | None:
     """`pool(x)` of a normalized, deferred x as a Deferred; None where torch has to do it."""
-    if not isinstance(x, Deferred) or x.norm is None or not x.whole() or x.dim() != 4 or _asked(x):
+    if not isinstance(x, Deferred) or x.norm is None or not x.whole() or x.dim() != 4 or x.asked():
         return None
     if x.windows.kernel != (1, 1) or pool.return_indices:
         return None
@@ -254,12 +256,6 @@ def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor | None:
     windows = Windows(x.windows.height, x.windows.width, kernel)
     x.passed_over = True
     return Deferred.make(x.source, x.graph, x.norm, windows, x.shape_of)
-
-
-def _asked(x: Deferred) -> bool:
-    """Whether somebody may want the gradient of x itself."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return x.watched or x.retains_grad or bool(x._backward_hooks)
 
 
 def _plain_sign(quantizer: Quantizer) -> bool:

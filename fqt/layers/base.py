@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -211,7 +211,10 @@ ADAPTERS: dict[type[nn.Module] | str, type[QuantizedLayer]] = {}
 _made: dict[type[nn.Module], type[QuantizedLayer]] = {}
 
 
-def register_layer(plain: type[nn.Module] | str) -> Callable[[type[QuantizedLayer]], type[QuantizedLayer]]:
+Adapter = TypeVar("Adapter", bound=type[QuantizedLayer])
+
+
+def register_layer(plain: type[nn.Module] | str) -> Callable[[Adapter], Adapter]:
     """Register the decorated class as what `fqt.convert` makes of layers of a class.
 
     Args:
@@ -223,7 +226,7 @@ def register_layer(plain: type[nn.Module] | str) -> Callable[[type[QuantizedLaye
         TypeError: the decorated class is not derived from what it has to be.
     """
 
-    def add(adapter: type[QuantizedLayer]) -> type[QuantizedLayer]:
+    def add(adapter: Adapter) -> Adapter:
         if plain in ADAPTERS:
             raise ValueError(f"layers of {plain} are converted to {ADAPTERS[plain].__name__} already")
         bases = (QuantizedLayer,) if isinstance(plain, str) else (QuantizedLayer, plain)

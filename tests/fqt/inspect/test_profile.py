@@ -218,7 +218,6 @@ def test_a_named_backend_that_cannot_serve_is_refused_before_anything_is_measure
 def test_an_example_that_does_not_fit_leaves_the_model_as_it_was() -> None:
     model = small()
     before = fingerprint(model)
-    with pytest.raises(RuntimeError, match="to have 3 channels, but got 5") as caught:
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 5"):
         fqt.convert(model, ONE_BIT, example=torch.randn(4, 5, 8, 8))
-    assert caught.value.__notes__ == ["it was raised by one forward of `example`, on a copy of the model"]
     assert fingerprint(model) == before
