@@ -95,7 +95,9 @@ def flow_of(model: nn.Module, example: object) -> Flow:
         def hook(module: nn.Module, args: object, named: object) -> None:
             tensors = _floats((args, named))
             found = reads.setdefault(name, Reads())
-            found.negative = bool(found.negative) or any(bool((tensor < 0).any()) for tensor in tensors if not tensor.is_meta)
+            for tensor in tensors:
+                if not tensor.is_meta:
+                    found.negative = bool(found.negative) or bool((tensor < 0).any())
             _walk([t.grad_fn for t in tensors], lambda node: [n for n, _ in node.next_functions], names, _title, modules, found)
 
         return hook

@@ -106,6 +106,12 @@ def test_the_model_and_the_generator_stay_as_they_were() -> None:
     assert torch.equal(state_after, torch.get_rng_state())
 
 
+def test_on_meta_there_are_no_values() -> None:
+    with torch.device("meta"):
+        flow = flow_of(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)), torch.empty(3, 6))
+    assert [reads.negative for reads in flow.reads.values()] == [None, None] and flow.total == 3 * (36 + 12)
+
+
 def test_what_cannot_be_traced_has_no_traced_flow() -> None:
     class Asks(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
