@@ -24,6 +24,7 @@ from fqt.inspect.flow import Flow, flow_of, traced_flow
 from fqt.inspect.summary import NOTE, backends, count_macs, forget_macs, matrix_weights
 from fqt.inspect.timing import measure
 from fqt.layers import STATES, QuantizedLayer, adapter_of, converted_class, plain_class, plain_classes, quantized_layers
+from fqt.layers.lending import lend, lend_no_more
 from fqt.layers.patched import rebind, stranger
 from fqt.recipe import Recipe
 from fqt.recipe_yaml import load_recipe
@@ -159,6 +160,8 @@ def convert(
         for name in chosen:
             _make_plain(layers[name])
         raise
+    for name in _uncalled(model, flow):
+        lend(model.get_submodule(name.rpartition(".")[0]))
     for name, choice in choices.items():
         if name not in chosen:
             layers[name].__dict__[NOTE] = (
@@ -212,10 +215,12 @@ def _troubles(model: nn.Module, chosen: dict[str, Recipe], flow: Flow | None, ex
     found = []
     if flow is not None and flow.total:
         share, of = sum(flow.madds.get(name, 0) for name in chosen) / flow.total, "multiply-adds"
-        borrowed = {f"{name}.{child}" for name, layer in quantized_layers(model) for child in layer.borrows}
-        asleep = [name for name in chosen if name not in flow.reads and name not in borrowed]
-        if asleep:
-            found.append(f"{len(asleep)} converted layers are not called by example, which runs nothing of them{_some(asleep)}")
+        uncalled = _uncalled(model, flow)
+        if uncalled:
+            found.append(
+                f"{len(uncalled)} converted layers are not called by example{_some(uncalled)}: where the module around "
+                f"one calls F.linear with its weight, it is called now; fqt.summary(model) says after a forward which one was"
+            )
     else:
         holders = {name: m for name, m in model.named_modules() if not isinstance(m, nn.Embedding)}
         sizes = {name: sum(w.numel() for w in matrix_weights(m) if not is_lazy(w)) for name, m in holders.items()}
@@ -228,6 +233,13 @@ def _troubles(model: nn.Module, chosen: dict[str, Recipe], flow: Flow | None, ex
             f"module that the recipe replaces (nn.ReLU), or skip={name!r}"
         )
     return found
+
+
+def _uncalled(model: nn.Module, flow: Flow | None) -> list[str]:
+    """The converted layers that a forward did not call."""
+    layers = {} if flow is None else dict(quantized_layers(model))
+    borrowed = {f"{name}.{child}" for name, layer in layers.items() for child in layer.borrows}
+    return [name for name in layers if flow is not None and name not in flow.reads and name not in borrowed]
 
 
 def _some(names: Iterable[str]) -> str:
@@ -364,6 +376,7 @@ def revert(model: nn.Module) -> nn.Module:
             module.__dict__.pop("backend", None)
             module.__dict__.pop(_LEAF, None)
         exchange_back(module)
+        lend_no_more(module)
         if module.__dict__.pop(_NESTED, False):
             module.__dict__["use_nested_tensor"] = True
     if states:
