@@ -6,7 +6,7 @@ Takes the smallest model of many families: of timm, of torchvision (classificati
 transformers from tiny configurations, with random weights. Each is converted with `example=`, trained for one step, reverted.
 A row is ok if every parameter that had a gradient in float has a finite one, the state dict of the converted model has the
 names of the plain one and loads back into it, and the reverted model has its classes and gives its output bit for bit. The
-share is that of the multiply-adds of a float forward which are in converted layers that a forward calls.
+share is that of a float forward's multiply-adds which no float product computes in a forward of the converted model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 import fqt
 from benchmarks.common import table, write_json
-from fqt.inspect.flow import flow_of
+from fqt.inspect.flow import float_multiply_adds, flow_of
 from fqt.inspect.trial import feed
 
 RECIPES = ("int8", "fqt_1bit")
@@ -225,7 +225,7 @@ def check(model: nn.Module, example: object, recipe: str) -> float:
         if wanted.grad is not None and bool(wanted.grad.isfinite().all()):
             assert found.grad is not None, f"no gradient for {name}"
             assert bool(found.grad.isfinite().all()), f"a gradient for {name} that is not finite"
-    called = {row.name for row in fqt.summary(model).rows if any(bits < 32 for bits in row.bits.values())}
+    share = 1 - float_multiply_adds(model, example) / max(flow.total, 1)
     assert list(model.state_dict()) == keys, "other names in the state dict"
     trained = model.state_dict()
     plain.load_state_dict(trained, strict=True)
@@ -235,7 +235,7 @@ def check(model: nn.Module, example: object, recipe: str) -> float:
     again = evaluated(model, example)
     expected = evaluated(plain, example)
     assert len(again) == len(before) and all(map(torch.equal, again, expected)), "another output after revert"
-    return sum(flow.madds.get(name, 0) for name in called) / max(flow.total, 1)
+    return share
 
 
 def run(chosen: Iterable[Case], recipes: Iterable[str]) -> list[dict[str, object]]:

@@ -20,7 +20,7 @@ from fqt.choose import Choice, Override, choose, ends_by_kind, load_overrides, p
 from fqt.exchange import blind, candidates, exchange, exchange_back, exchanges, wanted
 from fqt.fusion.deferred import Between, accumulates
 from fqt.fusion.modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedMaxPool2d
-from fqt.inspect.flow import Flow, flow_of, traced_flow
+from fqt.inspect.flow import Flow, float_multiply_adds, flow_of, traced_flow
 from fqt.inspect.summary import NOTE, backends, count_macs, forget_macs, matrix_weights
 from fqt.inspect.timing import measure
 from fqt.layers import STATES, QuantizedLayer, adapter_of, converted_class, plain_class, plain_classes, quantized_layers
@@ -195,7 +195,7 @@ def convert(
             said.append(f"{place} is{_some(at)}")
     if slow:
         said.append(f"kept float, slower than {min_speedup:g}x: {_speeds(slow)}")
-    troubles = _troubles(model, chosen, flow, exchanged)
+    troubles = _troubles(model, chosen, flow, exchanged, example)
     if "reference" in served and not backend:
         troubles.append("some products have no low-bit kernel here and run on the reference, see fqt.summary(model)")
     _log.log(
@@ -210,11 +210,13 @@ def convert(
     return model
 
 
-def _troubles(model: nn.Module, chosen: dict[str, Recipe], flow: Flow | None, exchanged: dict[str, nn.Module]) -> list[str]:
+def _troubles(
+    model: nn.Module, chosen: dict[str, Recipe], flow: Flow | None, exchanged: dict[str, nn.Module], example: object
+) -> list[str]:
     """What a user would want to know of a conversion that did less than it seems to."""
     found = []
     if flow is not None and flow.total:
-        share, of = sum(flow.madds.get(name, 0) for name in chosen) / flow.total, "multiply-adds"
+        share, of = 1 - float_multiply_adds(model, example) / flow.total, "multiply-adds"
         uncalled = _uncalled(model, flow)
         if uncalled:
             found.append(
@@ -226,7 +228,7 @@ def _troubles(model: nn.Module, chosen: dict[str, Recipe], flow: Flow | None, ex
         sizes = {name: sum(w.numel() for w in matrix_weights(m) if not is_lazy(w)) for name, m in holders.items()}
         share, of = sum(sizes[name] for name in chosen) / max(sum(sizes.values()), 1), "weights of matrices"
     if share < 0.5:
-        found.append(f"only {share:.0%} of the {of} are in converted layers, see fqt.summary(model)")
+        found.append(f"only {share:.0%} of the {of} are in low bits, see fqt.summary(model)")
     for name, makers in blind(flow, chosen, exchanged).items() if flow is not None else ():
         found.append(
             f"{name} takes signs of values that are nowhere negative (behind {makers}), and learns nothing from them: use a "

@@ -122,6 +122,15 @@ def flow_of(model: nn.Module, example: object) -> Flow:
     return Flow(reads, madds, counter.get_total_flops() // 2)
 
 
+def float_multiply_adds(model: nn.Module, example: object) -> int:
+    """Multiply-adds that torch computes in float in one forward, on a copy: of a converted model all but its low-bit ones."""
+    from torch.utils.flop_counter import FlopCounterMode  # not at import: it loads Triton
+
+    with undisturbed(model), FlopCounterMode(display=False) as counter:
+        feed(copy.deepcopy(model), example)
+    return counter.get_total_flops() // 2
+
+
 def traced_flow(model: nn.Module) -> Flow | None:
     """The flow that torch.fx finds, without values and multiply-adds; None of a model that it cannot trace."""
     modules = dict(model.named_modules())

@@ -26,7 +26,7 @@ def test_a_row_says_the_share_or_the_reason() -> None:
         Case("mine", "broken", lambda: (nn.Sequential(nn.Linear(8, 8), Refuses(8, 8)), torch.randn(4, 8))),
     ]
     good, bad = coverage.run(cases, ["int8"])
-    assert good["ok"] and good["share"] == 64 / (64 + 64 + 16)
+    assert good["ok"] and good["share"] == pytest.approx(64 / (64 + 64 + 16))
     assert not bad["ok"] and bad["reason"] == "OSError: no such disk (forward)"
 
 

@@ -105,10 +105,10 @@ def test_a_conversion_that_reaches_little_says_so_in_its_line(caplog: pytest.Log
     fqt.convert(model, "int8", example=torch.randn(2, 3, 8, 8))
     (record,) = caplog.records
     madds = 16 * (75 * 16 + 64) + 128
-    assert f"only {16 * 64 / madds:.0%} of the multiply-adds are in converted layers" in record.getMessage()
+    assert f"only {16 * 64 / madds:.0%} of the multiply-adds are in low bits" in record.getMessage()
     caplog.clear()
     fqt.convert(fqt.revert(model), "int8")
-    assert f"only {64 / (1200 + 64 + 128):.0%} of the weights of matrices are in converted layers" in caplog.text
+    assert f"only {64 / (1200 + 64 + 128):.0%} of the weights of matrices are in low bits" in caplog.text
 
 
 def test_layers_that_the_example_does_not_call_are_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -50,6 +50,13 @@ def test_sixteen_bits_give_what_the_model_does() -> None:
     ]  # fmt: skip
 
 
+def test_the_share_counts_them(caplog: pytest.LogCaptureFixture) -> None:
+    fqt.convert(model(), "int8", skip="1.called", example=X)
+    assert "only" not in caplog.text, "three of five"
+    fqt.convert(model(), "int8", only="1.one", example=X)
+    assert "only 20% of the multiply-adds are in low bits" in caplog.text
+
+
 def test_copies_pickles_and_revert() -> None:
     made = model()
     before = fingerprint(made)
