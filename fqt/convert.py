@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fqt import ops
+from fqt.choose import Choice, Override, choose, ends_by_kind, load_overrides, patterns
+from fqt.exchange import blind, candidates, exchange, exchange_back, exchanges, wanted
 from fqt.fusion.deferred import Between, accumulates
 from fqt.fusion.modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedMaxPool2d
-from fqt.inspect.summary import NOTE, backends, count_macs, forget_macs
+from fqt.inspect.flow import Flow, float_multiply_adds, flow_of, traced_flow
+from fqt.inspect.summary import NOTE, backends, count_macs, forget_macs, matrix_weights
 from fqt.inspect.timing import measure
-from fqt.layers import STATES, QuantizedLayer, adapter_of, plain_classes, quantized_class, quantized_layers
-from fqt.recipe import PLACES, Recipe
+from fqt.layers import STATES, QuantizedLayer, adapter_of, converted_class, plain_class, plain_classes, quantized_layers
+from fqt.layers.lending import lend, lend_no_more
+from fqt.layers.patched import rebind, stranger
+from fqt.recipe import Recipe
 from fqt.recipe_yaml import load_recipe
-from fqt.wording import nearest
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: FusedBatchNorm1d,
@@ -30,6 +35,10 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.MaxPool2d: FusedMaxPool2d,
 }
 _UNFUSED = {fused: plain for plain, fused in _FUSED.items()}
+_LEAF = "__module__"
+"""torch.fx asks an instance for the module of its class, and traces into all that is not of torch.nn. What conversion changes
+was a leaf, or has a forward that cannot be traced, so it answers "torch.nn"."""
+_NESTED = "_fqt_nested"
 _log = logging.getLogger("fqt")
 
 
@@ -38,6 +47,8 @@ def convert(
     recipe: str | Path | Recipe,
     *,
     skip: Sequence[str] | str | None = None,
+    only: Sequence[str] | str | None = None,
+    overrides: Mapping[Override, str | Path | Recipe] | None = None,
     fuse: bool = True,
     backend: str | None = None,
     min_speedup: float | None = None,
@@ -46,14 +57,24 @@ def convert(
     """Make every layer of a kind that fqt knows (nn.Linear, nn.Conv2d, nn.Conv1d, transformers' Conv1D, and what
     `register_layer` added) train by a recipe, in place.
 
-    Subclasses of these are left alone (they may compute something else); `summary` lists them. The order of layers, for
-    the places <first> and <last>, is that of `model.named_modules()`.
+    Subclasses of these are left alone (they may compute something else), and so are the adapters that LoRA puts beside a frozen
+    layer; `summary` lists every module that holds a matrix, with the reason where it stays float.
+
+    A converted layer has another class, QuantLinear in place of nn.Linear, derived from the plain one. So `isinstance` says
+    what it said, and code that compares exact classes (`type(m) is nn.Linear`: weight initialization, freezing, FLOP counters,
+    weight decay by kind, pruning and quantization tools) passes converted layers over without a word. Run such code before
+    `convert` where it changes the model, and use `isinstance` in what runs afterwards. Optimizers, checkpoints, `compile`, DDP,
+    hooks and parametrizations go behind `convert`, as `forward`s that are set on an instance must.
 
     Args:
         model: any module; may itself be a layer.
         recipe: a built-in name (`fqt.recipes()`), the path of a YAML file, or a `Recipe`. "fp32" changes nothing.
         skip: fnmatch patterns of module names ("features.0", "*.downsample.*") that stay in float, beside the recipe's own
             rules.
+        only: patterns of the module names that are converted; the others stay float.
+        overrides: {pattern: recipe, or "float"}; a pattern may be one of the places of rules ("<depthwise>") or a predicate,
+            called with a layer's name and module. The first that holds decides, before the recipe's rules, for layers
+            that `skip` and `only` leave. The one way to convert an adapter.
         fuse: in a 1-bit recipe, have BatchNorm and max-pooling work together with the layers around them: the next layer
             takes the signs that it needs, and no float activation is written or kept between (see `fqt.fusion`). Eager
             float32 on a CPU; elsewhere it changes nothing. Same formulas; sums of the statistics are rounded otherwise than
@@ -62,18 +83,26 @@ def convert(
             ("reference", "cpu", ...). None: the one that the environment's FQT_BACKEND names, else for each product the
             fastest that serves it.
         min_speedup: keep a layer float where its float time over its low-bit time, measured as by `fqt.profile` here and
-            now, is less than this: 1.0 converts what gains. As with `skip`, activations are exchanged all the same.
-        example: the input to measure on: a tensor, a tuple of arguments or a mapping of keyword arguments, in size and
+            now, is less than this: 1.0 converts what gains.
+        example: an input of the model: a tensor, a tuple of arguments or a mapping of keyword arguments. One forward of it, on
+            a copy, shows what flows where: the rules' <first> and <last> are then the ends of that flow, an activation is
+            exchanged where a layer reads it whose recipe says so, and the log says which converted layers are not called, what
+            share of the multiply-adds is converted, and which signs are all alike. For `min_speedup` give it in size and
             memory format those of the training.
+
+    Without `example` <first> and <last> are the first and the last module that holds a matrix, in the order of
+    `model.named_modules()`, and the readers of activations are found by torch.fx, or where that cannot trace the model,
+    taken to be the layers beside them.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the model is converted already, a pattern matches no layer, nothing is left to convert, or the named
-            backend is unknown or cannot serve a layer; `min_speedup` is not a positive number, or only one of `min_speedup` and
-            `example` is given.
-        TypeError: `model` is not a module, or `skip` is not strings.
+        ValueError: the model is converted already, a pattern matches no layer, or nothing is left to convert; a layer has a
+            `forward` set on the instance that would not reach the converted one, or is pruned and its zeros would get codes
+            that are not zero; the named backend is unknown or cannot serve a layer; `min_speedup` is not a positive number, or
+            comes without `example`.
+        TypeError: `model` is not a module, `skip` or `only` is not strings, or `overrides` is not such a mapping.
 
     An error leaves the model as it was.
     """
@@ -81,9 +110,7 @@ def convert(
         what = f"the class {model.__name__}: make an instance" if isinstance(model, type) else type(model).__name__
         raise TypeError(f"convert takes a torch.nn.Module, not {what}")
     recipe, backend = load_recipe(recipe), ops.named_backend(backend)
-    patterns = [skip] if isinstance(skip, str) else [] if skip is None else skip
-    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"skip is a pattern of module names or a list of them, not {skip!r}")
+    skip, only, by_name = patterns("skip", skip), patterns("only", only), load_overrides(overrides)
     converted = [name for name, _ in quantized_layers(model)]
     if converted:
         raise ValueError(
@@ -91,24 +118,33 @@ def convert(
             f"call fqt.revert(model) before another conversion"
         )
     layers = {name: module for name, module in model.named_modules() if adapter_of(module) is not None}
-    chosen = _choose(layers, recipe, patterns)
-    if recipe.is_float:
+    _check_speedup(min_speedup, example)
+    flow = None if example is None else flow_of(model, example)
+    ends = ends_by_kind(model) if flow is None else flow.ends()
+    choices = choose(model, layers, recipe, ends, skip=skip, only=only, overrides=by_name)
+    if recipe.is_float and all(override is None or override.is_float for override in by_name.values()):
         return model
+    chosen = {name: choice.recipe for name, choice in choices.items() if choice.recipe is not None}
     if not chosen:
-        if layers:
-            reason = f"all {len(layers)} layers ({', '.join(list(layers)[:4])}) stay float by the recipe's rules or `skip`"
-            remedy = "loosen `skip`, or pass fqt.load_recipe(...).everywhere() to drop the recipe's rules"
-        else:
-            kinds = ", ".join(plain_classes())
-            reason, remedy = f"it has no layer of a kind that fqt converts ({kinds})", "check that this is the model you meant"
-        raise ValueError(f"recipe {recipe.name!r} converts nothing in this {type(model).__name__}: {reason}; {remedy}")
+        raise ValueError(
+            f"recipe {recipe.name!r} converts nothing in this {type(model).__name__}: {_why_nothing(model, choices)}"
+        )
     for name, layer_recipe in chosen.items():
+        adapter = adapter_of(layers[name])
+        assert adapter is not None
         try:
-            layer_recipe.check(_adapter(layers[name]).kind)
+            layer_recipe.check(adapter.kind)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
-    exchange = _exchange(recipe)
-    _check_speedup(min_speedup, example)
+    for name in chosen:
+        patch = stranger(layers[name])
+        if patch is not None:
+            raise ValueError(
+                f"layer {name!r} has a forward of its own, {patch}, set on the instance, which would go on computing in float: "
+                f"convert first and patch afterwards, or keep this layer float by skip={name!r}"
+            )
+    for each in [recipe, *chosen.values()]:
+        exchanges(each)
     slow = {} if min_speedup is None else _slower(model, chosen, backend, min_speedup, example)
     chosen = {name: layer_recipe for name, layer_recipe in chosen.items() if name not in slow}
     if not chosen:
@@ -124,11 +160,24 @@ def convert(
         for name in chosen:
             _make_plain(layers[name])
         raise
-    for name, speedup in slow.items():
-        layers[name].__dict__[NOTE] = f"kept float: {speedup:.2f}x measured"
+    for name in _uncalled(model, flow):
+        lend(model.get_submodule(name.rpartition(".")[0]))
+    for name, choice in choices.items():
+        if name not in chosen:
+            layers[name].__dict__[NOTE] = (
+                f"kept float: {slow[name]:.2f}x measured" if name in slow else f"kept float {choice.reason}"
+            )
     for layer in layers.values():
         count_macs(layer)
-    replaced = _replace_modules(model, exchange)
+    for module in model.modules():
+        if type(module) is nn.TransformerEncoder and module.use_nested_tensor and any(quantized_layers(module)):
+            module.use_nested_tensor = False  # its layers would be given nested tensors, which only torch's fast path takes
+            module.__dict__[_NESTED] = True
+    flow = flow or (traced_flow(model) if candidates(model, chosen) else None)
+    exchanged = wanted(model, chosen, flow)
+    kept = candidates(model, chosen).keys() - exchanged.keys()
+    for name, fresh in exchanged.items():
+        exchange(model.get_submodule(name), fresh)
     if fuse and any(accumulates(layer.recipe) for _, layer in quantized_layers(model)):
         _fuse(model, backend)
     added = [f"{name}.{state}" for name, layer in quantized_layers(model) for state in layer.states_names(parameters=True)]
@@ -137,25 +186,96 @@ def convert(
             "%s adds %d parameters, which an optimizer made from now on trains: %s", recipe.name, len(added), ", ".join(added)
         )
     served = {by.backend for _, layer in quantized_layers(model) for by in backends(layer).values()}
+    said = []
+    if kept:
+        said.append(f"{len(kept)} kept for float readers{_some(sorted(kept))}")
+    for place in ("<first>", "<last>"):
+        at = [name for name, choice in choices.items() if name not in chosen and choice.reason == f"by the rule {place!r}"]
+        if at:
+            said.append(f"{place} is{_some(at)}")
+    if slow:
+        said.append(f"kept float, slower than {min_speedup:g}x: {_speeds(slow)}")
+    troubles = _troubles(model, chosen, flow, exchanged, example)
+    if "reference" in served and not backend:
+        troubles.append("some products have no low-bit kernel here and run on the reference, see fqt.summary(model)")
     _log.log(
-        logging.WARNING if "reference" in served and not backend else logging.INFO,
-        "%s: %d of %d layers converted, %d activations replaced%s%s",
+        logging.WARNING if troubles else logging.INFO,
+        "%s: %d of %d layers converted, %d activations replaced%s",
         recipe.name,
         len(chosen),
         len(layers),
-        replaced,
-        f"; kept float, slower than {min_speedup:g}x: {_speeds(slow)}" if slow else "",
-        "; some products have no low-bit kernel here and run on the reference, see fqt.summary(model)"
-        if "reference" in served and not backend
-        else "",
+        len(exchanged),
+        "; ".join([_some(exchanged), *said, *troubles]),
     )
     return model
 
 
+def _troubles(
+    model: nn.Module, chosen: dict[str, Recipe], flow: Flow | None, exchanged: dict[str, nn.Module], example: object
+) -> list[str]:
+    """What a user would want to know of a conversion that did less than it seems to."""
+    found = []
+    if flow is not None and flow.total:
+        share, of = 1 - float_multiply_adds(model, example) / flow.total, "multiply-adds"
+        uncalled = _uncalled(model, flow)
+        if uncalled:
+            found.append(
+                f"{len(uncalled)} converted layers are not called by example{_some(uncalled)}: where the module around "
+                f"one calls F.linear with its weight, it is called now; fqt.summary(model) says after a forward which one was"
+            )
+    else:
+        holders = {name: m for name, m in model.named_modules() if not isinstance(m, nn.Embedding)}
+        sizes = {name: sum(w.numel() for w in matrix_weights(m) if not is_lazy(w)) for name, m in holders.items()}
+        share, of = sum(sizes[name] for name in chosen) / max(sum(sizes.values()), 1), "weights of matrices"
+    if share < 0.5:
+        found.append(f"only {share:.0%} of the {of} are in low bits, see fqt.summary(model)")
+    for name, makers in blind(flow, chosen, exchanged).items() if flow is not None else ():
+        found.append(
+            f"{name} takes signs of values that are nowhere negative (behind {makers}), and learns nothing from them: use a "
+            f"module that the recipe replaces (nn.ReLU), or skip={name!r}"
+        )
+    return found
+
+
+def _uncalled(model: nn.Module, flow: Flow | None) -> list[str]:
+    """The converted layers that a forward did not call."""
+    layers = {} if flow is None else dict(quantized_layers(model))
+    borrowed = {f"{name}.{child}" for name, layer in layers.items() for child in layer.borrows}
+    return [name for name in layers if flow is not None and name not in flow.reads and name not in borrowed]
+
+
+def _some(names: Iterable[str]) -> str:
+    """In brackets, some of the names."""
+    listed = list(names)
+    return f" ({', '.join(listed[:6])}{', ...' if len(listed) > 6 else ''})" if listed else ""
+
+
+def _why_nothing(model: nn.Module, choices: dict[str, Choice]) -> str:
+    """Why a recipe converts nothing, and what to do about it."""
+    if choices:
+        reasons = {choice.reason for choice in choices.values()}
+        return (
+            f"all {len(choices)} layers ({', '.join(list(choices)[:4])}) stay float {' and '.join(sorted(reasons))}; loosen "
+            f"skip, only and overrides, or pass fqt.load_recipe(...).everywhere() to drop the recipe's rules"
+        )
+    kinds = ", ".join(plain_classes())
+    holders = Counter(type(module).__name__ for module in model.modules() if matrix_weights(module))
+    if not holders:
+        return f"it has no layer of a kind that fqt converts ({kinds}); check that this is the model you meant"
+    held = ", ".join(f"{count} {kind}" for kind, count in holders.most_common())
+    return (
+        f"its weights are held by {held}, none of a kind that fqt converts ({kinds}); fqt.summary(model) says of each why, and "
+        f"fqt.register_layer adds a kind"
+    )
+
+
 def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None:
-    """Convert a layer. ValueError where a backend is named that does not serve all that the layer asks of kernels."""
-    layer.__class__ = quantized_class(type(layer))
+    """Convert a layer. ValueError where a backend is named that does not serve all that the layer asks of kernels, or
+    where the codes do not keep a pruned layer's mask."""
+    plain, layer.__class__ = type(layer), converted_class(layer)
+    rebind(layer, plain, type(layer))
     assert isinstance(layer, QuantizedLayer)
+    layer.__dict__[_LEAF] = "torch.nn"
     layer.recipe = recipe
     if backend:
         layer.backend = backend
@@ -164,6 +284,13 @@ def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None
                 ops.select(what.split()[0], request)
             except ValueError as error:
                 raise ValueError(f"layer {name!r}, {what}: {error}") from error
+    lost = layer.lost_zeros()
+    if lost:
+        quantizer = recipe.quantizer("output", "w")
+        raise ValueError(
+            f"layer {name!r} is pruned, and as {quantizer} {lost} of its {layer.weight.numel()} weights would come back from "
+            f"zero: choose weights that have a zero, such as {{quantizer: ternary_weight}}, or keep it float by skip={name!r}"
+        )
 
 
 def _make_plain(layer: nn.Module) -> None:
@@ -173,18 +300,20 @@ def _make_plain(layer: nn.Module) -> None:
         layer.__dict__.pop("backend", None)
         layer.__dict__.pop("fusion", None)
         layer._modules.pop(STATES, None)
-        for name in ("changing", "watcher"):
+        for name in ("changing", "watcher", _LEAF):
             layer.__dict__.pop(name, None)
-        layer.__class__ = layer.plain  # type: ignore[assignment]
+        plain = plain_class(layer)
+        assert plain is not None
+        rebind(layer, type(layer), plain)
+        layer.__class__ = plain  # type: ignore[assignment]
 
 
 def _check_speedup(min_speedup: object, example: object) -> None:
     if min_speedup is None:
-        if example is not None:
-            raise ValueError("example has no effect without min_speedup: give both, or leave it out")
-    elif not isinstance(min_speedup, int | float) or not min_speedup > 0:
+        return
+    if not isinstance(min_speedup, int | float) or not min_speedup > 0:
         raise ValueError(f"min_speedup is {min_speedup!r}, not a positive number such as 1.0")
-    elif example is None:
+    if example is None:
         raise ValueError(f"min_speedup={min_speedup:g} is measured: give example=, an input as large as in training")
 
 
@@ -201,89 +330,6 @@ def _speeds(speedups: dict[str, float]) -> str:
     return ", ".join(f"{name} {speedup:.2f}x" for name, speedup in speedups.items())
 
 
-def _choose(layers: dict[str, nn.Module], recipe: Recipe, skip: Sequence[str]) -> dict[str, Recipe]:
-    """Layer name -> its recipe, for those that do not stay float."""
-    for pattern in skip:
-        if not any(_matches(pattern, name, layers) for name in layers):
-            raise ValueError(f"skip pattern {pattern!r} matches no layer{nearest(pattern, layers)}; layers: {_some(layers)}")
-    for rule in recipe.rules:
-        if rule.match not in PLACES and not any(_matches(rule.match, name, layers) for name in layers):
-            raise ValueError(
-                f"recipe {recipe.name!r}: rule {rule.match!r} matches no layer{nearest(rule.match, layers)}; "
-                f"layers: {_some(layers)}"
-            )
-    chosen = {}
-    for name in layers:
-        if any(_matches(pattern, name, layers) for pattern in skip):
-            continue
-        rule = next((rule for rule in recipe.rules if _matches(rule.match, name, layers)), None)
-        layer_recipe = recipe if rule is None else rule.recipe
-        if layer_recipe is not None and not layer_recipe.everywhere().is_float:
-            chosen[name] = layer_recipe
-    return chosen
-
-
-def _matches(pattern: str, name: str, layers: dict[str, nn.Module]) -> bool:
-    names = list(layers)
-    if pattern == "<first>":
-        return name == names[0]
-    if pattern == "<last>":
-        return name == names[-1]
-    if pattern in PLACES:
-        layer = layers[name]
-        window = _adapter(layer).window(layer)  # type: ignore[arg-type]
-        if window is None or pattern == "<conv>":
-            return window is not None
-        if pattern == "<downsample>":
-            return window.kernel == (1, 1) and max(window.stride) > 1
-        return window.groups > 1 and _adapter(layer).weight_OKI(layer).shape[2] == 1  # type: ignore[arg-type]
-    return fnmatchcase(name, pattern)
-
-
-def _adapter(layer: nn.Module) -> type[QuantizedLayer]:
-    adapter = adapter_of(layer)
-    assert adapter is not None
-    return adapter
-
-
-def _some(names: dict[str, nn.Module]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:8]) + (f", ... ({len(listed)} in all)" if len(listed) > 8 else "")
-
-
-def _exchange(recipe: Recipe) -> dict[type[nn.Module], nn.Module]:
-    """The recipe's `replace`: class -> a fresh module of the class that takes its place."""
-    exchange = {}
-    for old, new in recipe.replace:
-        for name in (old, new):
-            if not (isinstance(getattr(nn, name, None), type) and issubclass(getattr(nn, name), nn.Module)):
-                raise ValueError(
-                    f"recipe {recipe.name!r}: replace names {name!r}, which is no module of torch.nn{nearest(name, dir(nn))}"
-                )
-        try:
-            fresh = getattr(nn, new)()
-        except TypeError as error:
-            raise ValueError(f"recipe {recipe.name!r}: replace cannot make a {new}: {error}; choose an activation") from error
-        if fresh.state_dict():
-            raise ValueError(f"recipe {recipe.name!r}: replace names {new!r}, which has parameters; choose one without")
-        exchange[getattr(nn, old)] = fresh
-    return exchange
-
-
-def _replace_modules(model: nn.Module, exchange: dict[type[nn.Module], nn.Module]) -> int:
-    """Exchange classes, remembering on the module what `revert` needs: its class, and the attributes that it had not."""
-    count = 0
-    for module in model.modules():
-        fresh = exchange.get(type(module))
-        if fresh is not None:
-            added = {name: value for name, value in fresh.__dict__.items() if name not in module.__dict__}
-            module.__dict__.update(added)
-            module.__dict__["_fqt_replaced"] = (type(module), tuple(added))
-            module.__class__ = type(fresh)
-            count += 1
-    return count
-
-
 def _fuse(model: nn.Module, backend: str) -> None:
     """Let layers, BatchNorms and poolings hand each other what they did not compute yet."""
     if not any(type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) for module in model.modules()):
@@ -293,6 +339,7 @@ def _fuse(model: nn.Module, backend: str) -> None:
             module.__dict__["fusion"] = Between
         elif type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
+            module.__dict__[_LEAF] = "torch.nn"
             if backend and not isinstance(module, FusedMaxPool2d):
                 module.__dict__["backend"] = backend
 
@@ -303,16 +350,23 @@ def revert(model: nn.Module) -> nn.Module:
     Parameters and buffers of quantizers (a learned step, a running range) go with them; the log names them.
 
     Raises:
-        ValueError: nothing in the model is converted, or a layer has become something else since.
+        ValueError: nothing in the model is converted, or a layer has become something else since, or has got a `forward` set
+            on the instance that goes on calling the one of now.
     """
     layers = dict(quantized_layers(model))
     if not layers:
         raise ValueError(f"nothing in this {type(model).__name__} is converted: there is nothing to revert")
     for name, layer in layers.items():
-        if type(layer) is not quantized_class(layer.plain):
+        if plain_class(layer) is None:
             raise ValueError(
                 f"layer {name!r} is a {type(layer).__name__}, no longer what fqt.convert made of it: "
                 f"undo that first (a parametrization: torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+        patch = stranger(layer)
+        if patch is not None:
+            raise ValueError(
+                f"layer {name!r} has a forward of its own, {patch}, set on the instance since fqt.convert, which would go on "
+                f"computing in low bits: take it off first"
             )
     states = [f"{name}.{state}" for name, layer in layers.items() for state in layer.states_names()]
     for module in list(model.modules()):
@@ -322,10 +376,11 @@ def revert(model: nn.Module) -> nn.Module:
         if type(module) in _UNFUSED:
             module.__class__ = _UNFUSED[type(module)]  # type: ignore[assignment]
             module.__dict__.pop("backend", None)
-        if "_fqt_replaced" in module.__dict__:
-            module.__class__, added = module.__dict__.pop("_fqt_replaced")
-            for name in added:
-                del module.__dict__[name]
+            module.__dict__.pop(_LEAF, None)
+        exchange_back(module)
+        lend_no_more(module)
+        if module.__dict__.pop(_NESTED, False):
+            module.__dict__["use_nested_tensor"] = True
     if states:
         _log.info("reverted; dropped with the quantizers: %s", ", ".join(states))
     return model

@@ -34,6 +34,14 @@ def note_kept(g: Tensor, index: Tensor) -> None:
     _notes[g] = _Note(g._version, kept=kept[:-1])
 
 
+def carry_note(g: Tensor, view: Tensor) -> Tensor:
+    """Have a view of g know what is known of g; returns the view."""
+    note = _found(g)
+    if note is not None:
+        _notes[view] = note
+    return view
+
+
 def ranges_of(g: Tensor, axes: str, fold: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """The range of each group of g times `fold`, (G,) and (G,), as `fqt.reference.group_range` finds it; None if not known.
 

@@ -11,7 +11,7 @@ gradients and restores the generator before it runs again, sees the same codes b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,14 +36,21 @@ class Taken:
     """An input whose codes were made before.
 
     Attributes:
-        x_NPC: a placeholder with the input's graph and shape.
+        x: the input in its own shape, of which the graph is read alone.
+        in_shape: from a gradient (N, P, C) to that of x.
         encoded: its codes.
         channels_last: the memory format of the images that it stands for.
     """
 
-    x_NPC: Tensor
+    x: Tensor
+    in_shape: Callable[[Tensor], Tensor]
     encoded: Encoded
     channels_last: bool
+
+    @property
+    def x_NPC(self) -> Tensor:
+        """What tells the canonical shape."""
+        return placeholder(self.encoded.q.codes, self.encoded.q.shape)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class _Call:
 
     Attributes:
         accumulates: whether the product's accumulators are wanted in place of the output.
-        taken: whether the input's codes were made before.
+        in_shape: where the input's codes were made before, from a gradient (N, P, C) to that of the input.
         states: the layer's, for operands that are encoded in the backward.
     """
 
@@ -80,7 +87,7 @@ class _Call:
     x_dtype: torch.dtype
     w_dtype: torch.dtype
     accumulates: bool
-    taken: bool
+    in_shape: Callable[[Tensor], Tensor] | None
     states: States | None
     backend: str
 
@@ -149,16 +156,18 @@ def layer(
 
     accumulates = gives and w_shape[1] * w_shape[2] < 1 << 15
     call = _Call(
-        recipe, geometry, x_shape, w_shape, values["x"].dtype, values["w"].dtype, accumulates, taken is not None, states,
-        backend,
+        recipe, geometry, x_shape, w_shape, values["x"].dtype, values["w"].dtype, accumulates, taken and taken.in_shape,
+        states, backend,
     )  # fmt: skip
     run = _Products.apply if keeps_graph(values["x"], values["w"], bias) else _Products.forward
-    y = run(values["x"], values["w"], bias, key, masks["x"], masks["w"], call, *flat)
+    x = values["x"] if taken is None else taken.x
+    y = run(x, values["w"], bias, key, masks["x"], masks["w"], call, *flat)
     if isinstance(y, Tensor):
         return y.to(dtype)
     q = call.qtensors(flat)
     scale = (q["output_x"].scale * q["output_w"].scale).expand(w_OKI.shape[0]).contiguous()
-    return Accumulated(y[0], y[1], scale, None if bias is None else bias.detach().float())
+    # a copy: an optimizer may change the bias before somebody reads the output
+    return Accumulated(y[0], y[1], scale, None if bias is None else bias.detach().to(torch.float32, copy=True))
 
 
 def keeps_graph(*inputs: Tensor | None) -> bool:
@@ -238,6 +247,7 @@ class _Products(torch.autograd.Function):
         grad_x = grad_w = grad_bias = None
         if needs_x:
             grad_x = _gradient(call, call.plan("grad_input"), g_NPO, saved_w[:-1], saved_w[-1], key)
+            grad_x = grad_x if call.in_shape is None else call.in_shape(grad_x)
         if needs_w:
             grad_w = _gradient(call, call.plan("grad_weight"), g_NPO, saved_x[:-1], saved_x[-1], key)
         if needs_bias:
@@ -265,7 +275,7 @@ def _gradient(call: _Call, plan: Plan, g_NPO: Tensor, saved: list[Tensor | None]
             grad = calls.grad_weight(g, right, call.geometry, call.backend)
             return (apply_mask(grad, mask) if mask.numel() else grad).to(dtype)
         grad = calls.grad_input(g, right, mask, call.geometry, call.x_shape, call.backend).to(dtype)
-        if call.taken and g.index is not None and g.format.axes == "N":
+        if call.in_shape is not None and g.index is not None and g.format.axes == "N":
             note_kept(grad, g.index)
         return grad
     if plan.left is not None:

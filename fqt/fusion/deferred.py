@@ -5,16 +5,18 @@ reads two bits of the result (its sign, and whether the estimator passes), so th
 normalized and the pooled tensor need never be written: the convolution keeps its int16 accumulators, BatchNorm their
 statistics, and the next layer asks for the signs. The backward runs over the same accumulators.
 
-A `Deferred` has the shape, dtype and graph of the tensor that it stands for, and a NaN in every place. A layer that knows what
-to do takes what is behind it (`source`, `norm`, `windows`); for everyone else it computes itself: any torch function that
-meets one gets the float tensor in its place. So no module needs to know its neighbours, and nothing depends on how a
-model's forward is written.
+A `Deferred` has the shape, dtype and place in the graph of the tensor that it stands for, and no storage. A layer that knows
+what to do takes what is behind it (`source`, `norm`, `windows`); for everyone else it computes itself, once: any torch function
+that meets one gets the float tensor in its place, and so does any operator that is called past torch functions. Gradients flow
+through the Deferred itself, so it can be hooked, and asked for, as any other tensor. So no module needs to know its
+neighbours, and nothing depends on how a model's forward is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +26,9 @@ import fqt.fusion.norm_ops  # noqa: F401  registers torch.ops.fqt.norm_*
 from fqt.autograd import once
 from fqt.formats import Format
 from fqt.functional import channels_last
-from fqt.notes import kept_samples, note_ranges
+from fqt.notes import carry_note, kept_samples, note_ranges
 from fqt.operand import Encoded
-from fqt.products import Accumulated, Taken, placeholder
+from fqt.products import Accumulated, Taken
 from fqt.qtensor import QTensor
 from fqt.quantizers import Quantizer
 from fqt.recipe import Recipe
@@ -38,8 +40,13 @@ _DESCRIPTIONS = {
     getattr(Tensor, name).__get__
     for name in ("shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_leaf", "is_cuda", "grad_fn")
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
-# what changes the tensor itself, so that whoever reads it later must see the change
-_LASTING = {"retain_grad", "register_hook", "requires_grad_", "backward", "__set__", "register_post_accumulate_grad_hook"}
+# what is about its gradient, for which it stands itself in the graph
+_GRADIENTS = (
+    {torch.autograd.grad, Tensor.backward, Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_}
+    | {getattr(Tensor, name).__get__ for name in ("grad", "retains_grad")}
+    | {getattr(Tensor, name).__set__ for name in ("grad", "requires_grad")}
+)
+_SET_DATA = getattr(Tensor, "data").__set__  # noqa: B009
 
 
 @dataclass(frozen=True)
@@ -61,88 +68,123 @@ class Norm:
 
 
 class Deferred(Tensor):
-    """See the module's text. Its autograd graph is that of the tensor that it stands for.
+    """See the module's text.
 
     Attributes:
         source: y, canonical (N, P, C): what the convolution accumulated, or floats.
+        graph: y in the shape of the module's input or output, with its graph.
         norm: what follows, None if nothing.
         windows: the images' size and the pooling that follows `norm`.
         shape_of: from canonical (N, P', C) to the shape that the module's caller expects.
-        graph, placeholder: (N, P, C), y and the deferred tensor itself with their graphs, as long as `grad_fn` is `made_by`.
-        changed: the float tensor, once it was changed in place.
+        watched: whether a hook has seen it, which may ask for its gradient.
+        passed_over: whether a pooling took what is behind it, so that the gradient does not pass here.
+        floats: the float tensor with its graph, once somebody needed it.
+        version: of `floats` when it was computed.
     """
 
     source: Source
+    graph: Tensor
     norm: Norm | None
     windows: Windows
     shape_of: Callable[[Tensor, Windows], Tensor]
-    graph: Tensor
-    placeholder: Tensor
-    made_by: Any
-    changed: Tensor | None
+    watched: bool
+    passed_over: bool
+    floats: Tensor | None
+    version: int
 
     @staticmethod
     def make(
         source: Source, graph: Tensor, norm: Norm | None, windows: Windows, shape_of: Callable[[Tensor, Windows], Tensor]
     ) -> Deferred:
-        if norm is not None:
-            z_NPC = _Normalize.apply(graph, norm.weight, norm.bias, *source.tensors(), norm, windows)
-        else:
-            z_NPC = graph
-        with torch._C.DisableTorchFunctionSubclass():
-            made = shape_of(z_NPC, windows).as_subclass(Deferred)  # type: ignore[arg-type]
-            made.made_by = made.grad_fn
-        made.source, made.norm, made.windows, made.shape_of = source, norm, windows, shape_of
-        made.graph, made.placeholder, made.changed = graph, z_NPC, None
+        if norm is None:
+            return _Accumulate.apply(graph, source, windows, shape_of)  # type: ignore[return-value]
+        return _Normalize.apply(graph, norm.weight, norm.bias, *source.tensors(), norm, windows, shape_of)  # type: ignore
+
+    @staticmethod
+    def without_storage(
+        source: Source, graph: Tensor, norm: Norm | None, windows: Windows, shape_of: Callable[[Tensor, Windows], Tensor]
+    ) -> Deferred:
+        """One that stands in no graph yet."""
+        height, width = windows.pooled_size
+        n, c = source.y.shape[0], source.y.shape[2]
+        p = height * width
+        strides = (c, 1) if shape_of is rows else (c * p, 1, c * width, c) if shape_of is images_last else (c * p, p, width, 1)
+        shape = (n, c) if shape_of is rows else (n, c, height, width)
+        made: Deferred = Tensor._make_wrapper_subclass(
+            Deferred, shape, strides=strides, dtype=torch.float32, device=source.y.device
+        )
+        made.source, made.graph, made.norm, made.windows, made.shape_of = source, graph, norm, windows, shape_of
+        made.watched, made.passed_over, made.floats, made.version = False, False, None, 0
         return made
 
     def value(self) -> Tensor:
         """The float tensor, with its graph."""
-        if self.changed is not None:
-            return self.changed
-        with torch.set_grad_enabled(self.requires_grad):  # as a tensor keeps its graph where none is being recorded
-            return _Value.apply(_plain(self), self)  # type: ignore[return-value]
+        if self.floats is None:
+            with torch.set_grad_enabled(self.requires_grad):  # as a tensor keeps its graph where none is being recorded
+                self.floats = _Value.apply(self)
+            assert self.floats is not None
+            self.version = self.floats._version
+        return self.floats
 
-    def signs(self, low: float, high: float) -> tuple[Tensor, QTensor, Tensor]:
-        """A placeholder (N, P', C) with the graph, the signs, and the packed mask low <= z <= high."""
+    def signs(self, low: float, high: float) -> tuple[QTensor, Tensor]:
+        """The signs, and the packed mask low <= z <= high."""
         assert self.norm is not None
         args = (*self.source.tensors(), self.norm.affine, self.windows.flat(), low, high)
         codes, mask, scale = torch.ops.fqt.norm_sign(*args, backend=self.norm.backend)
-        z_NPC = self.canonical()
-        shape = (z_NPC.shape[0], z_NPC.shape[1], z_NPC.shape[2])
-        return z_NPC, QTensor(codes, scale, None, None, Format("sign", 1), shape), mask
-
-    def canonical(self) -> Tensor:
-        """The placeholder (N, P', C) with the graph, without a view between where there need not be one."""
-        return self.placeholder if self.whole() else _canonical(_plain(self))
+        height, width = self.windows.pooled_size
+        shape = (self.source.y.shape[0], height * width, self.source.y.shape[2])
+        return QTensor(codes, scale, None, None, Format("sign", 1), shape), mask
 
     def whole(self) -> bool:
-        """Whether nothing happened to it since it was made, so that more can be deferred."""
+        """Whether nobody wrote to it, or to a view of it, so that it still is what is behind it."""
+        return self.floats is None or self.floats._version == self.version
+
+    def asked(self) -> bool:
+        """Whether somebody may want its gradient."""
         with torch._C.DisableTorchFunctionSubclass():
-            return self.changed is None and self.grad_fn is self.made_by
+            return self.watched or self.retains_grad or bool(self._backward_hooks)
+
+    def in_graph(self) -> Tensor:
+        """The tensor whose gradient is that of the activation."""
+        if self.passed_over:
+            raise RuntimeError(
+                "the gradient of this activation is not computed: the max-pooling behind it does its own step and this one at "
+                "once. Register the hook that keeps it on the module before its forward, or convert with fuse=False"
+            )
+        return self if self.whole() else self.value()
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in _DESCRIPTIONS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        name = func.__name__
-        lasting = name in _LASTING or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _GRADIENTS:
+            args, kwargs = _each(args, Deferred.in_graph), _each(kwargs, Deferred.in_graph)
+        elif func not in _DESCRIPTIONS:
+            of_args = _each(args, Deferred.value), _each(kwargs, Deferred.value)
+            if func == _SET_DATA:  # which no version counts
+                args[0].version = -1
+            args, kwargs = of_args
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*_computed(args, lasting), **_computed(kwargs or {}, lasting))
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            raise RuntimeError(
+                f"{func} would change an activation that is not computed yet, past torch functions: clone it first, or convert "
+                f"with fuse=False"
+            )
+        kwargs = kwargs or {}
+        return func(*_each(args, lambda x: x.value().detach()), **_each(kwargs, lambda x: x.value().detach()))
 
 
-def _computed(tree: Any, lasting: bool) -> Any:
-    """The arguments with a float tensor in place of each Deferred."""
+def _each(tree: Any, change: Callable[[Deferred], Tensor]) -> Any:
+    """The arguments with something else in place of each Deferred."""
     if isinstance(tree, Deferred):
-        value = tree.value()
-        if lasting:
-            tree.changed = value
-        return value
+        return change(tree)
     if isinstance(tree, dict):
-        return {key: _computed(item, lasting) for key, item in tree.items()}
+        return {key: _each(item, change) for key, item in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(_computed(item, lasting) for item in tree)
+        return type(tree)(_each(item, change) for item in tree)
     return tree
 
 
@@ -165,7 +207,7 @@ def serves(device: str) -> bool:
     return device in ("cpu", "meta") or (device == "cuda" and triton.refuses() is None)
 
 
-def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -> Tensor | None:
+def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -> Deferred | None:
     """`norm(x)` as a Deferred, statistics taken and running averages moved; None where torch has to do it.
 
     Args:
@@ -177,13 +219,12 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -
     if norm.weight.dtype != torch.float32 or x.dim() not in (2, 4) or x.shape[1] != norm.num_features:
         return None
     assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
-    if isinstance(x, Deferred) and x.norm is None and x.changed is None:
-        source, graph, windows, shape_of = x.source, x.canonical(), x.windows, x.shape_of
+    if isinstance(x, Deferred) and x.norm is None and x.whole():
+        source, windows, shape_of = x.source, x.windows, x.shape_of
     else:
         x = x.value() if isinstance(x, Deferred) else x
-        graph = _canonical(x).contiguous()
         windows, shape_of = (Windows(1, 1), rows) if x.dim() == 2 else (Windows(x.shape[2], x.shape[3]), images(x))
-        source = Source(graph.detach())
+        source = Source(_canonical(x.detach()).contiguous())
     count = source.y.shape[0] * source.y.shape[1]
     if count < 2:  # torch refuses it in training
         return None
@@ -199,12 +240,12 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -
         mean, inv = mean.float(), (var + norm.eps).sqrt().reciprocal().float()
         a = norm.weight * inv
         affine = torch.stack([a, norm.bias - mean * a, mean, inv])
-    return Deferred.make(source, graph, Norm(affine, norm.weight, norm.bias, norm.training, backend), windows, shape_of)
+    return Deferred.make(source, x, Norm(affine, norm.weight, norm.bias, norm.training, backend), windows, shape_of)
 
 
 def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor | None:
     """`pool(x)` of a normalized, deferred x as a Deferred; None where torch has to do it."""
-    if not isinstance(x, Deferred) or x.norm is None or not x.whole() or x.dim() != 4:
+    if not isinstance(x, Deferred) or x.norm is None or not x.whole() or x.dim() != 4 or x.asked():
         return None
     if x.windows.kernel != (1, 1) or pool.return_indices:
         return None
@@ -213,6 +254,7 @@ def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor | None:
     if kernel != stride or _pair(pool.padding) != (0, 0) or _pair(pool.dilation) != (1, 1) or not (whole or pool.ceil_mode):
         return None
     windows = Windows(x.windows.height, x.windows.width, kernel)
+    x.passed_over = True
     return Deferred.make(x.source, x.graph, x.norm, windows, x.shape_of)
 
 
@@ -232,14 +274,14 @@ class Between:
 
     @staticmethod
     def take(x: Tensor, recipe: Recipe) -> Taken | None:
-        """Of a deferred x: a placeholder with its graph, and its signs with their mask; None if the recipe reads more."""
+        """Of a deferred x: its place in the graph, and its signs with their mask; None if the recipe reads more."""
         quantizer = recipe.quantizer("output", "x")
         if not isinstance(x, Deferred) or quantizer is None or not _plain_sign(quantizer) or recipe.output.transform:
             return None
-        if not recipe.saved("grad_weight", "x") or quantizer.pass_range is None or x.norm is None or x.changed is not None:
+        if not recipe.saved("grad_weight", "x") or quantizer.pass_range is None or x.norm is None or not x.whole():
             return None
-        z_NPC, q, mask = x.signs(*quantizer.pass_range)
-        return Taken(z_NPC, Encoded(q, mask), x.shape_of is images_last)
+        q, mask = x.signs(*quantizer.pass_range)
+        return Taken(x, partial(_in_shape, shape=x.shape), Encoded(q, mask), x.shape_of is images_last)
 
     @staticmethod
     def gives(x: Tensor, recipe: Recipe) -> bool:
@@ -259,15 +301,15 @@ def _pair(size: int | tuple[int, ...]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _plain(x: Deferred) -> Tensor:
-    """The placeholder as it is, with its graph."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return x.as_subclass(Tensor)  # type: ignore[arg-type]
-
-
 def _canonical(x: Tensor) -> Tensor:
     """(N, C) or (N, C, H, W) as (N, P, C)."""
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(2).transpose(1, 2)
+
+
+def _in_shape(g_NPC: Tensor, shape: torch.Size) -> Tensor:
+    """(N, P, C) in the shape of what `_canonical` was given, as a view, with what is known of it."""
+    g = g_NPC.squeeze(1) if len(shape) == 2 else g_NPC.transpose(1, 2).unflatten(2, shape[2:])
+    return carry_note(g_NPC, g)
 
 
 def images(x_NCHW: Tensor) -> Callable[[Tensor, Windows], Tensor]:
@@ -287,15 +329,14 @@ def images_last(y_NPC: Tensor, windows: Windows) -> Tensor:
 
 def images_first(y_NPC: Tensor, windows: Windows) -> Tensor:
     """(N, P, C) as contiguous (N, C, H, W)."""
-    y_NCP = y_NPC.transpose(1, 2)
-    return (y_NCP if y_NPC.stride() == (0, 0, 0) else y_NCP.contiguous()).unflatten(2, windows.pooled_size)
+    return y_NPC.transpose(1, 2).contiguous().unflatten(2, windows.pooled_size)
 
 
 class _Value(torch.autograd.Function):
-    """The floats that a Deferred stands for, in the graph of its placeholder."""
+    """The floats that a Deferred stands for."""
 
     @staticmethod
-    def forward(ctx, placeholder: Tensor, x: Deferred) -> Tensor:
+    def forward(ctx, x: Deferred) -> Tensor:
         y, scale, offset = x.source.tensors()
         if x.norm is not None:
             args = (y, scale, offset, x.norm.affine, x.windows.flat())
@@ -307,11 +348,23 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return g, None
+        return g
+
+
+class _Accumulate(torch.autograd.Function):
+    """A Deferred for what a product of signs accumulated, y (N, P, C)."""
+
+    @staticmethod
+    def forward(ctx, graph: Tensor, source: Source, windows: Windows, shape_of: Callable) -> Tensor:
+        return Deferred.without_storage(source, graph, None, windows, shape_of)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return carry_note(g, _canonical(g)), None, None, None
 
 
 class _Normalize(torch.autograd.Function):
-    """A placeholder for z (N, P', C), and the gradients of y, gamma and beta."""
+    """A Deferred for z, and the gradients of y, gamma and beta."""
 
     @staticmethod
     def forward(
@@ -324,22 +377,24 @@ class _Normalize(torch.autograd.Function):
         offset: Tensor | None,
         norm: Norm,
         windows: Windows,
+        shape_of: Callable,
     ) -> Tensor:
         ctx.save_for_backward(y, scale, offset, norm.affine)
-        ctx.batch, ctx.backend, ctx.windows = norm.batch, norm.backend, windows
-        height, width = windows.pooled_size
-        return placeholder(y, (y.shape[0], height * width, y.shape[2]))
+        ctx.batch, ctx.backend, ctx.windows, ctx.shape = norm.batch, norm.backend, windows, graph.shape
+        return Deferred.without_storage(Source(y, scale, offset), graph, norm, windows, shape_of)
 
     @staticmethod
     def backward(ctx, g: Tensor):
         y, scale, offset, affine = ctx.saved_tensors
         with torch.no_grad():
-            args = (g.contiguous(), kept_samples(g), y, scale, offset, affine, ctx.windows.flat())
+            g_NPC = _canonical(g).contiguous()
+            args = (g_NPC, kept_samples(g), y, scale, offset, affine, ctx.windows.flat())
             sums = torch.ops.fqt.norm_grad_sums(*args, backend=ctx.backend)
             dy = None
             if ctx.needs_input_grad[0]:
                 means = (sums / (y.shape[0] * y.shape[1])).float() if ctx.batch else affine.new_zeros(2, y.shape[2])
-                dy, low, high = torch.ops.fqt.norm_grad(*args, means, backend=ctx.backend)
-                note_ranges(dy, low, high)
+                dy_NPC, low, high = torch.ops.fqt.norm_grad(*args, means, backend=ctx.backend)
+                note_ranges(dy_NPC, low, high)
+                dy = _in_shape(dy_NPC, ctx.shape)
             d_bias, d_weight = sums.float()
-        return *once([dy, d_weight, d_bias]), *[None] * 5
+        return *once([dy, d_weight, d_bias]), *[None] * 6

@@ -63,7 +63,8 @@ def observe_gradients(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]
         seen["features.3"]["grad_input"]
 
     Forward and backward both belong in the block. Draws come from a key of their own: torch's generator and the training
-    are not touched. A product whose gradient stays float has no entry; nor has a layer whose gradient is zero.
+    are not touched. A product whose gradient stays float has no entry; nor has a layer whose gradient is zero, nor an
+    attention, whose projections' gradients are none of its output.
     """
     seen: dict[str, dict[str, float]] = {}
 
@@ -79,8 +80,8 @@ def observe_gradients(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]
                 seen.setdefault(name, {})[product] = float(error)
 
     def watch(name: str, layer: QuantizedLayer):
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor | None:
-            if not output.requires_grad:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> Tensor | None:
+            if not isinstance(output, Tensor) or not output.requires_grad:
                 return None
             output = output.clone()  # no view, off which an activation in place would cut the hook
             output.register_hook(lambda g: measure(name, layer, g))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from fqt import ops
 from fqt.cpu import integers
-from fqt.layers import QuantizedLayer, adapter_of, is_subclass
+from fqt.layers import QuantizedLayer, adapter_of, is_subclass, quantized_layers, refusal
+from fqt.layers.parametrized import at_rest
 from fqt.ops import PRODUCTS
 from fqt.recipe import MAX_PRODUCT_BITS
 from fqt.rows import Kernel
@@ -33,7 +35,8 @@ class Row:
         packed_bytes: of the weight as the forward reads it, scales included; of the float weight in a float layer.
         backend: what serves the low-bit products; "torch" if there are none.
         served: product -> the backend of the kernel that serves it, for those that run in low bits.
-        note: why a layer is float, why no kernel or no faster one serves it, what words of more than 8 bits run on.
+        note: why a layer is float or ran nothing, why no kernel or no faster one serves it, what words of more than 8 bits
+            run on.
         bits: product -> bits at which it runs, 32 = float.
         kept: product -> fraction of groups that pruning keeps.
     """
@@ -96,14 +99,17 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """A row for each module that holds a weight of two or more axes, converted or not.
 
-    Multiply-adds are known once a converted model has run a forward.
+    Multiply-adds are known once a converted model has run a forward. A converted layer that was not called then stands as
+    float: a model that reads a layer's weight itself, for a function of torch, computes past it.
     """
     rows = []
+    ran = any(_MACS in layer.__dict__ for _, layer in quantized_layers(model))
     for name, module in model.named_modules():
-        weights = _weights(module)
-        if isinstance(module, QuantizedLayer):
-            rows.append(_quantized_row(name, module))
-        elif any(is_lazy(weight) or weight.dim() > 1 for weight in weights):
+        weights = matrix_weights(module)
+        if isinstance(module, QuantizedLayer) and (_MACS in module.__dict__ or not ran):
+            with at_rest(module):
+                rows.append(_quantized_row(name, module))
+        elif weights:
             float_product = "float x float"
             rows.append(
                 Row(
@@ -140,6 +146,9 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
         nbytes = codes * max(format.storage_bits, 8) // 8 + format.groups(shape) * (8 if format.offset else 4)
     names = list(dict.fromkeys(by.backend for by in served.values()))
     reasons = [*_arithmetic(layer, served), *dict.fromkeys(by.note for by in served.values() if by.note)]
+    lost = layer.lost_zeros()
+    if lost:
+        reasons.insert(0, f"{lost} pruned weights are not zero as codes")
     if layer.backend:
         reasons.insert(0, f"backend {layer.backend!r} was named")
     return Row(
@@ -214,12 +223,13 @@ def backends(layer: QuantizedLayer) -> dict[str, Served]:
     return served
 
 
-def _weights(module: nn.Module) -> list[nn.Parameter]:
-    """The module's own weights by whatever name (in_proj_weight, weight_ih_l0), those under a parametrization included."""
+def matrix_weights(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own weights by whatever name (in_proj_weight, weight_ih_l0), those under a parametrization included; none
+    where none is lazy or has two axes."""
     weights = [p for name, p in module._parameters.items() if p is not None and "weight" in name]
     for name, parametrizations in _parametrizations(module).items():
         weights += parametrizations.parameters(recurse=False) if "weight" in name else []
-    return weights
+    return weights if any(is_lazy(weight) or weight.dim() > 1 for weight in weights) else []
 
 
 def _parametrizations(module: nn.Module) -> dict[str, nn.Module]:
@@ -228,10 +238,14 @@ def _parametrizations(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _why_float(module: nn.Module) -> str:
-    if any(is_lazy(weight) for weight in _weights(module)):
+    if any(is_lazy(weight) for weight in matrix_weights(module)):
         return "lazy: it has no shape before its first forward; convert after that"
+    if isinstance(module, QuantizedLayer):
+        return "converted, but not called by the forwards since: nothing of it ran in low bits"
     if adapter_of(module) is not None:
         return module.__dict__.get(NOTE, "kept float")
+    if refusal(module):
+        return f"left alone: {refusal(module)}"
     if is_subclass(module):
         return "a subclass: left alone"
     return "not a kind that fqt converts"
@@ -248,12 +262,13 @@ def count_macs(layer: nn.Module) -> None:
     layer.register_forward_hook(_remember_macs)
 
 
-def _remember_macs(layer: nn.Module, inputs: object, output: Tensor) -> None:
+def _remember_macs(layer: nn.Module, inputs: object, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     adapter = adapter_of(layer)
     assert adapter is not None
-    layer.__dict__[_MACS] = adapter.multiply_adds(layer, output)  # type: ignore[arg-type]
+    with at_rest(layer):
+        layer.__dict__[_MACS] = adapter.multiply_adds(layer, output)  # type: ignore[arg-type]
 
 
 def copy_macs(counted: nn.Module, model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fqt.inspect.summary import backends
 from fqt.inspect.trial import feed, synchronize, undisturbed
-from fqt.layers import QuantizedLayer, quantized_class, quantized_layers
+from fqt.layers import QuantizedLayer, adapter_of, quantized_class, quantized_layers
 from fqt.ops import PRODUCTS
 
 _ROUNDS = 5
@@ -109,7 +109,7 @@ def record_calls(model: nn.Module, input: object) -> dict[str, Counter[Call]]:
 
     def watch(name: str, layer: QuantizedLayer):
         def hook(_module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            x = args[0] if args else named["input"]
+            x = args[0] if args else next(iter(named.values()))
             channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
             calls[name][Call(tuple(x.shape), channels_last, x.requires_grad)] += 1
 
@@ -124,10 +124,10 @@ def record_calls(model: nn.Module, input: object) -> dict[str, Counter[Call]]:
 
 def time_layer(name: str, layer: QuantizedLayer, calls: Counter[Call], seconds: float) -> list[Timing]:
     """A timing of each product that the calls pay for, on layers of the same sizes. Within `undisturbed`: it draws."""
-    formats = (False, True) if layer.images else (False,)
     served, sums = {product: by.backend for product, by in backends(layer).items()}, {}
     for call, count in calls.items():
         sides = [_products(layer, call, low=True, channels_last=call.channels_last)]
+        formats = (False, True) if layer.images and len(call.shape) == 4 else (False,)
         sides += [_products(layer, call, low=False, channels_last=channels_last) for channels_last in formats]
         functions = [function for side in sides for function in side.values()]
         medians = _in_turns(functions, layer.weight.device, seconds / len(calls))
@@ -149,16 +149,22 @@ def _products(layer: QuantizedLayer, call: Call, *, low: bool, channels_last: bo
     made = _twin(layer, low).to(memory_format=memory).train(layer.training)
     made.requires_grad_(layer.weight.requires_grad)
     of_step = x.detach().requires_grad_(call.needs_gradient)
-    functions: dict[str, Callable[[], object]] = {"output": lambda: made(of_step)}
-    g = torch.randn_like(made(x).detach())
+    functions: dict[str, Callable[[], object]] = {"output": lambda: _output(made, of_step)}
+    g = torch.randn_like(_output(made, x).detach())
     if call.needs_gradient:
         frozen, leaf = _twin(layer, low).to(memory_format=memory).requires_grad_(False), x.detach().requires_grad_()
-        y_of_x = frozen(leaf)
+        y_of_x = _output(frozen, leaf)
         functions["grad_input"] = lambda: torch.autograd.grad(y_of_x, leaf, g, retain_graph=True)
     if layer.weight.requires_grad:
-        y_of_w = made(x)
+        y_of_w = _output(made, x)
         functions["grad_weight"] = lambda: torch.autograd.grad(y_of_w, list(made.parameters()), g, retain_graph=True)
     return functions
+
+
+def _output(layer: nn.Module, x: Tensor) -> Tensor:
+    adapter = adapter_of(layer)
+    assert adapter is not None
+    return adapter.exercise(layer, x)  # type: ignore[arg-type]
 
 
 def _twin(layer: QuantizedLayer, low: bool) -> nn.Module:

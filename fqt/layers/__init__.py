@@ -4,14 +4,18 @@ import importlib
 import pkgutil
 
 from fqt.layers.base import (
+    ADAPTERS,
     STATES,
     QuantizedLayer,
     adapter_of,
+    converted_class,
     is_subclass,
     let_recipe_change,
+    plain_class,
     plain_classes,
     quantized_class,
     quantized_layers,
+    refusal,
     register_layer,
 )
 from fqt.layers.conv import QuantConv2d
@@ -21,15 +25,19 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
+    "ADAPTERS",
     "STATES",
     "QuantConv2d",
     "QuantLinear",
     "QuantizedLayer",
     "adapter_of",
+    "converted_class",
     "is_subclass",
     "let_recipe_change",
+    "plain_class",
     "plain_classes",
     "quantized_class",
     "quantized_layers",
+    "refusal",
     "register_layer",
 ]

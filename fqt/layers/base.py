@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fqt import ops
 from fqt.functional import Fusion
 from fqt.geometry import Geometry
+from fqt.layers.parametrized import at_rest, beneath, derived_from, former
 from fqt.operand import LEFT_RIGHT, States
 from fqt.qtensor import QTensor
 from fqt.recipe import Recipe
@@ -41,12 +42,15 @@ class QuantizedLayer(nn.Module):
         plain: the class that is converted.
         options: names of the constructor's arguments that give a layer of the same sizes, as far as they are attributes too.
         images: whether its input may be channels_last.
+        borrows: names of layers within it whose weights its plain class multiplies itself, so that they are called only where
+            it is converted.
     """
 
     kind: ClassVar[str] = "linear"
     plain: ClassVar[type[nn.Module]]
     options: ClassVar[tuple[str, ...]] = ()
     images: ClassVar[bool] = False
+    borrows: ClassVar[tuple[str, ...]] = ()
     weight: Tensor
     bias: Tensor | None
     fusion: Fusion | None = None
@@ -61,6 +65,11 @@ class QuantizedLayer(nn.Module):
         return _uncompiled(self, input) if self.changing and _uncompiled is not None else self.compute(input)
 
     # --- the adapter ---
+
+    @classmethod
+    def refuses(cls, plain: nn.Module) -> str:
+        """Why a plain layer of this class cannot be converted, "" if it can."""
+        return ""
 
     def compute(self, input: Tensor) -> Tensor:
         """The layer's forward."""
@@ -82,6 +91,10 @@ class QuantizedLayer(nn.Module):
     def multiply_adds(self, output: Tensor) -> int:
         """Multiply-adds of one sample's forward, of which `output` came."""
         return math.prod(output.shape[1:-1]) * self.weight.numel()
+
+    def exercise(self, x: Tensor) -> Tensor:
+        """The output for x where the layer's forward takes x alone, or something to that effect."""
+        return self(x)
 
     def like(self, kind: type[nn.Module]) -> nn.Module:
         """A new layer of class `kind`, of this layer's sizes."""
@@ -110,7 +123,8 @@ class QuantizedLayer(nn.Module):
         before = self.__dict__.get("recipe")
         self.__dict__["recipe"] = recipe
         if before is None or before.stages != recipe.stages:
-            self._make_states(recipe)
+            with at_rest(self):
+                self._make_states(recipe)
 
     @property
     def states(self) -> States | None:
@@ -148,7 +162,8 @@ class QuantizedLayer(nn.Module):
     def requests(self) -> dict[str, ops.Request]:
         """What the layer asks of kernels: each product that runs in low bits, and "quantize output.x" and so on, or
         "encode output.x" where a registered calibration finds the scales."""
-        device, asked = self.weight.device.type, {}
+        with at_rest(self):
+            device, asked = self.weight.device.type, {}
         for product, letters in LEFT_RIGHT.items():
             for letter in letters:
                 operand = self.recipe.operand(product, letter)
@@ -165,12 +180,19 @@ class QuantizedLayer(nn.Module):
         operand = self.recipe.operand("output", "w")
         if operand is None:
             return None
-        with torch.no_grad():
+        with torch.no_grad(), at_rest(self):
             w_OKI = operand.transformed(self.weight_OKI(), self.states)
             key = torch.zeros((), dtype=torch.int64, device=w_OKI.device) if operand.random else None
             return operand.encode(
                 w_OKI, key=key, training=False, geometry=self.window(), states=self.states, backend=self.backend
             ).q
+
+    def lost_zeros(self) -> int:
+        """How many of the weights that a mask of torch.nn.utils.prune holds at zero are something else as codes."""
+        if not any(name.endswith("weight_mask") for name in self._buffers) or self.weight.is_meta:
+            return 0
+        q = self.quantized_weight()
+        return 0 if q is None else int(((self.weight_OKI() == 0) & (q.decode() != 0)).sum())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A class that was made for a plain class found by its path is made again, where it is unpickled."""
@@ -189,7 +211,10 @@ ADAPTERS: dict[type[nn.Module] | str, type[QuantizedLayer]] = {}
 _made: dict[type[nn.Module], type[QuantizedLayer]] = {}
 
 
-def register_layer(plain: type[nn.Module] | str) -> Callable[[type[QuantizedLayer]], type[QuantizedLayer]]:
+Adapter = TypeVar("Adapter", bound=type[QuantizedLayer])
+
+
+def register_layer(plain: type[nn.Module] | str) -> Callable[[Adapter], Adapter]:
     """Register the decorated class as what `fqt.convert` makes of layers of a class.
 
     Args:
@@ -201,7 +226,7 @@ def register_layer(plain: type[nn.Module] | str) -> Callable[[type[QuantizedLaye
         TypeError: the decorated class is not derived from what it has to be.
     """
 
-    def add(adapter: type[QuantizedLayer]) -> type[QuantizedLayer]:
+    def add(adapter: Adapter) -> Adapter:
         if plain in ADAPTERS:
             raise ValueError(f"layers of {plain} are converted to {ADAPTERS[plain].__name__} already")
         bases = (QuantizedLayer,) if isinstance(plain, str) else (QuantizedLayer, plain)
@@ -217,15 +242,36 @@ def register_layer(plain: type[nn.Module] | str) -> Callable[[type[QuantizedLaye
 
 def adapter_of(module: nn.Module) -> type[QuantizedLayer] | None:
     """The class by which a plain or converted layer is known; None for any other module, a subclass of a plain layer too."""
-    kind = type(module)
     if isinstance(module, QuantizedLayer):
-        return kind  # type: ignore[return-value]
+        return type(module)
+    adapter = _registered(module)
+    return None if adapter is None or adapter.refuses(module) else adapter
+
+
+def refusal(module: nn.Module) -> str:
+    """Why a module of a class that is converted is not, "" if it is, or if its class is not."""
+    adapter = _registered(module)
+    return "" if adapter is None else adapter.refuses(module)
+
+
+def _registered(module: nn.Module) -> type[QuantizedLayer] | None:
+    kind = beneath(module)
     return ADAPTERS.get(kind) or (quantized_class(kind) if f"{kind.__module__}.{kind.__qualname__}" in ADAPTERS else None)
 
 
 def is_subclass(module: nn.Module) -> bool:
     """Whether a module is of a class derived from one that is converted, which may compute something else."""
-    return adapter_of(module) is None and any(isinstance(module, plain) for plain in ADAPTERS if not isinstance(plain, str))
+    return _registered(module) is None and any(isinstance(module, plain) for plain in ADAPTERS if not isinstance(plain, str))
+
+
+def converted_class(layer: nn.Module) -> type[nn.Module]:
+    """The class that a plain layer gets; of a parametrized one, a class of its own."""
+    return derived_from(layer, quantized_class(beneath(layer)))
+
+
+def plain_class(layer: QuantizedLayer) -> type[nn.Module] | None:
+    """The class that a converted layer had; None where it has become something else since."""
+    return layer.plain if type(layer) is quantized_class(layer.plain) else former(layer)
 
 
 def quantized_class(plain: type[nn.Module]) -> type[QuantizedLayer]:

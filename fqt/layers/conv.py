@@ -27,20 +27,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         if self.padding_mode != "zeros" and (left or right or top or bottom):
             input = pad(input, [left, right, top, bottom], self.padding_mode)
             left = right = top = bottom = 0
-        return functional.conv2d(
-            input,
-            self.weight,
-            self.bias,
-            self.recipe,
-            stride=(self.stride[0], self.stride[1]),
-            padding=(top, bottom, left, right),
-            dilation=(self.dilation[0], self.dilation[1]),
-            groups=self.groups,
-            training=self.training,
-            states=self.states,
-            fusion=self.fusion,
-            backend=self.backend,
-        )
+        return convolve(self, input, self.weight, (top, bottom, left, right))
 
     def weight_OKI(self) -> Tensor:
         return self.weight.flatten(2).transpose(1, 2)
@@ -62,6 +49,24 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def multiply_adds(self, output: Tensor) -> int:
         return output.shape[-1] * output.shape[-2] * self.weight.numel()
+
+
+def convolve(layer: QuantConv2d, x: Tensor, weight: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+    """The layer's convolution of x, with a weight and zeros around x that may be others than its own."""
+    return functional.conv2d(
+        x,
+        weight,
+        layer.bias,
+        layer.recipe,
+        stride=(layer.stride[0], layer.stride[1]),
+        padding=padding,
+        dilation=(layer.dilation[0], layer.dilation[1]),
+        groups=layer.groups,
+        training=layer.training,
+        states=layer.states,
+        fusion=layer.fusion,
+        backend=layer.backend,
+    )
 
 
 def padding_of(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]:

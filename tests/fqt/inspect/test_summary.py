@@ -154,12 +154,12 @@ def zoo() -> nn.Module:
             "first": nn.Conv2d(3, 4, 3),
             "middle": nn.Linear(4, 4),
             "mine": MyLinear(4, 4),
-            "attention": nn.MultiheadAttention(4, 2),
+            "attention": nn.MultiheadAttention(4, 2, kdim=3),
             "lstm": nn.LSTM(4, 3),
             "embedding": nn.Embedding(7, 4),
             "lazy": nn.LazyLinear(3),
-            "normed": parametrizations.weight_norm(nn.Linear(4, 4)),
-            "transposed": nn.ConvTranspose2d(4, 4, 1),
+            "normed": parametrizations.weight_norm(MyLinear(4, 4)),
+            "transposed": nn.ConvTranspose3d(4, 4, 1),
             "norm": nn.BatchNorm2d(4),
             "act": nn.ReLU(),
             "last": nn.Linear(4, 2),
@@ -170,23 +170,26 @@ def zoo() -> nn.Module:
 def test_every_weight_has_a_row_and_every_float_one_its_reason() -> None:
     found = rows(fqt.convert(zoo(), "int8"))
     assert {name: (row.kind, row.note) for name, row in found.items() if row.bits["output"] == 32} == {
-        "first": ("Conv2d", "kept float"),
+        "first": ("Conv2d", "kept float by the rule '<first>'"),
         "mine": ("MyLinear", "a subclass: left alone"),
-        "attention": ("MultiheadAttention", "not a kind that fqt converts"),
-        "attention.out_proj": ("NonDynamicallyQuantizableLinear", "a subclass: left alone"),
+        "attention": ("MultiheadAttention", "left alone: its key or value has a size of its own"),
+        "attention.out_proj": (
+            "NonDynamicallyQuantizableLinear",
+            "kept float with 'attention', which multiplies its weight itself",
+        ),
         "lstm": ("LSTM", "not a kind that fqt converts"),
         "embedding": ("Embedding", "not a kind that fqt converts"),
         "lazy": ("LazyLinear", "lazy: it has no shape before its first forward; convert after that"),
-        "normed": ("ParametrizedLinear", "a subclass: left alone"),
-        "transposed": ("ConvTranspose2d", "not a kind that fqt converts"),
-        "last": ("Linear", "kept float"),
+        "normed": ("ParametrizedMyLinear", "a subclass: left alone"),
+        "transposed": ("ConvTranspose3d", "not a kind that fqt converts"),
+        "last": ("Linear", "kept float by the rule '<last>'"),
     }
     assert found["middle"].kind == "QuantLinear"
     assert [name for name in found if "." not in name] == [n for n, _ in zoo().named_children() if n in found], "in order"
     for row in found.values():
         if row.bits["output"] == 32:
             assert (row.backend, row.output, row.grad_input, row.grad_weight) == ("torch", *["float x float"] * 3)
-    assert found["attention"].parameters == 4 * 12 + 12
+    assert found["attention"].parameters == 4 * (4 + 3 + 4) + 12
     assert found["lstm"].packed_bytes == 4 * (12 * 4 + 12 * 3)
     assert found["normed"].parameters == 16 + 4 + 4
 
@@ -259,6 +262,26 @@ def test_a_shared_module_is_counted_once() -> None:
     shared = nn.Linear(4, 4)
     model = fqt.convert(nn.ModuleDict({"a": shared, "b": shared}), INT8)
     assert [row.name for row in fqt.summary(model).rows] == ["a"]
+
+
+def test_a_converted_layer_that_no_forward_called_stands_as_float() -> None:
+    class Borrows(nn.Module):
+        """As attention blocks do that hand their layers' weights to one function."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(nn.functional.linear(x, self.inner.weight))
+
+    model = fqt.convert(Borrows(), INT8)
+    assert {row.backend == "torch" for row in fqt.summary(model).rows} == {False}, "nothing is known before a forward"
+    model(torch.randn(2, 6))
+    inner, outer = fqt.summary(model).rows
+    assert (inner.kind, inner.backend, inner.bits["output"], inner.madds) == ("QuantLinear", "torch", 32, None)
+    assert inner.note == "converted, but not called by the forwards since: nothing of it ran in low bits"
+    assert outer.bits["output"] == 8
 
 
 # --- the modelled speedup ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,198 @@
+"""What flows where in a model: what each layer reads, where the network begins and ends, and how many multiply-adds are whose.
+
+One forward tells it: every parameter and input of a copy wants a gradient, so autograd's graph of that forward is the flow of
+data, whatever the model's code looks like. Without an input, torch.fx tells it of models that can be traced.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fqt.inspect.summary import matrix_weights
+from fqt.inspect.trial import feed, undisturbed
+
+_ACTIVATIONS = nn.ReLU.__module__
+# what a model's own code may raise where it is given torch.fx's proxies in place of tensors
+_UNTRACEABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass
+class Reads:
+    """What a layer reads, all its calls together.
+
+    Attributes:
+        sources: the modules with matrices whose output reaches it with no other of these between.
+        modules: the modules without a matrix that it passes on the way, as far as the nearest activation.
+        operations: names of the functions on that way, autograd's ("ReluBackward0") or the model's ("relu").
+        negative: whether one of the values is; None if no values were seen.
+    """
+
+    sources: set[str] = field(default_factory=set)
+    modules: set[str] = field(default_factory=set)
+    operations: set[str] = field(default_factory=set)
+    negative: bool | None = None
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The names of the modules with matrices where a network begins and ends."""
+
+    first: frozenset[str]
+    last: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What one forward does.
+
+    Attributes:
+        reads: of each module with a matrix that was called.
+        madds: multiply-adds of each of these, forward, all samples together; empty if nothing was computed.
+        total: multiply-adds of all matrix products, those of no module's included.
+    """
+
+    reads: dict[str, Reads]
+    madds: dict[str, int]
+    total: int
+
+    def readers(self, module: str) -> list[str]:
+        """The modules with matrices that read a module's output."""
+        return [name for name, reads in self.reads.items() if module in reads.modules]
+
+    def ends(self) -> Ends:
+        """First: what reads the output of no module with a matrix. Last: what no other one reads."""
+        read = set().union(*(reads.sources for reads in self.reads.values()))
+        first = frozenset(name for name, reads in self.reads.items() if not reads.sources)
+        return Ends(first, frozenset(self.reads.keys() - read))
+
+
+def flow_of(model: nn.Module, example: object) -> Flow:
+    """The flow of one forward of `example` (a tensor, a tuple of arguments, a mapping of keyword arguments), on a copy."""
+    from torch.utils.flop_counter import FlopCounterMode  # not at import: it loads Triton
+
+    trial = copy.deepcopy(model)
+    for parameter in trial.parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_()
+    modules = dict(trial.named_modules())
+    holders = {name: module for name, module in modules.items() if matrix_weights(module)}
+    reads: dict[str, Reads] = {}
+    made: dict[Any, list[str]] = {}  # autograd's node -> the modules whose output it is
+    of_weight = {id(weight): name for name, module in holders.items() for weight in matrix_weights(module)}
+
+    def names(node: Any) -> list[str]:
+        weight = getattr(node, "variable", None)
+        return made.get(node, []) if weight is None else [of_weight[id(weight)]] if id(weight) in of_weight else []
+
+    def before(name: str) -> Callable:
+        def hook(module: nn.Module, args: object, named: object) -> None:
+            tensors = _floats((args, named))
+            found = reads.setdefault(name, Reads())
+            for tensor in tensors:
+                if not tensor.is_meta:
+                    found.negative = bool(found.negative) or bool((tensor < 0).any())
+            _walk([t.grad_fn for t in tensors], lambda node: [n for n, _ in node.next_functions], names, _title, modules, found)
+
+        return hook
+
+    def after(name: str) -> Callable:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            for tensor in _floats(output):
+                if tensor.grad_fn is not None:
+                    made.setdefault(tensor.grad_fn, []).append(name)
+
+        return hook
+
+    for name, module in modules.items():
+        if name in holders:
+            module.register_forward_pre_hook(before(name), with_kwargs=True)
+        module.register_forward_hook(after(name))
+    wanting = tree_map_only(Tensor, lambda t: t.detach().requires_grad_().clone() if t.is_floating_point() else t, example)
+    with undisturbed(model), FlopCounterMode(display=False) as counter:
+        feed(trial, wanting)
+    flops, root = counter.get_flop_counts(), type(trial).__name__
+    madds = {name: sum(flops.get(f"{root}.{name}" if name else root, {}).values()) // 2 for name in reads}
+    return Flow(reads, madds, counter.get_total_flops() // 2)
+
+
+def float_multiply_adds(model: nn.Module, example: object) -> int:
+    """Multiply-adds that torch computes in float in one forward, on a copy: of a converted model all but its low-bit ones."""
+    from torch.utils.flop_counter import FlopCounterMode  # not at import: it loads Triton
+
+    with undisturbed(model), FlopCounterMode(display=False) as counter:
+        feed(copy.deepcopy(model), example)
+    return counter.get_total_flops() // 2
+
+
+def traced_flow(model: nn.Module) -> Flow | None:
+    """The flow that torch.fx finds, without values and multiply-adds; None of a model that it cannot trace."""
+    modules = dict(model.named_modules())
+    holders = {name: module for name, module in modules.items() if matrix_weights(module)}
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return module_qualified_name in holders or super().is_leaf_module(m, module_qualified_name)
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            graph = Tracer().trace(model)
+    except _UNTRACEABLE:
+        return None
+
+    def names(node: fx.Node) -> list[str]:
+        if node.op == "get_attr":
+            return [name for name in holders if str(node.target).startswith(f"{name}.")]
+        return [str(node.target)] if node.op == "call_module" else []
+
+    def title(node: fx.Node) -> str:
+        return getattr(node.target, "__name__", str(node.target)) if node.op.startswith("call_") else ""
+
+    reads: dict[str, Reads] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in holders:
+            found = reads.setdefault(node.target, Reads())
+            _walk(node.all_input_nodes, lambda node: node.all_input_nodes, names, title, modules, found)
+    return Flow(reads, {}, 0)
+
+
+def _walk(
+    start: Iterable[Any],
+    inputs: Callable[[Any], Iterable[Any]],
+    names: Callable[[Any], list[str]],
+    title: Callable[[Any], str],
+    modules: dict[str, nn.Module],
+    found: Reads,
+) -> None:
+    """Go back from some nodes of a graph as far as the modules with matrices, and note what is passed."""
+    waiting, seen = [(node, False) for node in start], set()
+    while waiting:
+        node, behind = waiting.pop()
+        if node is None or (node, behind) in seen:
+            continue
+        seen.add((node, behind))
+        here = names(node)
+        sources = [name for name in here if name in modules and matrix_weights(modules[name])]
+        found.sources.update(sources)
+        if not behind:
+            found.modules.update(name for name in here if name not in sources)
+        if sources:
+            continue
+        if not behind:
+            found.operations.add(title(node))
+        behind = behind or any(type(modules[name]).__module__ == _ACTIVATIONS for name in here)
+        waiting += [(input, behind) for input in inputs(node)]
+
+
+def _title(node: Any) -> str:
+    return node.name()
+
+
+def _floats(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
