@@ -70,6 +70,7 @@ _BART = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
     "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 99,
 }  # fmt: skip
+_WORDS = {"pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 _IMAGES = {key: value for key, value in _SIZES.items() if key != "vocab_size"} | {"image_size": 32, "patch_size": 8}
 _EXPERTS = _SIZES | {"num_key_value_heads": 1, "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 64}
 # name -> class of the model, options of its configuration, kind of input
@@ -96,7 +97,11 @@ TRANSFORMERS: dict[str, tuple[str, dict, str]] = {
         {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4},
         "image",
     ),
-    "t5": ("T5ForConditionalGeneration", {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}, "seq2seq"),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 99},
+        "seq2seq",
+    ),
     "vit": ("ViTForImageClassification", _IMAGES, "image"),
     "wav2vec2": (
         "Wav2Vec2ForCTC",
@@ -104,7 +109,11 @@ TRANSFORMERS: dict[str, tuple[str, dict, str]] = {
         | {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0},
         "sound",
     ),
-    "whisper": ("WhisperForConditionalGeneration", _BART | {"num_mel_bins": 8, "max_source_positions": 30}, "spectrum"),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        _BART | _WORDS | {"num_mel_bins": 8, "max_source_positions": 30},
+        "spectrum",
+    ),
 }  # fmt: skip
 
 

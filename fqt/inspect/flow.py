@@ -1,7 +1,7 @@
 """What flows where in a model: what each layer reads, where the network begins and ends, and how many multiply-adds are whose.
 
-One forward tells it: every parameter and input of a copy wants a gradient, so autograd's graph of that forward is the flow of
-data, whatever the model's code looks like. Without an input, torch.fx tells it of models that can be traced.
+One forward tells it: every parameter of a copy wants a gradient, so autograd's graph of that forward is the flow of data,
+whatever the model's code looks like. Without an input, torch.fx tells it of models that can be traced.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -114,9 +115,8 @@ def flow_of(model: nn.Module, example: object) -> Flow:
         if name in holders:
             module.register_forward_pre_hook(before(name), with_kwargs=True)
         module.register_forward_hook(after(name))
-    wanting = tree_map_only(Tensor, lambda t: t.detach().requires_grad_().clone() if t.is_floating_point() else t, example)
     with undisturbed(model), FlopCounterMode(display=False) as counter:
-        feed(trial, wanting)
+        feed(trial, tree_map_only(Tensor, torch.clone, example))
     flops, root = counter.get_flop_counts(), type(trial).__name__
     madds = {name: sum(flops.get(f"{root}.{name}" if name else root, {}).values()) // 2 for name in reads}
     return Flow(reads, madds, counter.get_total_flops() // 2)
@@ -127,7 +127,7 @@ def float_multiply_adds(model: nn.Module, example: object) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # not at import: it loads Triton
 
     with undisturbed(model), FlopCounterMode(display=False) as counter:
-        feed(copy.deepcopy(model), example)
+        feed(copy.deepcopy(model), tree_map_only(Tensor, torch.clone, example))
     return counter.get_total_flops() // 2
 
 

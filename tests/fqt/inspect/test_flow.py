@@ -91,6 +91,17 @@ def test_a_weight_that_the_model_multiplies_by_itself_is_a_source() -> None:
         assert flow is not None and flow.reads.keys() == {"outer"} and flow.reads["outer"].sources == {"inner"}
 
 
+def test_a_model_may_do_with_its_input_what_it_does_in_training() -> None:
+    class Writes(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1).sub_(1)
+            x.requires_grad = True
+            return super().forward(x)
+
+    x = torch.zeros(2, 6)
+    assert flow_of(nn.Sequential(Writes(6, 2)), x).ends().first == {"0"} and not x.any()
+
+
 def test_the_model_and_the_generator_stay_as_they_were() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.5))
     model[0].weight.requires_grad_(False)
