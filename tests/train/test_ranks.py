@@ -131,7 +131,7 @@ def test_one_rank_speaks_and_writes(two_ranks):
     assert first["folder"] == second["folder"]
     assert len(list(folder.glob("runs/fqt_1bit/*/events*"))) == 2, "one of the curves, one of the hyperparameters"
     state = torch.load(next(folder.glob("runs/fqt_1bit/*/last.pt")), weights_only=True)
-    assert len(state["generators"]) == state["world"] == 2
+    assert len(state["ranks"]) == state["world"] == 2
 
 
 def test_ranks_decide_alike(two_ranks):

@@ -1,5 +1,7 @@
 """What a run says: the names of its curves, its lines and its final table."""
 
+import math
+import shlex
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -13,27 +15,46 @@ from train.config import Config
 from train.measure import Comparison
 from train.ranks import Ranks
 from train.step import Outcome
+from train.tracking import SKIPPED
 
 MIB = 2**20
+UNREADABLE = "unreadable.txt"
+"""File name, in a run's folder, of the images that were left out, with what is wrong with each."""
 
 
 def sums(outcome: Outcome) -> dict[str, float]:
-    """A step's values in the form that can be added up over steps and ranks."""
+    """A step's values in the form that can be added up over steps and ranks; of a skipped one, its time alone."""
+    made = 0 if outcome.skipped else outcome.images
     return {
         "steps": 1,
-        "images": outcome.images,
-        "loss": outcome.loss * outcome.images,
-        "correct": outcome.correct,
+        "skipped": int(bool(outcome.skipped)),
+        "images": made,
+        "loss": outcome.loss * made if made else 0.0,
+        "correct": outcome.correct if made else 0,
+        "gradient_norm": outcome.gradient_norm if made else 0.0,
         **{f"{phase}_ms": ms for phase, ms in outcome.ms.items()},
+    }
+
+
+def epoch_means(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """An epoch's row; no number (NaN) where every step was skipped."""
+    images = sums["images"] or math.nan
+    return {
+        "loss": sums["loss"] / images,
+        "train_accuracy": sums["correct"] / images,
+        "images_per_second": sums["images"] / seconds,
     }
 
 
 def step_scalars(sums: Mapping[str, float], learning_rate: float) -> dict[str, float]:
     """The step curves: means since the last point, over all ranks."""
+    made = sums["steps"] - sums["skipped"]
+    means = {"loss/train": sums["loss"] / sums["images"], "gradient_norm": sums["gradient_norm"] / made} if made else {}
     return {
-        "loss/train": sums["loss"] / sums["images"],
+        **means,
         "learning_rate": learning_rate,
         "images_per_second": 1e3 * sums["images"] / sums["step_ms"],
+        "skipped_steps": sums["skipped"],
         **{f"time/{name}": sums[name] / sums["steps"] for name in sums if name.endswith("_ms")},
     }
 
@@ -77,12 +98,12 @@ def final_metrics(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: row[name] for name in ("test_accuracy", "valid_accuracy", "loss") if row[name] is not None}
 
 
-def opening(config: Config, ranks: Ranks, folder: Path | None, epochs_done: int) -> str:
+def opening(config: Config, ranks: Ranks, folder: Path | None, epochs_done: int, position: int) -> str:
     """The first line: what is trained on what, and where its curves are."""
     processes = "" if ranks.world == 1 else f", {ranks.world} processes"
     line = f"{config.model.name} on {config.data.name}, recipe {config.recipe}, {ranks.device}{processes}"
-    if epochs_done:
-        line += f", resumed after epoch {epochs_done}"
+    if epochs_done or position:
+        line += f", resumed after epoch {epochs_done}" + (f" and {position} steps" if position else "")
     return f"{line}\n{_log_line(config, folder)}".rstrip()
 
 
@@ -128,13 +149,46 @@ def closing(
     return f"\n{text.getvalue()}{_log_line(config, folder)}test accuracy {percent(last['test_accuracy'])}"
 
 
-def diverged(reason: str, step: int, folder: Path | None, epochs_done: int) -> str:
+def skipped(reason: str, step: int, total: int) -> str:
+    """Said of the first skipped step, and of the 2nd, 4th, 8th ...: a run that skips many does not fill the screen."""
+    return f"step {step} left the weights as they were: {reason} ({total} skipped so far; {SKIPPED} lists them)"
+
+
+def in_a_row(reason: str, streak: int) -> str:
+    """What was wrong with a step, and with those before it."""
+    return f"{reason} and in the {streak - 1} before" if streak > 1 else reason
+
+
+def diverged(reason: str, step: int, folder: Path | None, saved_step: int | None) -> str:
     """Why the training stopped, and what to try."""
-    kept = f"{folder / NAME} holds the state after epoch {epochs_done}. " if folder and epochs_done else ""
     return (
-        f"Training stopped in step {step}: {reason}, and the weights were left as they were. {kept}"
+        f"Training stopped in step {step}: {reason.rstrip('.')}. {_kept(folder, saved_step)}"
         "Try a lower optimizer.lr, a longer schedule.warmup or training.clip_norm=1, or a recipe with more bits."
     )
+
+
+def broken_off(reason: str, folder: Path | None, saved_step: int | None) -> str:
+    """What ended the run from outside, and where it can go on."""
+    return f"{reason.rstrip('.')}. {_kept(folder, saved_step)}".strip()
+
+
+def _kept(folder: Path | None, saved_step: int | None) -> str:
+    """Where the newest checkpoint is."""
+    return f"{folder / NAME} holds the state after step {saved_step}. " if folder and saved_step is not None else ""
+
+
+def stopped(signal_name: str, step: int, steps: int, folder: Path | None) -> str:
+    """How a run that was asked to end goes on."""
+    done = f"stopped by {signal_name} after step {step} of {steps}"
+    if folder is None:
+        return f"{done}; checkpoints are off (checkpoint.enabled), so nothing was kept."
+    return f"{done}; the same command with --resume {shlex.quote(str(folder))} goes on from there."
+
+
+def unreadable(paths: Mapping[str, str], folder: Path | None) -> str:
+    """Said at the end of an epoch, where images were left out."""
+    listed = f"; {folder / UNREADABLE} lists them" if folder else f": {', '.join(list(paths)[:5])}"
+    return f"{len(paths)} images could not be read and were left out{listed}"
 
 
 def percent(fraction: float) -> str:
@@ -145,4 +199,4 @@ def percent(fraction: float) -> str:
 def _log_line(config: Config, folder: Path | None) -> str:
     if folder is None or not config.tracking.enabled:
         return ""
-    return f"TensorBoard log in {folder}; open it with: tensorboard --logdir {config.output}\n"
+    return f"TensorBoard log in {folder}; open it with: tensorboard --logdir {shlex.quote(config.output)}\n"
