@@ -22,11 +22,16 @@ def main(arguments: list[str] | None = None) -> int:
     0: done, or stopped by a signal with a checkpoint to go on from. 1: the training failed. 2: a mistake in what was asked.
     130 (SIGINT), 143 (SIGTERM), 129 (SIGHUP): stopped by that signal, and nothing was kept.
     """
-    speaks = os.environ.get("RANK", "0") == "0"
     stop = Stop()
+    with stop.listening():
+        return _told(arguments, stop)
+
+
+def _told(arguments: list[str] | None, stop: Stop) -> int:
+    """Runs the program, and prints how it ended where that is not the end of the training."""
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
-        with stop.listening():
-            _run(parser().parse_args(arguments), stop, speaks)
+        _run(parser().parse_args(arguments), stop, speaks)
         return 0
     except ConfigError as error:
         message, status = str(error), 2

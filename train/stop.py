@@ -35,7 +35,7 @@ class Stopped(Exception):
 class Stop:
     """What signals asked for.
 
-    number: of the first signal while a block `finishing` ran; None if none came.
+    number: of the first signal; None if none came.
     """
 
     def __init__(self) -> None:
@@ -69,9 +69,9 @@ class Stop:
             self._finishing = False
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        insists = self.number is not None and number == signal.SIGINT and now > self._first + PATIENCE
-        if insists or not self._finishing:
-            raise Interrupted(number)
-        if self.number is None:
+        first, now = self.number is None, time.monotonic()
+        if first:
             self.number, self._first = number, now
+        insists = number == signal.SIGINT and now > self._first + PATIENCE
+        if insists or (first and not self._finishing):
+            raise Interrupted(number)
