@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,30 @@ DECISIONS = "precision.csv"
 """File name, in a run's folder, of what its precision policy decided."""
 SKIPPED = "skipped.jsonl"
 """File name, in a run's folder, of the steps that were skipped, with the indices of their images."""
+
+
+MEASURED = (
+    "time",
+    "speedup/",
+    "memory/",
+    "images_per_second",
+    "precision/training_speedup",
+    "precision/switching_share_measured",
+)
+MEASURED += ("precision/model_error", "precision/prediction_error")
+"""How the names of those scalars begin that are measured, so that no two runs have them alike."""
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The scalars that a run wrote, an object a line; a line that a crash left half written is not there."""
+    text = (folder / LINES).read_text(encoding="utf-8", errors="replace")
+    return [json.loads(line) for line in text.splitlines() if _kept(line, sys.maxsize, _json_step)]
+
+
+def reproducible_lines(folder: Path) -> list[dict[str, Any]]:
+    """The same without what is measured: alike in all runs of one configuration on one machine."""
+    plain = [{name: value for name, value in line.items() if not name.startswith(MEASURED)} for line in lines(folder)]
+    return [line for line in plain if len(line) > 1]
 
 
 class Tracker:

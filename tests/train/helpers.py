@@ -1,6 +1,5 @@
 """What runs left behind, and whether it is the same."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -34,15 +33,3 @@ def trained(result):
     state = weights(result.folder)
     kept = {key: state[key] for key in ("model", "optimizer", "schedule", "epoch", "position", "steps", "skipped", "best")}
     return {**kept, "generators": [rank["generators"] for rank in state["ranks"]]}
-
-
-TIMED = ("time", "speedup", "memory", "images_per_second", "precision/training_speedup", "precision/switching_share_measured")
-TIMED += ("precision/model_error", "precision/prediction_error")
-"""Beginnings of the names of curves that no two runs have alike."""
-
-
-def logged(folder):
-    """The lines of metrics.jsonl, without what is measured."""
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    plain = [{name: value for name, value in line.items() if not name.startswith(TIMED)} for line in lines]
-    return [line for line in plain if len(line) > 1]

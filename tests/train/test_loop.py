@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.train.helpers import assert_same, logged, trained, weights
+from tests.train.helpers import assert_same, trained, weights
 from train import checkpoint, diagnose, loop, measure
 from train import stop as stop_module
 from train.loop import run
 from train.stop import Stop
+from train.tracking import reproducible_lines
 from train.wording import ConfigError, TrainingError
 
 
@@ -102,7 +103,7 @@ def test_a_run_stopped_by_a_signal_goes_on_within_its_epoch(make, monkeypatch, r
     resumed = run(config, resume=Path("runs/stopped"))
     assert_same(trained(resumed), trained(whole))
     assert [row["loss"] for row in resumed.history] == [row["loss"] for row in whole.history]
-    assert_same(logged(resumed.folder), logged(whole.folder))
+    assert_same(reproducible_lines(resumed.folder), reproducible_lines(whole.folder))
 
 
 def test_a_stop_with_checkpoints_off_keeps_nothing_and_says_so(make):
@@ -155,7 +156,7 @@ def test_skipped_steps_are_listed_and_the_run_goes_on(make, monkeypatch, capsys)
     ]
     assert [len(images) for row in rows for images in row["images"]] == [64] * 3
     assert all(math.isfinite(row["loss"]) for row in result.history)
-    assert [line["skipped_steps"] for line in logged(result.folder) if "skipped_steps" in line] == [2, 0]
+    assert [line["skipped_steps"] for line in reproducible_lines(result.folder) if "skipped_steps" in line] == [2, 0]
     out = capsys.readouterr().out
     assert "step 1 left the weights as they were: the loss is nan (1 skipped so far; skipped.jsonl lists them)" in out
     assert "(2 skipped" in out and "(3 skipped" not in out
