@@ -221,8 +221,16 @@ class Tracking(_Section):
     """steps between two points of the step curves"""
     baseline_steps: int = Field(default=5, ge=0)
     """steps of the unconverted model and of this one timed for speedup/measured, after 2 of warm-up; 0: do not"""
+    baseline_every: int = Field(default=500, ge=0)
+    """steps between two timings of the unconverted model, each of baseline_steps + 1 of its steps; 0: at the start only"""
     variance_every: int = Field(default=100, ge=0)
     """steps between two measurements of each layer's gradient quantization error; 0: never"""
+
+    @model_validator(mode="after")
+    def _used(self) -> "Tracking":
+        unused = () if self.baseline_steps else ("baseline_every",)
+        _refuse_unused(self, "tracking.baseline_steps 0", unused, "tracking.")
+        return self
 
 
 class Checkpoint(_Section):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fqt
-from train import checkpoint, data, diagnose, faults, files, measure, messages, models, precision, ranks
+from train import checkpoint, data, diagnose, faults, files, measure, messages, models, pictures, precision, ranks
 from train.config import Config, dump
 from train.optim import build_optimizer, build_schedule
 from train.step import Outcome, Parts, Step, forward
@@ -99,7 +99,8 @@ class Trainer:
     epoch, position: whole epochs done, and steps of the next one; steps: all of them. epoch_sums, recent_sums: this rank's, of
     the epoch and since the last point of the step curves. seconds: spent in the epoch so far. skipped, streak: steps that left
     the weights as they were, all of them and those in a row. best: the highest accuracy on held-out images. saved_step: when
-    the newest checkpoint was written.
+    the newest checkpoint was written. ms_fp32: a step of the unconverted model, as timed last. time_saved: seconds that the
+    steps so far took less than that; measuring: seconds that the timing took. bits: of each layer's products, as logged last.
     """
 
     def __init__(self, config: Config, place: ranks.Ranks, found: Path | None = None, stop: Stop | None = None) -> None:
@@ -132,6 +133,8 @@ class Trainer:
         self.epoch, self.position, self.steps, self.history = 0, 0, 0, list[dict[str, Any]]()
         self.epoch_sums, self.recent_sums, self.seconds = Counter[str](), Counter[str](), 0.0
         self.skipped, self.streak, self.best, self.saved_step = 0, 0, -1.0, None
+        self.ms_fp32, self.time_saved, self.measuring = 0.0, 0.0, 0.0
+        self.bits = measure.layer_bits(self.model)
         self.timeline: precision.Timeline | None = None
         if self.policy is not None:
             self.describe()  # counts the multiply-adds
@@ -156,10 +159,12 @@ class Trainer:
         try:
             if self.unconverted is not None:
                 comparison = self.compare(self.unconverted)
-                self.unconverted = None
+                if not config.tracking.baseline_every:
+                    self.unconverted = None
                 if self.timeline and self.place.main:
                     self.timeline.calibrate(next(self.batches(0)), comparison.ms_fp32)
             tracker.scalars(self.steps, messages.comparison_scalars(comparison, modelled))
+            self.show_start()
 
             self.saved_at = time.monotonic()
             with self.stop.finishing():
@@ -172,7 +177,7 @@ class Trainer:
             tracker.close()
         seconds = sum(row["seconds"] for row in self.history)
         result = Result(last["test_accuracy"], last["valid_accuracy"], seconds, self.history, comparison, modelled, self.folder)
-        self.say(messages.closing(config, result.history, comparison, modelled, self.folder))
+        self.say(messages.closing(config, self.history, comparison, modelled, self.time_saved, self.measuring, self.folder))
         return result
 
     def train_epoch(self, epoch: int) -> None:
@@ -186,6 +191,7 @@ class Trainer:
         )
         with bar:
             for parts in self.batches(epoch, self.position):
+                started += self.time_baseline(parts)
                 outcome = self.train_step(parts, epoch)
                 self.seconds = time.perf_counter() - started
                 bar.update()
@@ -202,8 +208,11 @@ class Trainer:
         # the log first: what a checkpoint counts as done is in it
         self.tracker.scalars(self.steps, messages.epoch_scalars(row, measure.peak_bytes(self.place.device)))
         if self.config.tracking.enabled:
-            self.tracker.scalars(self.steps, measure.layer_scalars(self.model))
-            self.show_precision(self.tracker)
+            self.tracker.scalars(self.steps, measure.zero_fractions(self.model))
+            bits = measure.layer_bits(self.model)
+            self.tracker.scalars(self.steps, {name: value for name, value in bits.items() if value != self.bits.get(name)})
+            self.bits = bits
+            self.show_precision()
         self.list_unreadable()
         self.save()
         self.say(messages.epoch_line(row, self.config.training.epochs))
@@ -229,11 +238,14 @@ class Trainer:
             tracker.decisions([decision.row() for decision in outcome.decisions])
 
         tracker.scalars(self.steps, messages.gradient_scalars(outcome))
+        self.time_saved += (self.ms_fp32 - outcome.ms["step"]) / 1e3 if self.ms_fp32 else 0.0
         self.epoch_sums.update(messages.sums(outcome))
         self.recent_sums.update(messages.sums(outcome))
         if tracking.enabled and self.steps % tracking.every == 0:
             sums = self.over_ranks(self.recent_sums)
             tracker.scalars(self.steps, messages.step_scalars(sums, rate))
+            if self.ms_fp32:
+                tracker.scalars(self.steps, messages.speed_scalars(sums, self.ms_fp32, self.time_saved, self.measuring))
             if self.timeline and self.place.main:
                 spent = (sums[f"{phase}_ms"] / sums["steps"] for phase in ("step", "policy"))
                 tracker.scalars(self.steps, self.timeline.scalars(*spent))
@@ -313,15 +325,43 @@ class Trainer:
 
     def compare(self, unconverted: nn.Module) -> measure.Comparison:
         """Speed and memory against the unconverted model, on the run's own first batches."""
-        count = measure.WARM_UP + self.config.tracking.baseline_steps
+        started, count = time.perf_counter(), measure.WARM_UP + self.config.tracking.baseline_steps
         batches = itertools.chain.from_iterable(self.batches(epoch) for epoch in itertools.count())
-        return measure.compare(self.model, unconverted, self.make_step, itertools.islice(batches, count))
+        comparison = measure.compare(self.model, unconverted, self.make_replica, itertools.islice(batches, count))
+        self.ms_fp32 = comparison.ms_fp32
+        self.measuring += time.perf_counter() - started
+        return comparison
 
-    def show_precision(self, tracker: Tracker) -> None:
+    def time_baseline(self, parts: Parts) -> float:
+        """Times the unconverted model again where that is due; returns the seconds that it took."""
+        tracking, started = self.config.tracking, time.perf_counter()
+        if self.unconverted is None or self.steps == 0 or self.steps % tracking.baseline_every:
+            return 0.0
+        self.ms_fp32 = measure.baseline_ms(self.unconverted, self.make_replica, parts, tracking.baseline_steps)
+        spent = time.perf_counter() - started
+        self.measuring += spent
+        return spent
+
+    def show_start(self) -> None:
+        """Some images as the model gets them, and the bits of a recipe that no policy changes."""
+        if self.steps or not self.config.tracking.enabled or not self.place.main:
+            return
+        (images_NCHW, _), *_ = next(self.batches(0))
+        self.tracker.image("images/train", 0, pictures.grid(images_NCHW))
+        if self.policy is None and self.config.recipe != "fp32":
+            layers = [(name, layer.recipe) for name, layer in fqt.quantized_layers(self.model)]
+            bits = {name: [bits] for name, bits in precision.bits_of(layers).items()}
+            self.tracker.image("bits", 0, pictures.heat_map([name for name, _ in layers], [0], bits, last=1))
+
+    def show_precision(self) -> None:
         """The policy's heat map so far, and which kernel serves each layer now."""
         if self.timeline and self.place.main:
-            tracker.image("precision/bits", self.steps, self.timeline.image())
-            tracker.text("summary", str(fqt.summary(self.model)), self.steps)
+            self.tracker.image("precision/bits", self.steps, self.timeline.image())
+            self.tracker.text("summary", str(fqt.summary(self.model)), self.steps)
+
+    def make_replica(self, model: nn.Module) -> Step:
+        """What trains a copy of a model as this run trains its own: with gradients averaged over the ranks."""
+        return self.make_step(model, self.place.wrap(model))
 
     def make_step(
         self,
@@ -420,6 +460,9 @@ class Trainer:
             "skipped": self.skipped,
             "streak": self.streak,
             "best": self.best,
+            "time_saved": self.time_saved,
+            "measuring": self.measuring,
+            "bits": self.bits,
             "history": self.history,
             "model": self.model.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
@@ -453,6 +496,7 @@ class Trainer:
             self.epoch, self.position, self.steps = state["epoch"], state["position"], state["steps"]
             self.history, self.seconds, self.best = state["history"], state["seconds"], state["best"]
             self.skipped, self.streak = state["skipped"], state["streak"]
+            self.time_saved, self.measuring, self.bits = state["time_saved"], state["measuring"], state["bits"]
             self.epoch_sums, self.recent_sums = Counter(own["epoch_sums"]), Counter(own["recent_sums"])
             if self.policy and self.timeline:
                 self.policy.load_state_dict(state["precision"]["policy"])

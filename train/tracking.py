@@ -25,6 +25,13 @@ SKIPPED = "skipped.jsonl"
 """File name, in a run's folder, of the steps that were skipped, with the indices of their images."""
 
 
+LAYOUT = {
+    "speed-up: measured, modelled": ["Multiline", ["speedup/measured", "speedup/modelled"]],
+    "time saved, in seconds": ["Multiline", ["speedup/time_saved_s", "speedup/measuring_s"]],
+    "accuracy": ["Multiline", ["accuracy/train", "accuracy/valid", "accuracy/test"]],
+    "loss": ["Multiline", ["loss/train", "loss/epoch"]],
+}
+"""TensorBoard's tab of custom scalars: what a person wants to see first."""
 MEASURED = (
     "time",
     "speedup/",
@@ -70,6 +77,7 @@ class Tracker:
                     cut(folder / name, resumed_at, step_of)
             _quiet_writer_thread()
             self._writer = SummaryWriter(folder, purge_step=None if resumed_at is None else resumed_at + 1)
+            self._writer.add_custom_scalars({"fqt": LAYOUT})
             self._lines = (folder / LINES).open("a", buffering=1)
             self._folder = folder
 

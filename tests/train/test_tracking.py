@@ -20,7 +20,8 @@ def read(folder):
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     curves = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
-    texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    tags = [tag for tag in events.Tags()["tensors"] if tag.endswith("text_summary")]
+    texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in tags}
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     copies = {(tag, line["step"]): value for line in lines for tag, value in line.items() if tag not in ("step", "time")}
     return curves, copies, texts
@@ -35,7 +36,7 @@ def tracked(tmp_path_factory):
         "data": {"name": "digits", "batch_size": 64, "limit": 256, "validation": 0.1},
         "recipe": "fqt_1bit",
         "training": {"epochs": 2},
-        "tracking": {"every": 2, "variance_every": 4, "baseline_steps": 1},
+        "tracking": {"every": 2, "variance_every": 4, "baseline_steps": 1, "baseline_every": 3},
         "checkpoint": {"enabled": False},
         "device": "cpu",
         "output": str(folder),
@@ -52,9 +53,12 @@ def test_every_curve_is_there_at_its_steps(tracked):
     step_curves = ["loss/train", "learning_rate", "images_per_second", "gradient_norm", "skipped_steps"]
     step_curves += [f"time/{phase}_ms" for phase in ("step", "forward", "backward", "optimizer")]
     epoch_curves = ["loss/epoch", "accuracy/train", "accuracy/test", "accuracy/valid", "memory/peak_mib"]
-    once = ["speedup/measured", "speedup/modelled", "speedup/step_ms", "speedup/step_ms_fp32"]
+    speed_curves = ["speedup/measured", "speedup/step_ms", "speedup/step_ms_fp32"]
+    once = ["speedup/modelled"]
     once += ["memory/saved_for_backward_mib", "memory/saved_for_backward_mib_fp32"]
-    for tags, wanted in ((step_curves, [2, 4, 6, 8]), (epoch_curves, [4, 8]), (once, [0])):
+    assert steps["speedup/time_saved_s"] == steps["speedup/measuring_s"] == [2, 4, 6, 8]
+    assert not any(tag.startswith("bits/") for tag in steps), "no policy: bits that never change are a picture"
+    for tags, wanted in ((step_curves, [2, 4, 6, 8]), (speed_curves, [0, 2, 4, 6, 8]), (epoch_curves, [4, 8]), (once, [0])):
         for tag in tags:
             assert steps[tag] == wanted, tag
     layers = {tag.split("/")[1] for tag in steps if tag.startswith("zero_fraction/")}
@@ -63,9 +67,29 @@ def test_every_curve_is_there_at_its_steps(tracked):
         assert steps[f"zero_fraction/{layer}"] == [4, 8]
         for product in ("grad_input", "grad_weight"):
             assert steps[f"gradient_error/{product}/{layer}"] == [1, 5]
-            assert curves[f"bits/{layer}/{product}", 8] == 4
-        assert curves[f"bits/{layer}/output", 8] == 1
-    assert curves["bits/0/output", 8] == 32
+
+
+def test_speed_is_a_curve_and_says_what_it_costs(tracked):
+    _, result = tracked
+    curves, _, _ = read(result.folder)
+    baselines = {step: curves["speedup/step_ms_fp32", step] for step in (0, 2, 4, 6, 8)}
+    assert baselines[0] == baselines[2] != baselines[4] == baselines[6] != baselines[8], (
+        "timed again before the 4th and 7th step"
+    )
+    for step in (2, 4, 6, 8):
+        assert curves["speedup/measured", step] == pytest.approx(baselines[step] / curves["speedup/step_ms", step])
+    spent = [curves["speedup/measuring_s", step] for step in (2, 4, 6, 8)]
+    assert 0 < spent[0] < spent[1] == spent[2] < spent[3]
+
+
+def test_pictures_and_the_layout(tracked):
+    _, result = tracked
+    events = EventAccumulator(str(result.folder), size_guidance={"images": 0})
+    events.Reload()
+    assert {tag: events.Images(tag)[0].step for tag in events.Tags()["images"]} == {"images/train": 0, "bits": 0}
+    assert events.Images("images/train")[0].width == 8 * 16
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert layout.index(b"speedup/measured") < layout.index(b"accuracy/test") < layout.index(b"loss/train")
 
 
 def test_curves_say_what_the_result_says(tracked):
