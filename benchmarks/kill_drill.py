@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import table, write_json
-from train import checkpoint, tracking
+from train import checkpoint, log
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS_AN_EPOCH, EVERY = 8, 3
@@ -90,8 +90,8 @@ class Run:
 
 def steps_logged(output: Path) -> int:
     """How far the run's log is."""
-    newest = max(output.glob(f"run/*/{tracking.LINES}"), key=lambda log: log.stat().st_mtime, default=None)
-    return max((line["step"] for line in tracking.lines(newest.parent)), default=0) if newest else 0
+    newest = max(output.glob(f"run/*/{log.LINES}"), key=lambda path: path.stat().st_mtime, default=None)
+    return max((line["step"] for line in log.lines(newest.parent)), default=0) if newest else 0
 
 
 def wait_for(run: Run, output: Path, kind: str, chance: random.Random) -> bool:
@@ -119,12 +119,12 @@ def result(output: Path) -> dict[str, Any]:
     folder, state = found.parent, checkpoint.load(found)
     kept = ("model", "optimizer", "schedule", "precision", "epoch", "position", "steps", "skipped", "best")
     timed = ("seconds", "images_per_second")
-    decisions = folder / tracking.DECISIONS
+    decisions = folder / log.DECISIONS
     return {
         **{name: state[name] for name in kept if name in state},
         "generators": [rank["generators"] for rank in state["ranks"]],
         "history": [{name: value for name, value in row.items() if name not in timed} for row in state["history"]],
-        "log": tracking.reproducible_lines(folder),
+        "log": log.reproducible_lines(folder),
         "decisions": decisions.read_text() if decisions.exists() else "",
     }
 
@@ -153,7 +153,9 @@ def drill(recipe: str, world: int, kills: int, folder: Path, chance: random.Rand
         kind = chance.choice(["start", "step", "step", "write", "write"])
         if kinds.total() == kills or not wait_for(run, killed, kind, chance):
             break
-        one = world > 1 and chance.random() < 0.5
+        one = (
+            world > 1 and kind != "start" and chance.random() < 0.5
+        )  # before they know each other, the launcher has to end the rest
         run.kill(one, chance)
         kinds[kind] += 1
     while not run.done():

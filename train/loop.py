@@ -112,6 +112,7 @@ class Trainer:
         with place.main_first():
             self.data = data.load(config.data, quiet=config.quiet or not place.main)
         self.steps_per_epoch = len(self.chunks(0))
+        self.total_steps = self.steps_per_epoch * config.training.epochs
 
         seed(config.seed)  # the same initial weights on every rank
         self.model = models.build(config.model.name, self.data.shape, self.data.classes)
@@ -153,7 +154,7 @@ class Trainer:
             self.folder if config.tracking.enabled and self.place.main else None, resumed_at=resumed_at
         )
         summary, modelled = self.describe()
-        tracker.text("config", dump(config))
+        tracker.config(dump(config))
         tracker.text("summary", str(summary))
         self.say(messages.opening(config, self.place, self.folder, self.epoch, self.position))
         try:
@@ -291,8 +292,7 @@ class Trainer:
         """Raises Stopped: a signal asked for it, on this rank or another."""
         number = max(number or 0 for number in self.place.gather(self.stop.number))
         kept = self.folder if self.config.checkpoint.enabled else None
-        total = self.steps_per_epoch * self.config.training.epochs
-        message = messages.stopped(signal.Signals(number).name, self.steps, total, kept)
+        message = messages.stopped(signal.Signals(number).name, self.steps, self.total_steps, kept)
         raise Stopped(message, 0 if kept else 128 + number)
 
     @torch.no_grad()
@@ -351,12 +351,12 @@ class Trainer:
         if self.policy is None and self.config.recipe != "fp32":
             layers = [(name, layer.recipe) for name, layer in fqt.quantized_layers(self.model)]
             bits = {name: [bits] for name, bits in precision.bits_of(layers).items()}
-            self.tracker.image("bits", 0, pictures.heat_map([name for name, _ in layers], [0], bits, last=1))
+            self.tracker.bits("bits", 0, pictures.heat_map([name for name, _ in layers], [0], bits, last=self.total_steps))
 
     def show_precision(self) -> None:
         """The policy's heat map so far, and which kernel serves each layer now."""
         if self.timeline and self.place.main:
-            self.tracker.image("precision/bits", self.steps, self.timeline.image())
+            self.tracker.bits("precision/bits", self.steps, self.timeline.image())
             self.tracker.text("summary", str(fqt.summary(self.model)), self.steps)
 
     def make_replica(self, model: nn.Module) -> Step:

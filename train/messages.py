@@ -12,10 +12,10 @@ from rich.table import Table
 
 from train.checkpoint import NAME
 from train.config import Config
+from train.log import SKIPPED
 from train.measure import Comparison
 from train.ranks import Ranks
 from train.step import Outcome
-from train.tracking import SKIPPED
 
 MIB = 2**20
 UNREADABLE = "unreadable.txt"

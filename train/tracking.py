@@ -3,27 +3,19 @@
 import csv
 import json
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from train import files
-
-LINES = "metrics.jsonl"
-"""File name, in a run's folder, of the scalars: an object a line."""
-DECISIONS = "precision.csv"
-"""File name, in a run's folder, of what its precision policy decided."""
-SKIPPED = "skipped.jsonl"
-"""File name, in a run's folder, of the steps that were skipped, with the indices of their images."""
-
+from train.log import BITS, CONFIG, DECISIONS, LINES, SKIPPED, csv_step, cut, json_step
 
 LAYOUT = {
     "speed-up: measured, modelled": ["Multiline", ["speedup/measured", "speedup/modelled"]],
@@ -32,28 +24,6 @@ LAYOUT = {
     "loss": ["Multiline", ["loss/train", "loss/epoch"]],
 }
 """TensorBoard's tab of custom scalars: what a person wants to see first."""
-MEASURED = (
-    "time",
-    "speedup/",
-    "memory/",
-    "images_per_second",
-    "precision/training_speedup",
-    "precision/switching_share_measured",
-)
-MEASURED += ("precision/model_error", "precision/prediction_error")
-"""How the names of those scalars begin that are measured, so that no two runs have them alike."""
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    """The scalars that a run wrote, an object a line; a line that a crash left half written is not there."""
-    text = (folder / LINES).read_text(encoding="utf-8", errors="replace")
-    return [json.loads(line) for line in text.splitlines() if _kept(line, sys.maxsize, _json_step)]
-
-
-def reproducible_lines(folder: Path) -> list[dict[str, Any]]:
-    """The same without what is measured: alike in all runs of one configuration on one machine."""
-    plain = [{name: value for name, value in line.items() if not name.startswith(MEASURED)} for line in lines(folder)]
-    return [line for line in plain if len(line) > 1]
 
 
 class Tracker:
@@ -73,7 +43,7 @@ class Tracker:
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             if resumed_at is not None:
-                for name, step_of in ((LINES, _json_step), (SKIPPED, _json_step), (DECISIONS, _csv_step)):
+                for name, step_of in ((LINES, json_step), (SKIPPED, json_step), (DECISIONS, csv_step)):
                     cut(folder / name, resumed_at, step_of)
             _quiet_writer_thread()
             self._writer = SummaryWriter(folder, purge_step=None if resumed_at is None else resumed_at + 1)
@@ -91,6 +61,13 @@ class Tracker:
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step, walltime=now)
 
+    def config(self, text: str) -> None:
+        """The run's whole configuration, in YAML."""
+        self.text("config", text)
+        if self._folder is not None:
+            with self._writing():
+                (self._folder / CONFIG).write_text(text, encoding="utf-8")
+
     def text(self, tag: str, text: str, step: int | None = None) -> None:
         """A text, shown as it stands."""
         if self._writer is not None:
@@ -102,6 +79,13 @@ class Tracker:
         if self._writer is not None:
             with self._writing():
                 self._writer.add_image(tag, pixels_HWC, step, dataformats="HWC")
+
+    def bits(self, tag: str, step: int, pixels_HWC: np.ndarray) -> None:
+        """The heat map of the layers' bits so far, as a file too."""
+        self.image(tag, step, pixels_HWC)
+        if self._folder is not None:
+            with self._writing():
+                Image.fromarray(pixels_HWC).save(self._folder / BITS)
 
     def decisions(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """What a precision policy decided, a line each, the first column the step; floats so that they read back exactly."""
@@ -150,31 +134,6 @@ class Tracker:
             if self.failure is None:
                 self.failure = error
             self.close()
-
-
-def cut(path: Path, last: int, step_of: Callable[[str], int]) -> None:
-    """Drops the lines of later steps, and what a crash left half written. step_of: raises ValueError for such a line."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    text = "".join(line for line in lines if line.endswith("\n") and _kept(line, last, step_of))
-    files.write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _kept(line: str, last: int, step_of: Callable[[str], int]) -> bool:
-    try:
-        return step_of(line) <= last
-    except (ValueError, TypeError, KeyError):
-        return False
-
-
-def _json_step(line: str) -> int:
-    return int(json.loads(line)["step"])
-
-
-def _csv_step(line: str) -> int:
-    first = line.split(",")[0]
-    return -1 if first == "step" else int(first)  # the head stays
 
 
 @cache

@@ -18,9 +18,9 @@ import torch
 from tests.train.helpers import assert_same, trained, weights
 from train import checkpoint, diagnose, loop, measure
 from train import stop as stop_module
+from train.log import reproducible_lines
 from train.loop import run
 from train.stop import Stop
-from train.tracking import reproducible_lines
 from train.wording import ConfigError, TrainingError
 
 
