@@ -13,7 +13,7 @@ import torch
 
 from train import catalogue, config, loop
 from train.main import main
-from train.wording import TrainingError
+from train.wording import RankError, TrainingError
 
 ROOT = Path(config.__file__).resolve().parent.parent
 QUICK = ["--set", "data.name=digits", "--set", "data.limit=256", "--set", "data.batch_size=64", "--set", "device=cpu"]
@@ -190,6 +190,17 @@ def test_a_run_that_ends_early(monkeypatch, capsys, error, status, wanted):
     monkeypatch.setattr(loop, "run", fail)
     assert main(["--config", "fp32", *QUICK]) == status
     assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "spoken"), [(TrainingError, ""), (RankError, "train: x.jpg cannot be read\n")])
+def test_what_only_one_rank_knows_that_rank_says(monkeypatch, capsys, kind, spoken):
+    def fail(*_, **__):
+        raise kind("x.jpg cannot be read")
+
+    monkeypatch.setattr(loop, "run", fail)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--config", "fp32", *QUICK]) == 1
+    assert capsys.readouterr().err == spoken
 
 
 def test_one_rank_complains_for_all(monkeypatch, capsys):
