@@ -11,6 +11,7 @@ compared bit for bit with those of a run that was never killed (times and what i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -94,16 +95,26 @@ def steps_logged(output: Path) -> int:
     return max((line["step"] for line in log.lines(newest.parent)), default=0) if newest else 0
 
 
+def parts(output: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written, each with the time of its last change."""
+    found = set()
+    for path in output.glob("run/*/*.part"):
+        with contextlib.suppress(FileNotFoundError):  # it was renamed meanwhile
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
 def wait_for(run: Run, output: Path, kind: str, chance: random.Random) -> bool:
     """Waits for the moment to kill at; False where the run was done before it came."""
     if kind == "start":
         time.sleep(chance.uniform(0, 6))
         return not run.done()
+    left = parts(output)  # by a process that was killed while it wrote
     goal, until = steps_logged(output) + chance.randrange(2, 9), time.monotonic() + WAIT
     while time.monotonic() < until:
         if run.done():
             return False
-        if kind == "write" and list(output.glob("run/*/*.part")):
+        if kind == "write" and parts(output) - left:
             return True
         if kind == "step" and steps_logged(output) >= goal:
             time.sleep(chance.uniform(0, 0.05))

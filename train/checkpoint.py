@@ -13,6 +13,7 @@ import random
 import re
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -146,6 +147,8 @@ def prove(path: Path) -> None:
 
 def check(state: dict[str, Any], config: Config, recipe: fqt.Recipe, world: int, path: Path) -> None:
     """Refuses to continue another run than the checkpoint's. Raises ConfigError with every key that differs."""
+    if not isinstance(state.get("config"), dict) or not isinstance(state.get("recipe"), dict) or "world" not in state:
+        raise ConfigError(f"{path} does not say which configuration wrote it; give another checkpoint.")
     if state["world"] != world:
         raise ConfigError(
             f"{path} was written by {state['world']} processes and this run has {world}: start it with torchrun "
@@ -165,6 +168,85 @@ def check(state: dict[str, Any], config: Config, recipe: fqt.Recipe, world: int,
             f"{path} belongs to another configuration: {'; '.join(differ)}. Resume with the same one, or set "
             "model.weights to that file to start a new run from its weights."
         )
+
+
+def check_fit(state: dict[str, Any], expected: dict[str, Any], shapes: Sequence[torch.Size], path: Path) -> None:
+    """Proves that a checkpoint is built like what this run would write now, before anything is taken from it.
+
+    torch's fused optimizers believe the sizes of their state, and read beyond it where those are wrong. shapes: of the
+    optimized parameters. Raises ConfigError with the first thing that is of another kind or size.
+    """
+    found = misfit(state, {**expected, "history": state.get("history")}, OPEN)
+    if found is None and not _are_moments(state["optimizer"]["state"], shapes):
+        found = "optimizer.state does not belong to the model's parameters"
+    rows = state.get("history")
+    if found is None and not (isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == ROW for row in rows)):
+        found = "history is no list of epochs"
+    if found is not None:
+        raise ConfigError(
+            f"{path} does not fit this run: {found}. Resume with the model, the optimizer and the program that wrote it, or "
+            "set model.weights to that file to start a new run from its weights."
+        )
+
+
+def _are_moments(moments: Any, shapes: Sequence[torch.Size]) -> bool:
+    """Whether an optimizer's state has the same entries for all parameters that it knows, each of its parameter's size."""
+    if not isinstance(moments, dict) or not all(isinstance(values, dict) for values in moments.values()):
+        return False
+    if any(type(index) is not int or not 0 <= index < len(shapes) for index in moments):
+        return False
+    kinds = [{name: type(value) for name, value in values.items()} for values in moments.values()]
+    tensors = [
+        (value.shape, torch.Size([]) if name == "step" else shapes[index])
+        for index, values in moments.items()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor)
+    ]
+    return all(kind == kinds[0] for kind in kinds) and all(shape == wanted for shape, wanted in tensors)
+
+
+ROW = {"epoch", "loss", "train_accuracy", "images_per_second", "valid_accuracy", "test_accuracy", "seconds"}
+"""What the history says of an epoch."""
+OPEN = ("format", "config", "recipe", "history", "optimizer.state", "precision", "images", "world")
+"""What `misfit` does not compare: other checks are for it, or it grows during a run."""
+SUMS = ("epoch_sums", "recent_sums")
+
+
+def misfit(value: Any, expected: Any, open: Sequence[str], path: str = "") -> str | None:
+    """The first place at which a nested value is of another kind, or a tensor of another size, than what is expected there."""
+    if path in open:
+        return None
+    if path.endswith(SUMS):
+        plain = isinstance(value, dict) and all(isinstance(number, int | float) for number in value.values())
+        return None if plain else f"{path} holds no sums"
+    inner = f"{path}." if path else ""
+    if isinstance(expected, dict):
+        if not isinstance(value, dict):
+            return f"{path} is {type(value).__name__} and not a section"
+        if missing := [key for key in expected if key not in value and f"{inner}{key}" not in open]:
+            return f"{inner}{missing[0]} is missing"
+        if extra := [key for key in value if key not in expected and f"{inner}{key}" not in open]:
+            return f"{inner}{extra[0]} is not in this run"
+        return next(
+            filter(None, (misfit(value[key], expected[key], open, f"{inner}{key}") for key in expected if key in value)), None
+        )
+    if isinstance(expected, list | tuple):
+        if not isinstance(value, list | tuple) or len(value) != len(expected):
+            return f"{path} is no list of {len(expected)}"
+        pairs = enumerate(zip(value, expected, strict=True))
+        return next(filter(None, (misfit(*pair, open, f"{inner}{index}") for index, pair in pairs)), None)
+    if isinstance(expected, torch.Tensor):
+        same = isinstance(value, torch.Tensor) and (value.dtype, value.shape) == (expected.dtype, expected.shape)
+        return None if same else f"{path} is no {expected.dtype} of shape {list(expected.shape)}"
+    kinds = (int, float) if type(expected) in (int, float) else type(expected)
+    option = path.startswith("optimizer.param_groups.") and type(expected) is not float  # decides what else is expected
+    if option or isinstance(expected, str) or bool in (type(value), type(expected)):
+        return (
+            None
+            if (type(value), value) == (type(expected), expected)
+            else f"{path} is {show(value)}, and {show(expected)} here"
+        )
+    return None if isinstance(value, kinds) else f"{path} is {show(value)}, and {show(expected)} here"
 
 
 def described(recipe: fqt.Recipe) -> dict[str, str]:

@@ -47,7 +47,9 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 def expanded(path: str) -> str:
-    """A path with `~` and `~user` as the home folder. Raises ValueError for a user that there is not."""
+    """A path with `~` and `~user` as the home folder. Raises ValueError for a user that there is not, or for no path at all."""
+    if "\0" in path:
+        raise ValueError("a path cannot hold a null character")
     if (full := os.path.expanduser(path)).startswith("~"):
         raise ValueError(f"there is no home folder {path.split('/')[0]}; write ./{path} if the name does begin with ~")
     return full

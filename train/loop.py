@@ -446,8 +446,13 @@ class Trainer:
         self.place.from_main(lambda: self.write(each, is_best))
         self.saved_step, self.saved_at = self.steps, time.monotonic()
 
-    def write(self, each: list[dict[str, Any]], is_best: bool) -> None:
-        """Rank 0's part of `save`. Raises TrainingError where the disk refuses."""
+    def own_state(self) -> dict[str, Any]:
+        """What is each rank's own."""
+        sums = {"epoch_sums": dict(self.epoch_sums), "recent_sums": dict(self.recent_sums)}
+        return {"generators": checkpoint.generators(), **sums}
+
+    def state(self, each: list[dict[str, Any]]) -> dict[str, Any]:
+        """What a checkpoint holds. each: what every rank has of its own."""
         state = {
             "config": self.config.model_dump(mode="json"),
             "recipe": checkpoint.described(self.recipe),
@@ -471,6 +476,11 @@ class Trainer:
         }
         if self.policy and self.timeline:
             state["precision"] = {"policy": self.policy.state_dict(), "timeline": self.timeline.points}
+        return state
+
+    def write(self, each: list[dict[str, Any]], is_best: bool) -> None:
+        """Rank 0's part of `save`. Raises TrainingError where the disk refuses."""
+        state = self.state(each)
         folder = self.folder
         assert folder is not None  # `save` asked
         try:
@@ -483,10 +493,19 @@ class Trainer:
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
         """Continues where a checkpoint was written. Raises ConfigError where it does not fit this run."""
-        if state["images"] != len(self.data.train):
+        then, now = state.get("images"), len(self.data.train)
+        if then != now:
             raise ConfigError(
-                f"{path} was written by a run on {state['images']} training images, and there are {len(self.data.train)} now: "
+                f"{path} was written by a run on {then} training images, and there are {now} now: "
                 "their order would be another. Bring the images back, or set model.weights to that file to start a new run."
+            )
+        expected = self.state([self.own_state()] * self.place.world)
+        shapes = [parameter.shape for group in self.step.optimizer.param_groups for parameter in group["params"]]
+        checkpoint.check_fit(state, expected, shapes, path)
+        steps = state["epoch"] * self.steps_per_epoch + state["position"]
+        if not state["steps"] == state["schedule"]["last_epoch"] == steps or len(state["history"]) != state["epoch"]:
+            raise ConfigError(
+                f"{path} contradicts itself: its steps, epochs, schedule and history are of different lengths. Give another."
             )
         try:
             own = state["ranks"][self.place.rank]

@@ -260,12 +260,24 @@ def test_curves_that_cannot_be_written_end_the_run(make, monkeypatch):
 def test_a_checkpoint_of_other_images_or_another_model_is_refused(make, monkeypatch):
     first = run(make(**SAVED))
     state = checkpoint.load(first.folder / "last.pt")
+    moments = state["optimizer"]["state"]
+    short = {**moments, 0: {**moments[0], "exp_avg": torch.zeros(2)}}
+    group = state["optimizer"]["param_groups"][0]
     for changes, wanted in (
         ({"images": 255}, "written by a run on 255 training images, and there are 256 now"),
-        ({"model": {}}, "does not fit this run .*Missing key"),
-        ({"optimizer": {"state": {}, "param_groups": []}}, "does not fit this run .*its model or its optimizer is another"),
-        ({"ranks": []}, "does not fit this run"),
-        ({"history": 3, "schedule": None}, "does not fit this run"),
+        ({"model": {}}, "does not fit this run: model.0.weight is missing"),
+        (
+            {"model": {**state["model"], "0.weight": torch.zeros(3)}},
+            r"model.0.weight is no torch.float32 of shape \[16, 1, 3, 3\]",
+        ),
+        ({"optimizer": {"state": {}, "param_groups": []}}, "optimizer.param_groups is no list of 1"),
+        ({"optimizer": {**state["optimizer"], "state": short}}, "optimizer.state does not belong to the model's parameters"),
+        ({"optimizer": {"state": moments, "param_groups": [{**group, "amsgrad": True}]}}, "amsgrad is true, and false here"),
+        ({"ranks": []}, "ranks is no list of 1"),
+        ({"history": 3}, "history is no list of epochs"),
+        ({"schedule": None}, "schedule is NoneType and not a section"),
+        ({"steps": 5}, "contradicts itself: its steps, epochs, schedule and history"),
+        ({"config": None}, "does not say which configuration wrote it"),
     ):
         checkpoint.save(Path("changed.pt"), {**state, **changes})
         with pytest.raises(ConfigError, match=wanted) as error:
