@@ -5,47 +5,28 @@ error is one paragraph that names the key's full path, the value, and the neares
 silently: `epochs: "3"` is a mistake, and so is a key that would have no effect (`momentum` for adam).
 """
 
-import importlib.util
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from train.catalogue import DATASETS, POLICIES, known_model, known_recipe
 from train.wording import ConfigError, known_name, nearest, sentence, show
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-
-MODELS = {
-    "vgg_small": "five 3x3 convolutions of 16-32-32-64-64 channels and three max-pools; the main job's model",
-    "vgg16": "VGG-16 for small images: thirteen 3x3 convolutions with BatchNorm, one linear classifier",
-    "resnet18": "ResNet-18 with the CIFAR stem: a 3x3 convolution and no max-pool",
-    "resnet20": "ResNet-20 of the CIFAR family, 16-32-64 channels, option-A shortcuts",
-    "resnet56": "ResNet-56 of the CIFAR family, 16-32-64 channels, option-A shortcuts",
-    "alexnet": "AlexNet for small images: five convolutions and three linear layers, all with BatchNorm",
-    "lenet5": "LeNet-5: two 5x5 convolutions and three linear layers, with BatchNorm and max-pools",
-    "mlp": "four hidden layers of 4096 units with BatchNorm",
-    "mlp_small": "two hidden layers of 256 units with BatchNorm",
-    "torchvision:<name>": "any classifier of torchvision.models, untrained",
-    "timm:<name>": "any model of timm, untrained",
-}
-POLICIES = {
-    "adapt": "AdaPT: every layer's <WL, FL> by its weights' distribution and its gradients' diversity",
-    "static": "the recipe as it is",
-    "schedule": "another recipe from a given epoch on",
-    "budget": "the fewest bits a layer that keep the model under a budget of bit operations",
-    "variance": "the fewest gradient bits whose variance stays a small part of the minibatch's own",
-    "<module>:<class>": "a policy of your own: any importable subclass of fqt.Policy",
-}
-DATASETS = {
-    "fashion_mnist": "60,000 + 10,000 grey 28x28 images; searched in data.path, $FQT_DATA, ./data, Debian's package",
-    "cifar10": "50,000 + 10,000 colour 32x32 images: torchvision's files, or an image folder with train/ and test/",
-    "imagefolder:<path>": "<path>/train/<class>/*.jpg and <path>/val (or test), decoded by worker processes",
-    "digits": "1,797 grey 8x8 digits that scikit-learn ships; nothing to download",
-    "synthetic": "2,048 + 512 colour 32x32 images of ten noisy patterns, made on the spot",
-}
 
 
 def _as_tuple(value: Any) -> Any:
@@ -65,26 +46,50 @@ Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
+def expanded(path: str) -> str:
+    """A path with `~` and `~user` as the home folder. Raises ValueError for a user that there is not, or for no path at all."""
+    if "\0" in path:
+        raise ValueError("a path cannot hold a null character")
+    if (full := os.path.expanduser(path)).startswith("~"):
+        raise ValueError(f"there is no home folder {path.split('/')[0]}; write ./{path} if the name does begin with ~")
+    return full
+
+
+def home(option: str, path: str) -> str:
+    """`expanded` for what is no key. Raises ConfigError that names the option or variable."""
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise ConfigError(f"{option} {path}: {error}.") from None
+
+
+PathText = Annotated[str, AfterValidator(expanded)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+FILES = ("image_size", "workers", "check", "on_error")
+"""Keys of `data` that only image files have."""
 
 
 class Model(_Section):
     name: str
     """which model; see the list of models"""
-    weights: str | None = None
+    weights: PathText | None = None
     """checkpoint or state dict to start from (a warm start), e.g. of a float run"""
 
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        return known_name(name, MODELS)
+        return known_model(name)
 
 
 class Data(_Section):
     name: str
     """which images; see the list of data sets"""
-    path: str | None = None
+    path: PathText | None = None
     """folder of fashion_mnist or cifar10, instead of searching for it"""
     batch_size: int = Field(default=128, ge=1)
     """images an optimizer step, all ranks and accumulated parts together"""
@@ -98,16 +103,21 @@ class Data(_Section):
     """imagefolder only: height and width after resizing, in pixels"""
     workers: int = Field(default=2, ge=0)
     """imagefolder only: processes that decode images"""
+    check: bool = False
+    """imagefolder only: decode every image once before the training, and name those that cannot be read"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """imagefolder only: at an image that cannot be read, end with its path, or go on without it, counted and listed"""
 
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        return known_name(name, DATASETS)
+        kind, _, path = known_name(name, DATASETS).partition(":")
+        return f"{kind}:{expanded(path)}" if path else name
 
     @model_validator(mode="after")
     def _used(self) -> "Data":
         folder = self.name.startswith("imagefolder:")
-        _refuse_unused(self, f"data.name {self.name}", () if folder else ("image_size", "workers"), "data.")
+        _refuse_unused(self, f"data.name {self.name}", () if folder else FILES, "data.")
         _refuse_unused(self, f"data.name {self.name}", () if self.name in ("fashion_mnist", "cifar10") else ("path",), "data.")
         return self
 
@@ -161,12 +171,23 @@ class Training(_Section):
     """parts a batch is cut into, one forward and backward each, before the optimizer steps"""
     clip_norm: float | None = Field(default=None, gt=0)
     """largest norm of all gradients together; null: no clipping"""
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """at a loss or gradients that are not finite: leave the weights and go on with the next batch, or end the run"""
+    nonfinite_limit: int = Field(default=10, ge=1)
+    """skipped steps in a row that end the run, with a diagnosis"""
     autocast: bool = False
     """run the float layers in bfloat16"""
     compile: bool = False
     """torch.compile the model"""
     channels_last: bool = True
     """keep images and convolution weights in channels_last memory format"""
+
+    @model_validator(mode="after")
+    def _used(self) -> "Training":
+        _refuse_unused(
+            self, f"training.nonfinite {self.nonfinite}", ("nonfinite_limit",) if self.nonfinite == "stop" else (), "training."
+        )
+        return self
 
 
 class Precision(_Section):
@@ -202,13 +223,33 @@ class Tracking(_Section):
     """steps between two points of the step curves"""
     baseline_steps: int = Field(default=5, ge=0)
     """steps of the unconverted model and of this one timed for speedup/measured, after 2 of warm-up; 0: do not"""
+    baseline_every: int = Field(default=500, ge=0)
+    """steps between two timings of the unconverted model, each of baseline_steps + 1 of its steps; 0: at the start only"""
     variance_every: int = Field(default=100, ge=0)
     """steps between two measurements of each layer's gradient quantization error; 0: never"""
+
+    @model_validator(mode="after")
+    def _used(self) -> "Tracking":
+        unused = () if self.baseline_steps else ("baseline_every",)
+        _refuse_unused(self, "tracking.baseline_steps 0", unused, "tracking.")
+        return self
 
 
 class Checkpoint(_Section):
     enabled: bool = True
-    """write last.pt after every epoch"""
+    """write last.pt after every epoch, when the run is stopped, and as the next keys say; best.pt where images are held out"""
+    every_steps: int | None = Field(default=None, ge=1)
+    """steps between two checkpoints; null: only those that the other keys ask for"""
+    every_minutes: float | None = Field(default=15.0, gt=0)
+    """minutes between two checkpoints within an epoch; null: only those that the other keys ask for"""
+    keep: int = Field(default=2, ge=1)
+    """how many of the newest checkpoints stay: last.pt, and step_<steps>.pt of those before it"""
+
+    @model_validator(mode="after")
+    def _used(self) -> "Checkpoint":
+        unused = () if self.enabled else ("every_steps", "every_minutes", "keep")
+        _refuse_unused(self, "checkpoint.enabled false", unused, "checkpoint.")
+        return self
 
 
 class Config(_Section):
@@ -228,7 +269,7 @@ class Config(_Section):
     """seed of initial weights, order of images, augmentation and quantization noise (plus the rank, there)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one"""
-    output: str = "runs"
+    output: PathText = "runs"
     """folder of all runs; a run writes to <output>/<name>/<date-time>"""
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
     """name of the run; from a file: the file's name"""
@@ -238,12 +279,12 @@ class Config(_Section):
     @field_validator("recipe")
     @classmethod
     def _known_recipe(cls, recipe: str) -> str:
-        if "/" in recipe or recipe.endswith((".yaml", ".yml")):
-            if not Path(recipe).is_file():
-                raise ValueError("there is no such recipe file")
-        elif not any(re.fullmatch(_family(known), recipe) for known in recipe_names()):
-            raise ValueError(nearest(recipe, recipe_names(), "recipe"))
-        return recipe
+        if "/" not in recipe and not recipe.endswith((".yaml", ".yml")):
+            return known_recipe(recipe)
+        path = expanded(recipe)
+        if not Path(path).is_file():
+            raise ValueError("there is no such recipe file")
+        return path
 
     @model_validator(mode="after")
     def _effective(self) -> "Config":
@@ -256,21 +297,6 @@ class Config(_Section):
                 f"{self.data.batch_size}"
             )
         return self
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipe files inside fqt, found without importing it, which would import torch.
-
-    `psq_b{b}` stands for a family: any number in place of the braces (fqt itself says which numbers it takes).
-    """
-    spec = importlib.util.find_spec("fqt")
-    folders = spec.submodule_search_locations if spec else None
-    return sorted(path.stem for folder in folders or () for path in (Path(folder) / "recipes").glob("*.yaml"))
-
-
-def _family(name: str) -> str:
-    """A recipe's name as a regular expression."""
-    return re.sub(r"\\{\w+\\}", r"\\d+", re.escape(name))
 
 
 def load(config: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -290,7 +316,7 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def find(config: str | Path) -> Path:
     """The file that `--config` means. Raises ConfigError with the nearest name."""
-    for path in (Path(config), CONFIGS / config, CONFIGS / f"{config}.yaml"):
+    for path in (Path(home("--config", str(config))), CONFIGS / config, CONFIGS / f"{config}.yaml"):
         if path.is_file():
             return path
     names = sorted(path.name for path in CONFIGS.glob("*.yaml"))

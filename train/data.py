@@ -1,7 +1,8 @@
 """The images, by name, already split: which are trained on, which are held out, which only tell the result.
 
 Small sets live in memory as normalized float32 tensors and batches are indexed directly: on two cores a worker process
-costs more than it brings. Only `imagefolder:<path>` decodes in worker processes.
+costs more than it brings. Only `imagefolder:<path>` decodes in worker processes (images.py). torchvision takes two seconds to
+import, so only what needs it does.
 
 Which image stands in which batch depends on (seed, epoch) alone, and how it is augmented on (seed, epoch, image) alone:
 not on the recipe, the batch size or the number of ranks. So two recipes see the same pictures, and a resumed run needs
@@ -12,20 +13,18 @@ import gzip
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
-from torchvision.transforms import v2
 
 from train.config import Data as DataConfig
+from train.config import home
 from train.wording import ConfigError
 
 SPLIT_SEED = 20160620
@@ -42,13 +41,15 @@ RGB = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 Batch = tuple[Tensor, Tensor]
 """images x_NCHW (float32) and labels y_N (int64), on the CPU"""
+Transform = Callable[[Tensor], Tensor]
+"""a random change of an image x_CHW"""
 
 
 @dataclass(frozen=True)
 class Augment:
     """Random changes of training images, drawn from generators of their own."""
 
-    transform: v2.Transform
+    transform: Transform
     seed: int
     epoch: int
 
@@ -67,8 +68,11 @@ class Split(Protocol):
         """The images at these indices, in this order."""
         ...
 
-    def batches(self, chunks: Sequence[list[int]], augment: Augment | None = None) -> Iterator[Batch]:
-        """One batch a chunk of indices."""
+    def batches(self, chunks: Sequence[list[int]], augment: Augment | None = None, *, whole: bool = False) -> Iterator[Batch]:
+        """One batch a chunk of indices, without the images that cannot be read, if the configuration tolerates those.
+
+        whole: other images of the chunk take their places, so that every batch has its full size.
+        """
         ...
 
 
@@ -85,7 +89,7 @@ class Memory:
     def take(self, indices: Sequence[int]) -> "Memory":
         return Memory(self.x_NCHW[torch.as_tensor(indices)], self.y_N[torch.as_tensor(indices)])
 
-    def batches(self, chunks: Sequence[list[int]], augment: Augment | None = None) -> Iterator[Batch]:
+    def batches(self, chunks: Sequence[list[int]], augment: Augment | None = None, *, whole: bool = False) -> Iterator[Batch]:
         for chunk in chunks:
             x = self.x_NCHW[torch.as_tensor(chunk)]
             if augment is not None:
@@ -94,58 +98,31 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Folder(Dataset[tuple[Tensor, int]]):
-    """Images as files, decoded by worker processes."""
-
-    files: torchvision.datasets.ImageFolder
-    indices: Sequence[int]
-    size: int
-    workers: int
-    augment: Augment | None = None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.files[self.indices[index]]
-        x = v2.functional.pil_to_tensor(image)
-        if self.augment is not None:
-            x = self.augment(x, self.indices[index])
-        x = v2.functional.center_crop(v2.functional.resize(x, [self.size], antialias=True), [self.size, self.size])
-        return v2.functional.normalize(v2.functional.to_dtype(x, torch.float32, scale=True), list(RGB[0]), list(RGB[1])), label
-
-    def take(self, indices: Sequence[int]) -> "Folder":
-        return replace(self, indices=[self.indices[index] for index in indices])
-
-    def batches(self, chunks: Sequence[list[int]], augment: Augment | None = None) -> Iterator[Batch]:
-        # a generator of its own, or the loader would draw its workers' seed from the one that governs quantization
-        loader = DataLoader(
-            replace(self, augment=augment), batch_sampler=chunks, num_workers=self.workers, generator=torch.Generator()
-        )
-        yield from loader
-
-
-@dataclass(frozen=True)
 class Data:
-    """A data set, split. shape: channels, height, width."""
+    """A data set, split. shape: channels, height, width. unreadable: images left out so far, the reason by path."""
 
     train: Split
     valid: Split | None
     test: Split
     shape: tuple[int, int, int]
     classes: int
-    transform: v2.Transform | None
+    transform: Transform | None
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     def augmentation(self, seed: int, epoch: int) -> Augment | None:
         """What changes the training images in this epoch."""
         return Augment(self.transform, seed, epoch) if self.transform else None
 
 
-def load(config: DataConfig) -> Data:
-    """Finds, reads and splits a data set. Raises ConfigError with what to do where it is not there or not usable."""
+def load(config: DataConfig, *, quiet: bool = True) -> Data:
+    """Finds, reads and splits a data set. Raises ConfigError with what to do where it is not there or not usable.
+
+    quiet: show no progress bar while image files are checked.
+    """
     name, _, argument = config.name.partition(":")
+    unreadable: dict[str, str] = {}
     if name == "imagefolder":
-        train, test, shape, classes = _imagefolder(Path(argument), config)
+        train, test, shape, classes = _imagefolder(Path(argument), config, unreadable, quiet)
     else:
         mean_std, (x_train, y_train), (x_test, y_test) = {
             "fashion_mnist": fashion_mnist,
@@ -157,6 +134,12 @@ def load(config: DataConfig) -> Data:
         test = Memory(_normalized(x_test, *mean_std), y_test.long())
         _, *shape = x_train.shape
         classes = 10
+        for y_N in (y_train, y_test):
+            if not 0 <= int(y_N.min()) <= int(y_N.max()) < classes:
+                raise ConfigError(
+                    f"data.name = {config.name}: it has labels from {int(y_N.min())} to {int(y_N.max())}, and its "
+                    f"{classes} classes are 0 to {classes - 1}; the label file is damaged or of another set: fetch it again."
+                )
     held_out, kept = _split(len(train), config)
     return Data(
         train.take(kept),
@@ -165,6 +148,7 @@ def load(config: DataConfig) -> Data:
         (shape[0], shape[1], shape[2]),
         classes,
         _transform(config, shape[1], shape[2]),
+        unreadable,
     )
 
 
@@ -189,9 +173,11 @@ def _split(count: int, config: DataConfig) -> tuple[list[int], list[int]]:
     return order[:held_out], kept[: config.limit]
 
 
-def _transform(config: DataConfig, height: int, width: int) -> v2.Transform | None:
+def _transform(config: DataConfig, height: int, width: int) -> Transform | None:
     if config.augment == "none":
         return None
+    from torchvision.transforms import v2
+
     if config.augment == "flip":
         return v2.RandomHorizontalFlip()
     if config.name.startswith("imagefolder:"):
@@ -213,6 +199,8 @@ def fashion_mnist(config: DataConfig) -> Raw:
     """Fashion-MNIST from wherever it lies, or from torchvision's download."""
     folder = find_fashion_mnist(config.path)
     if folder is None:
+        import torchvision
+
         try:
             torchvision.datasets.FashionMNIST("data", download=True)
         except (OSError, RuntimeError) as error:
@@ -245,7 +233,7 @@ def find_fashion_mnist(path: str | None = None) -> Path | None:
 
 def _places() -> list[Path]:
     given = os.environ.get("FQT_DATA")
-    return [*([Path(given)] if given else []), Path("data"), DEBIAN]
+    return [*([Path(home("FQT_DATA", given))] if given else []), Path("data"), DEBIAN]
 
 
 def read_idx(folder: Path, name: str) -> Tensor:
@@ -288,6 +276,8 @@ def cifar10(config: DataConfig) -> Raw:
 
 
 def _cifar10_batches(root: Path, *, download: bool) -> Raw:
+    import torchvision
+
     train, test = (torchvision.datasets.CIFAR10(str(root), train=part, download=download) for part in (True, False))
     return RGB, _from_nhwc(train.data, train.targets), _from_nhwc(test.data, test.targets)
 
@@ -297,11 +287,23 @@ def _from_nhwc(x_NHWC: np.ndarray, labels: list[int]) -> Batch:
 
 
 def _decode_all(folder: Path) -> Batch:
+    import torchvision
+
+    from train import images
+
     files = torchvision.datasets.ImageFolder(str(folder))
     if len(files.classes) != 10:
         raise ConfigError(f"{folder} has {len(files.classes)} folders: cifar10 needs one a class, ten.")
-    images, labels = zip(*files, strict=True)
-    return _from_nhwc(np.stack([np.asarray(image) for image in images]), list(labels))
+    x_NHWC = np.empty((len(files), 32, 32, 3), np.uint8)
+    for index, (path, _) in enumerate(files.samples):
+        try:
+            image = images.decode(path)
+            if image.size != (32, 32):
+                raise ValueError(f"it has {image.width}x{image.height}")
+            x_NHWC[index] = np.asarray(image)
+        except images.DAMAGE as error:
+            raise ConfigError(f"{path} is no image of 32x32 pixels ({error}): fetch it again, or remove it.") from None
+    return _from_nhwc(x_NHWC, files.targets)
 
 
 def digits(config: DataConfig) -> Raw:
@@ -326,16 +328,25 @@ def synthetic(config: DataConfig) -> Raw:
     return RGB, (x[:2048], y[:2048]), (x[2048:], y[2048:])
 
 
-def _imagefolder(root: Path, config: DataConfig) -> tuple[Folder, Folder, list[int], int]:
+def _imagefolder(
+    root: Path, config: DataConfig, unreadable: dict[str, str], quiet: bool
+) -> tuple[Split, Split, list[int], int]:
     """<root>/train and <root>/val, or test."""
     held = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
     if held is None or not (root / "train").is_dir():
         raise ConfigError(f'data.name = "{config.name}": {root} should have folders train/ and val/ (or test/).')
+    import torchvision
+
+    from train.images import Folder
+
     try:
         files = [torchvision.datasets.ImageFolder(str(folder)) for folder in (root / "train", held)]
     except FileNotFoundError as error:
         raise ConfigError(f'data.name = "{config.name}": {error}') from None
     if files[0].classes != files[1].classes:
         raise ConfigError(f'data.name = "{config.name}": {root}/train and {held} have different classes.')
-    train, test = (Folder(part, range(len(part)), config.image_size, config.workers) for part in files)
+    options = {"size": config.image_size, "workers": config.workers, "on_error": config.on_error, "unreadable": unreadable}
+    train, test = (Folder(part, range(len(part)), **options) for part in files)
+    if config.check:
+        train, test = train.check(quiet=quiet), test.check(quiet=quiet)
     return train, test, [3, config.image_size, config.image_size], len(files[0].classes)

@@ -2,46 +2,75 @@
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 if __name__ == "__main__" and not __package__:  # run as a script: find `train` and `fqt`, not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from train import catalogue, faults
 from train import config as configuration
-from train.wording import ConfigError, TrainingError
+from train.stop import Interrupted, Stop, Stopped
+from train.wording import ConfigError, RankError, TrainingError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the program; returns its exit status: 2 for a mistake in what was asked, 1 where training failed."""
+    """Runs the program; returns its exit status.
+
+    0: done, or stopped by a signal with a checkpoint to go on from. 1: the training failed. 2: a mistake in what was asked.
+    130 (SIGINT), 143 (SIGTERM), 129 (SIGHUP): stopped by that signal, and nothing was kept.
+    """
+    stop = Stop()
+    with stop.listening():
+        return _told(arguments, stop)
+
+
+def _told(arguments: list[str] | None, stop: Stop) -> int:
+    """Runs the program, and prints how it ended where that is not the end of the training."""
     speaks = os.environ.get("RANK", "0") == "0"
     try:
-        options = parser().parse_args(arguments)
-        config = configuration.load(options.config, options.set)
-        from train import loop  # imports torch: after the configuration is known to be right
-
-        if options.dry_run:
-            description = loop.dry_run(config)
-            if speaks:
-                print(description)
-        else:
-            newest = f"{config.output}/{config.name}"
-            loop.run(config, resume=Path(newest if options.resume is True else options.resume) if options.resume else None)
+        _run(parser().parse_args(arguments), stop, speaks)
         return 0
     except ConfigError as error:
         message, status = str(error), 2
     except TrainingError as error:
         message, status = str(error), 1
-    except KeyboardInterrupt:
-        message, status = "stopped; with checkpoints on, --resume continues after the last whole epoch.", 130
+        speaks |= isinstance(error, RankError)
+    except Stopped as end:
+        message, status = str(end), end.status
+    except KeyboardInterrupt as end:
+        status = end.status if isinstance(end, Interrupted) else 130
+        message = f"ended by {signal.Signals(status - 128).name}; --resume continues from a checkpoint, if there is one."
     if speaks:
         print(f"train: {message}", file=sys.stderr)
     return status
 
 
+def _run(options: argparse.Namespace, stop: Stop, speaks: bool) -> None:
+    config = configuration.load(options.config, options.set)
+    from train import loop  # imports torch: after the configuration is known to be right
+
+    if options.dry_run:
+        description = loop.dry_run(config)
+        if speaks:
+            faults.print_on(description)
+        return
+    newest, resume = f"{config.output}/{config.name}", options.resume
+    if resume is not None:
+        resume = Path(newest if resume in (NEWEST, AUTO) else configuration.home("--resume", resume))
+    loop.run(config, resume=resume, anew=options.resume == AUTO, stop=stop)
+
+
+NEWEST, AUTO = "newest", "auto"
+
+
 class Parser(argparse.ArgumentParser):
     """Complains like the rest of the program."""
+
+    def print_help(self, file: Any = None) -> None:
+        faults.print_on(self.format_help().rstrip())
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help explains the options (keys of the configuration are set by --set key=value).")
@@ -62,9 +91,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--resume",
         nargs="?",
-        const=True,
+        const=NEWEST,
         metavar="PATH",
-        help="continues a run: PATH, or the newest of this configuration",
+        help="continues a run from its newest whole checkpoint: PATH (a run's folder, or one checkpoint), or the newest run of "
+        "this configuration; auto: that one too, or a new run where there is none",
     )
     made.add_argument("--dry-run", action="store_true", help="prints the whole configuration and the model, and stops")
     return made
@@ -84,10 +114,10 @@ def _epilog() -> str:
         [
             section("configurations (--config)", files),
             section("keys (--set), with their default", keys),
-            section("models (model.name)", list(configuration.MODELS.items())),
-            section("data sets (data.name)", list(configuration.DATASETS.items())),
-            section("precision policies (precision.policy)", list(configuration.POLICIES.items())),
-            f"recipes (recipe):\n  {', '.join(configuration.recipe_names())}, or the path of a YAML file",
+            section("models (model.name)", list(catalogue.MODELS.items())),
+            section("data sets (data.name)", list(catalogue.DATASETS.items())),
+            section("precision policies (precision.policy)", list(catalogue.POLICIES.items())),
+            f"recipes (recipe):\n  {', '.join(catalogue.recipe_names())}, or the path of a YAML file",
             "example:\n  torchrun train/main.py --config fqt_1bit.yaml --set optimizer.lr=0.003 --set data.limit=6000",
         ]
     )

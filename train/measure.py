@@ -67,6 +67,15 @@ def compare(
     return Comparison(statistics.median(times[0]), statistics.median(times[1]), saved[0], saved[1])
 
 
+def baseline_ms(unconverted: nn.Module, make_step: Callable[[nn.Module], Step], parts: Parts, count: int) -> float:
+    """Median time of a step of the unconverted model on a batch, of so many after one of warm-up; as in `compare`."""
+    with undisturbed():
+        step = make_step(copy.deepcopy(unconverted).train())
+        for group in step.optimizer.param_groups:
+            group["lr"] = 0.0
+        return statistics.median([step(parts).ms["step"] for _ in range(count + 1)][1:])
+
+
 def saved_bytes(step: Step, x_NCHW: Tensor, y_N: Tensor) -> int:
     """Bytes that a forward keeps for the backward."""
     with fqt.count_saved_bytes() as saved:
@@ -85,11 +94,15 @@ def describe(model: nn.Module, images_NCHW: Tensor) -> tuple[fqt.Summary, float]
     return fqt.summary(probe), fqt.modelled_speedup(probe) if converted else 1.0
 
 
-def layer_scalars(model: nn.Module) -> dict[str, float]:
-    """Bits of each product and share of exact zeros among the quantized weights, by layer."""
+def layer_bits(model: nn.Module) -> dict[str, float]:
+    """Bits of each product, by layer, under the names of their curves."""
+    rows = fqt.summary(model).rows
+    return {f"bits/{row.name}/{product}": float(bits) for row in rows for product, bits in row.bits.items()}
+
+
+def zero_fractions(model: nn.Module) -> dict[str, float]:
+    """The share of exact zeros among the quantized weights, by layer."""
     scalars: dict[str, float] = {}
-    for row in fqt.summary(model).rows:
-        scalars.update({f"bits/{row.name}/{product}": float(bits) for product, bits in row.bits.items()})
     for name, layer in fqt.quantized_layers(model):
         weight = layer.quantized_weight()
         if weight is not None:

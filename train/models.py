@@ -9,11 +9,10 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
-from train.config import MODELS
-from train.wording import ConfigError, known_name, nearest
+from train.catalogue import known_model
+from train.wording import ConfigError
 
 Shape = tuple[int, int, int]
 """channels, height, width of an image"""
@@ -22,7 +21,7 @@ Shape = tuple[int, int, int]
 def build(name: str, shape: Shape, classes: int) -> nn.Module:
     """A freshly initialized model for images of this shape. Raises ConfigError for an unknown or unfit one."""
     try:
-        family, _, rest = known_name(name, MODELS).partition(":")
+        family, _, rest = known_model(name).partition(":")
     except ValueError as error:
         raise ConfigError(f'model.name = "{name}": {error}') from None
     if family == "torchvision":
@@ -111,6 +110,8 @@ def _mlp(widths: Sequence[int], shape: Shape, classes: int) -> nn.Module:
 
 def resnet18(shape: Shape, classes: int) -> nn.Module:
     """torchvision's ResNet-18 with the stem that the literature uses on CIFAR."""
+    import torchvision  # see `_torchvision`
+
     model = torchvision.models.resnet18(weights=None, num_classes=classes)
     model.conv1 = _conv3x3(shape[0], 64)
     model.maxpool = nn.Identity()  # type: ignore[assignment]
@@ -186,9 +187,8 @@ def _initialize(model: nn.Module) -> nn.Module:
 
 
 def _torchvision(name: str, shape: Shape, classes: int) -> nn.Module:
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
-        raise ConfigError(f'model.name = "torchvision:{name}": no such classifier; {nearest(name, names, "name")}')
+    import torchvision  # two seconds of imports that only its own models should cost
+
     model = torchvision.models.get_model(name, weights=None, num_classes=classes)
     path, first = next((path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d))
     if shape[0] != first.in_channels:  # torchvision has no option for it
@@ -200,10 +200,8 @@ def _torchvision(name: str, shape: Shape, classes: int) -> nn.Module:
 
 
 def _timm(name: str, shape: Shape, classes: int) -> nn.Module:
-    import timm  # a second of imports that only its own models should cost
+    import timm  # seconds of imports that only its own models should cost
 
-    if not timm.is_model(name):
-        raise ConfigError(f'model.name = "timm:{name}": no such model; {nearest(name, timm.list_models(), "name")}')
     return timm.create_model(name, num_classes=classes, in_chans=shape[0])
 
 

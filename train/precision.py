@@ -7,19 +7,17 @@ import importlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
 from torch import nn
 
 import fqt
 from fqt.precision import Cost, Policy, StepTime, build_policy, training_cost
 from fqt.precision.policy import POLICIES
+from train import pictures
 from train.config import Precision
 from train.step import Parts
 from train.wording import ConfigError
 
-COLOURS = ((8, (0, 104, 55), (166, 217, 106)), (16, (255, 237, 111), (244, 109, 67)), (32, (215, 48, 39), (103, 0, 31)))
-"""(most bits, colour of the fewest, of the most): green is multiplied as bytes, yellow as 16-bit integers, red in float32."""
-CELL, WIDTH, LABEL, HEAD = 14, 600, 190, 34
+PANELS = ("bits of the weights", "bits of the gradients")
 
 
 def build(config: Precision, model: nn.Module) -> Policy | None:
@@ -68,8 +66,7 @@ class Timeline:
     def note(self, step: int) -> None:
         """After a step with decisions: remember the layers' bits, where they are not as before."""
         self._modelled = None
-        words = [word_length(layer.recipe, "output", "w") for layer in self.policy.layers.values()]
-        gradients = [word_length(layer.recipe, "grad_input", "g") for layer in self.policy.layers.values()]
+        words, gradients = bits_of([(name, layer.recipe) for name, layer in self.policy.layers.items()]).values()
         if not self.points or self.points[-1][1:] != (words, gradients):
             self.points.append((step, words, gradients))
 
@@ -134,50 +131,16 @@ class Timeline:
         return self._modelled
 
     def image(self) -> np.ndarray:
-        """The heat map: layers x time, word length of the weights above, bits of the gradients below; (H, W, 3) uint8."""
-        names = list(self.policy.layers)
+        """The heat map: layers x time, bits of the weights above, bits of the gradients below; (H, W, 3) uint8."""
+        panels = {PANELS[0]: [point[1] for point in self.points], PANELS[1]: [point[2] for point in self.points]}
         steps = [point[0] for point in self.points]
-        words, gradients = [point[1] for point in self.points], [point[2] for point in self.points]
-        panels = [("word length of weights and activations", words), ("bits of the gradients", gradients)]
-        height = len(panels) * (HEAD + CELL * len(names)) + CELL
-        picture = Image.new("RGB", (LABEL + WIDTH + 60, height), "white")
-        draw = ImageDraw.Draw(picture)
-        last = max(steps[-1], self.policy.steps, 1)
-        for number, (title, bits_at) in enumerate(panels):
-            top = number * (HEAD + CELL * len(names))
-            draw.text((LABEL, top + 4), f"{title}, steps 0 to {last}", fill="black")
-            _legend(draw, LABEL + 330, top + 2)
-            for row, name in enumerate(names):
-                y = top + HEAD + CELL * row
-                draw.text((4, y + 1), name[-30:], fill="black")
-                for start, end, bits in _spans(steps, [bits[row] for bits in bits_at], last):
-                    left, right = LABEL + WIDTH * start // last, LABEL + max(WIDTH * end // last, WIDTH * start // last + 1)
-                    draw.rectangle((left, y, right, y + CELL - 2), fill=colour(bits))
-                draw.text((LABEL + WIDTH + 8, y + 1), str(bits_at[-1][row]), fill="black")
-        return np.asarray(picture)
+        return pictures.heat_map(list(self.policy.layers), steps, panels, last=max(steps[-1], self.policy.steps, 1))
 
 
-def _spans(steps: Sequence[int], bits: Sequence[int], last: int) -> list[tuple[int, int, int]]:
-    ends = [*steps[1:], last]
-    return list(zip(steps, ends, bits, strict=True))
-
-
-def _legend(draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
-    for bits in range(1, 33):
-        draw.rectangle((left + 8 * bits, top, left + 8 * bits + 7, top + 10), fill=colour(bits))
-    for bits in (1, 8, 16, 32):
-        draw.text((left + 8 * bits, top + 12), str(bits), fill="black")
-
-
-def colour(bits: int) -> tuple[int, int, int]:
-    """A colour for 1 to 32 bits, see `COLOURS`."""
-    low = 0
-    for high, fewest, most in COLOURS:
-        if bits <= high:
-            share = (bits - low - 1) / max(high - low - 1, 1)
-            return tuple(round(a + share * (b - a)) for a, b in zip(fewest, most, strict=True))  # type: ignore[return-value]
-        low = high
-    raise ValueError(f"{bits} bits are more than 32")
+def bits_of(layers: Sequence[tuple[str, fqt.Recipe]]) -> dict[str, list[int]]:
+    """The bits of each layer's weights and of its gradients, as the heat map shows them."""
+    words = [word_length(recipe, "output", "w") for _, recipe in layers]
+    return {PANELS[0]: words, PANELS[1]: [word_length(recipe, "grad_input", "g") for _, recipe in layers]}
 
 
 def word_length(recipe: fqt.Recipe, product: str, letter: str) -> int:

@@ -1,17 +1,19 @@
 """The processes of one run: one alone, or the ranks that torchrun started. Every collective of the program is here."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train.wording import ConfigError
+from train.wording import ConfigError, TrainingError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,29 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Each flag, raised on every rank where it is raised on one."""
+        return [count > 0 for count in self.sum([float(flag) for flag in flags])] if self.world > 1 else list(flags)
+
+    def all(self, flag: bool) -> bool:
+        """Whether the flag is raised on every rank."""
+        return not self.any(not flag)[0]
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; a mistake that it names there is raised on all of them."""
+        if self.world == 1:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.main:
+            try:
+                outcome[0] = make()
+            except (ConfigError, TrainingError) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def broadcast(self, tensors: Iterator[Tensor]) -> None:
         """Overwrites the tensors with rank 0's."""
@@ -83,5 +108,9 @@ def join(device: str) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), world, place)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise TrainingError("another process of this run ended, and so this one ends too.") from error
     finally:
         dist.destroy_process_group()

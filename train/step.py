@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 import fqt
 from fqt.precision import Decision, Policy
 from train.config import Training
-from train.wording import TrainingError
 
 Parts = Sequence[tuple[Tensor, Tensor]]
 """A batch cut into equal parts: images x_NCHW and labels y_N, on the device."""
@@ -28,6 +27,8 @@ class Outcome:
     ms: wall time of forward, backward, optimizer, and of all of them (step).
     gradient_error: relative quantization error by layer and product, if it was asked for.
     decisions: of the precision policy.
+    skipped: why the weights were left as they were; empty for a step that was made.
+    gradient_norm: of all gradients together, before clipping.
     """
 
     loss: float
@@ -36,6 +37,8 @@ class Outcome:
     ms: dict[str, float]
     gradient_error: dict[str, dict[str, float]]
     decisions: Sequence[Decision] = ()
+    skipped: str = ""
+    gradient_norm: float = 0.0
 
 
 class Stopwatch:
@@ -63,23 +66,33 @@ class Step:
 
     module: what is called in place of the model: itself, or wrapped for DDP.
     policy: what may give the model's layers other recipes after the update; its penalty is added to the loss.
+    agree: whether a statement holds on every rank, so that all of them update or none.
     """
 
     def __init__(
-        self, model: nn.Module, module: nn.Module, optimizer: Optimizer, config: Training, policy: Policy | None = None
+        self,
+        model: nn.Module,
+        module: nn.Module,
+        optimizer: Optimizer,
+        config: Training,
+        policy: Policy | None = None,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         self.model, self.module, self.optimizer, self.config, self.policy = model, module, optimizer, config, policy
         self._called: nn.Module = torch.compile(module) if config.compile else module  # type: ignore[assignment]
         self._no_sync = getattr(module, "no_sync", nullcontext)  # DDP's: gradients are averaged with the last part only
+        self._agree = agree
 
     def __call__(self, parts: Parts, *, observe: bool = False, epoch: float = 0.0) -> Outcome:
         """Trains on one batch.
 
         observe: measure the gradients' quantization error, in the last part. epoch: epochs done, for the policy.
 
-        Raises TrainingError, before the weights are touched, if the loss or the norm to clip is not finite.
+        Where the loss or a gradient is not finite, weights, optimizer and buffers stay as they were, and the outcome says so.
         """
         watch = Stopwatch(parts[0][0].device)
+        buffers = [buffer for buffer in self.model.buffers() if buffer.numel()]
+        before = [buffer.clone() for buffer in buffers]  # a forward writes BatchNorm's running means
         results = []
         penalty = self.policy.penalty() if self.policy else None
         for part in parts[:-1]:
@@ -94,23 +107,34 @@ class Step:
         losses, hits = zip(*results, strict=True)
 
         loss = torch.stack(losses).mean().item()
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss}")
-        if self.config.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-            if not norm.isfinite():
-                raise TrainingError(f"the norm of the gradients is {norm.item()}")
-        self.optimizer.step()
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)  # one pass, which shows whatever is not finite
+        if skipped := self._objection(loss, norm.item()):
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+        else:
+            if self.config.clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
+            self.optimizer.step()
         watch.mark("optimizer")
         decisions: list[Decision] = []
-        if self.policy is not None and penalty is not None:
+        if self.policy is not None and penalty is not None and not skipped:
             decisions = self.policy.step(loss + penalty.item(), epoch=epoch)
             watch.mark("policy")
         self.optimizer.zero_grad()
 
         images = sum(len(y_N) for _, y_N in parts)
         ms = {**watch.ms, "step": sum(watch.ms.values())}
-        return Outcome(loss, int(torch.stack(hits).sum()), images, ms, gradient_error, decisions)
+        correct = int(torch.stack(hits).sum())
+        return Outcome(loss, correct, images, ms, gradient_error, decisions, skipped, norm.item())
+
+    def _objection(self, loss: float, norm: float) -> str:
+        """Why no rank may update its weights; empty where nothing speaks against it."""
+        if not math.isfinite(loss):
+            mine = f"the loss is {loss}"
+        else:
+            mine = "" if math.isfinite(norm) else f"the norm of the gradients is {norm}"
+        return "" if self._agree(not mine) else mine or "another process's loss is not finite"
 
     def _backward(
         self, module: nn.Module, part: tuple[Tensor, Tensor], parts: int, penalty: Tensor | None, watch: Stopwatch

@@ -2,79 +2,147 @@
 
 import csv
 import json
+import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-DECISIONS = "precision.csv"
-"""File name, in a run's folder, of what its precision policy decided."""
+from train.log import BITS, CONFIG, DECISIONS, LINES, SKIPPED, csv_step, cut, json_step
+
+LAYOUT = {
+    "speed-up: measured, modelled": ["Multiline", ["speedup/measured", "speedup/modelled"]],
+    "time saved, in seconds": ["Multiline", ["speedup/time_saved_s", "speedup/measuring_s"]],
+    "accuracy": ["Multiline", ["accuracy/train", "accuracy/valid", "accuracy/test"]],
+    "loss": ["Multiline", ["loss/train", "loss/epoch"]],
+}
+"""TensorBoard's tab of custom scalars: what a person wants to see first."""
 
 
 class Tracker:
     """Writes scalars and texts to a run's folder; without a folder (tracking off, or not rank 0) it does nothing.
 
     step: optimizer steps done. A resumed run gives its first step, and what an interrupted run had written beyond it
-    is dropped from both files, so that no step stands there twice.
+    is dropped from all files, so that no step stands there twice. So is a line that is not whole.
+
+    failure: why something could not be written; from then on nothing is.
     """
 
     def __init__(self, folder: Path | None, *, resumed_at: int | None = None) -> None:
         self._writer = self._lines = self._folder = None
+        self.failure: OSError | None = None
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, lines, decisions = folder, folder / "metrics.jsonl", folder / DECISIONS
-        if resumed_at is not None and lines.exists():
-            kept = [line for line in lines.read_text().splitlines() if json.loads(line)["step"] <= resumed_at]
-            lines.write_text("".join(f"{line}\n" for line in kept))
-        if resumed_at is not None and decisions.exists():
-            head, *rows = decisions.read_text().splitlines(keepends=True)
-            decisions.write_text("".join([head, *(row for row in rows if int(row.split(",")[0]) <= resumed_at)]))
-        self._writer = SummaryWriter(folder, purge_step=None if resumed_at is None else resumed_at + 1)
-        self._lines = lines.open("a", buffering=1)
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            if resumed_at is not None:
+                for name, step_of in ((LINES, json_step), (SKIPPED, json_step), (DECISIONS, csv_step)):
+                    cut(folder / name, resumed_at, step_of)
+            _quiet_writer_thread()
+            self._writer = SummaryWriter(folder, purge_step=None if resumed_at is None else resumed_at + 1)
+            self._writer.add_custom_scalars({"fqt": LAYOUT})
+            self._lines = (folder / LINES).open("a", buffering=1)
+            self._folder = folder
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point of each curve."""
         if self._writer is None or self._lines is None or not values:
             return
         now = time.time()
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step, walltime=now)
-        self._lines.write(json.dumps({"step": step, "time": round(now, 3), **values}) + "\n")
+        with self._writing():
+            self._lines.write(json.dumps({"step": step, "time": round(now, 3), **values}) + "\n")
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step, walltime=now)
+
+    def config(self, text: str) -> None:
+        """The run's whole configuration, in YAML."""
+        self.text("config", text)
+        if self._folder is not None:
+            with self._writing():
+                (self._folder / CONFIG).write_text(text, encoding="utf-8")
 
     def text(self, tag: str, text: str, step: int | None = None) -> None:
         """A text, shown as it stands."""
         if self._writer is not None:
-            self._writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
+            with self._writing():
+                self._writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
 
     def image(self, tag: str, step: int, pixels_HWC: np.ndarray) -> None:
         """A picture, uint8."""
         if self._writer is not None:
-            self._writer.add_image(tag, pixels_HWC, step, dataformats="HWC")
+            with self._writing():
+                self._writer.add_image(tag, pixels_HWC, step, dataformats="HWC")
+
+    def bits(self, tag: str, step: int, pixels_HWC: np.ndarray) -> None:
+        """The heat map of the layers' bits so far, as a file too."""
+        self.image(tag, step, pixels_HWC)
+        if self._folder is not None:
+            with self._writing():
+                Image.fromarray(pixels_HWC).save(self._folder / BITS)
 
     def decisions(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """What a precision policy decided, a line each, the first column the step; floats so that they read back exactly."""
         if self._folder is None or not rows:
             return
-        path = self._folder / DECISIONS
-        new = not path.exists()
-        with path.open("a", newline="") as file:
+        with self._writing(), (self._folder / DECISIONS).open("a", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            if new:
+            if file.tell() == 0:
                 writer.writeheader()
             writer.writerows(rows)
+
+    def skipped(self, row: Mapping[str, Any]) -> None:
+        """A step that left the weights as they were."""
+        if self._folder is not None:
+            with self._writing(), (self._folder / SKIPPED).open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def hparams(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """The row of this run in TensorBoard's table of runs."""
         if self._writer is not None:
             plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
-            self._writer.add_hparams(plain, {f"hparam/{name}": value for name, value in metrics.items()}, run_name=".")
+            with self._writing():
+                self._writer.add_hparams(plain, {f"hparam/{name}": value for name, value in metrics.items()}, run_name=".")
+
+    def flush(self) -> None:
+        """Has all that was written on the disk, as a checkpoint that counts on it needs."""
+        if self._writer is not None and self._lines is not None:
+            with self._writing():
+                self._writer.flush()
+                os.fsync(self._lines.fileno())
 
     def close(self) -> None:
         """Writes out what is buffered."""
-        if self._writer is not None and self._lines is not None:
-            self._writer.close()
-            self._lines.close()
+        writer, lines, self._writer, self._lines, self._folder = self._writer, self._lines, None, None, None
+        for file in (writer, lines):
+            if file is not None:
+                with self._writing():
+                    file.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Keeps the first failure for whoever can end the run on all ranks, and writes nothing after it."""
+        try:
+            yield
+        except OSError as error:
+            if self.failure is None:
+                self.failure = error
+            self.close()
+
+
+@cache
+def _quiet_writer_thread() -> None:
+    """TensorBoard's thread hands what it fails at to the next call; the traceback that Python would print too says no more."""
+    told = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failed.exc_value, OSError) and "tensorboard" in type(failed.thread).__module__):
+            told(failed)
+
+    threading.excepthook = hook

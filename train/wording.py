@@ -15,6 +15,10 @@ class TrainingError(RuntimeError):
     """The training cannot go on; the message says why and what to do."""
 
 
+class RankError(TrainingError):
+    """A TrainingError that only this one of several processes has: it is the one that has to say so."""
+
+
 def show(value: Any) -> str:
     """A value as it would stand in YAML, cut to 80 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from benchmarks import accuracy, adapt, cases, gradients, kernels, layers, lm, pareto, readme, runs, saved, step
+from benchmarks import accuracy, adapt, cases, gradients, kernels, kill_drill, layers, lm, pareto, readme, runs, saved, step
 from fqt import ops, reference
 from fqt.cpu import library
 from fqt.ops import Kernel
@@ -41,6 +41,20 @@ def test_saved(monkeypatch, tmp_path, capsys):
     (row,) = rows(monkeypatch, tmp_path, saved.main, "--model", "resnet20", "--recipes", "fqt_1bit")
     assert 0 < row["layers_bytes"] < row["fp32_layers_bytes"]
     assert "| fqt_1bit" in capsys.readouterr().out
+
+
+def test_kill_drill(monkeypatch, tmp_path, capsys):
+    (row,) = rows(monkeypatch, tmp_path, kill_drill.main, "--recipes", "fqt_1bit", "--worlds", "1")
+    assert row["equal"] and row["differences"] == [] and row["tracebacks"] == 0
+    assert row["kills"] == row["kills_start"] + row["kills_step"] + row["kills_write"]
+
+
+def test_kill_drill_sees_a_difference():
+    a = {"model": {"w": torch.zeros(2)}, "log": [{"step": 1, "loss": 0.5}]}
+    b = {"model": {"w": torch.tensor([0.0, 1e-9])}, "log": [{"step": 1, "loss": 0.25}]}
+    assert kill_drill.differences(a, b) == [".model.w", ".log.0.loss"]
+    assert kill_drill.differences(a, a) == []
+    assert kill_drill.differences([1], [1, 2], "history") == ["history"]
 
 
 def test_gradients(monkeypatch, tmp_path, capsys):

@@ -41,6 +41,7 @@ MALFORMED = {
     "infinite rate": (GOOD, ["--set", "optimizer.lr=.inf"], ["optimizer.lr = Infinity", "finite"]),
     "all held out": (GOOD, ["--set", "data.validation=1"], ["data.validation = 1", "less than 1"]),
     "negative seed": (GOOD, ["--set", "seed=-1"], ["seed = -1", "greater than or equal to 0"]),
+    "no path": (GOOD, ["--set", 'output="a\\0b"'], ['output = "a\\u0000b"', "null character"]),
     "bad name": (GOOD, ["--set", "name=a/b"], ['name = "a/b"', "pattern"]),
     "value for section": (GOOD, ["--set", "optimizer=adam"], ['optimizer = "adam"', "section", "optimizer.lr"]),
     "section for value": (GOOD, ["--set", "recipe={name: xnor}"], ["recipe = ", "string"]),

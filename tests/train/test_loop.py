@@ -1,6 +1,14 @@
 """Whole runs: the same seed gives the same weights, whatever is measured, and however often it was interrupted."""
 
+import errno
+import itertools
+import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,8 +16,11 @@ import pytest
 import torch
 
 from tests.train.helpers import assert_same, trained, weights
-from train import loop, measure
+from train import checkpoint, diagnose, loop, measure
+from train import stop as stop_module
+from train.log import reproducible_lines
 from train.loop import run
+from train.stop import Stop
 from train.wording import ConfigError, TrainingError
 
 
@@ -17,6 +28,23 @@ def second_conv(model):
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)][1]
 
 
+CAPTURED = {"capture_output": True, "text": True}
+ROOT = Path(loop.__file__).resolve().parent.parent
+FULL = """
+import resource, signal, sys
+from train import loop, main
+
+class Limited(loop.Trainer):
+    def train_epoch(self, epoch):
+        if epoch == 1:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        super().train_epoch(epoch)
+
+loop.Trainer = Limited
+keys = ["name=run", "data.name=digits", "data.limit=256", "data.batch_size=64", "device=cpu", "quiet=true", "tracking.every=1"]
+sys.exit(main.main(["--config", "fp32", *(word for key in keys for word in ("--set", key))]))
+"""
 SAVED = {"checkpoint": {"enabled": True}, "training": {"epochs": 3}}
 
 
@@ -26,10 +54,10 @@ def test_resumed_run_ends_like_one_that_never_stopped(make, monkeypatch, recipe)
     whole = run(config)
 
     class Interrupted(loop.Trainer):
-        def train_epoch(self, epoch, tracker):
+        def train_epoch(self, epoch):
             if epoch == 2:
                 raise KeyboardInterrupt
-            return super().train_epoch(epoch, tracker)
+            super().train_epoch(epoch)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Trainer", Interrupted)
@@ -42,6 +70,219 @@ def test_resumed_run_ends_like_one_that_never_stopped(make, monkeypatch, recipe)
     assert resumed.test_accuracy == whole.test_accuracy
     assert [row["loss"] for row in resumed.history] == [row["loss"] for row in whole.history]
     assert len(list(Path("runs/stopped").iterdir())) == 1, "a resumed run stays in its folder"
+
+
+LOGGED = {"tracking": {"enabled": True, "every": 3, "variance_every": 4, "baseline_steps": 0}}
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "fqt_1bit"])
+@pytest.mark.parametrize("step", [1, 3, 4, 6])
+def test_a_run_stopped_by_a_signal_goes_on_within_its_epoch(make, monkeypatch, recipe, step):
+    config = make(
+        recipe=recipe, data={"augment": "crop_flip", "validation": 0.1}, **{**SAVED, "training": {"epochs": 2}}, **LOGGED
+    )
+    whole = run(config)
+
+    class Stopped(loop.Trainer):
+        def train_step(self, parts, epoch):
+            outcome = super().train_step(parts, epoch)
+            if self.steps == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return outcome
+
+    config, stop = config.model_copy(update={"name": "stopped"}), Stop()
+    with monkeypatch.context() as patch, stop.listening():
+        patch.setattr(loop, "Trainer", Stopped)
+        with pytest.raises(
+            stop_module.Stopped, match=f"stopped by SIGTERM after step {step} of 8; .*--resume runs/stopped/"
+        ) as end:
+            run(config, stop=stop)
+    assert end.value.status == 0
+    (folder,) = Path("runs/stopped").iterdir()
+    assert (weights(folder)["position"], weights(folder)["steps"]) == (step % 4 or 4 * (step == 4), step)
+    resumed = run(config, resume=Path("runs/stopped"))
+    assert_same(trained(resumed), trained(whole))
+    assert [row["loss"] for row in resumed.history] == [row["loss"] for row in whole.history]
+    assert_same(reproducible_lines(resumed.folder), reproducible_lines(whole.folder))
+
+
+def test_a_stop_with_checkpoints_off_keeps_nothing_and_says_so(make):
+    stop = Stop()
+    stop.number = signal.SIGINT
+    with pytest.raises(stop_module.Stopped, match="stopped by SIGINT after step 1 of 4; checkpoints are off") as end:
+        run(make(), stop=stop)
+    assert end.value.status == 130
+
+
+@pytest.mark.parametrize("policy", ["best of all", "best of the first"])
+def test_checkpoints_within_an_epoch_and_the_best_are_kept(make, monkeypatch, policy):
+    accuracies = iter([0.3, 0.1, 0.5, 0.1] if policy == "best of all" else [0.6, 0.1, 0.5, 0.1])
+    monkeypatch.setattr(loop.Trainer, "evaluate", lambda *_: next(accuracies))
+    kept = {"checkpoint": {"enabled": True, "every_steps": 3, "keep": 3}, "data": {"validation": 0.1}}
+    result = run(make(training={"epochs": 2}, **kept))
+    assert sorted(path.name for path in result.folder.iterdir()) == [
+        "best.pt",
+        "last.pt",
+        "step_000000004.pt",
+        "step_000000006.pt",
+    ]
+    assert weights(result.folder)["steps"] == 8
+    assert checkpoint.load(result.folder / "best.pt")["steps"] == (8 if policy == "best of all" else 4)
+
+
+def test_checkpoints_by_time(make, monkeypatch):
+    clock = itertools.count(step=25.0)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    saved = []
+    monkeypatch.setattr(loop.checkpoint, "save", lambda path, state, **_: saved.append(state["steps"]))
+    run(make(training={"epochs": 1}, checkpoint={"enabled": True, "every_minutes": 0.8}))
+    assert saved == [2, 4]
+
+
+def test_skipped_steps_are_listed_and_the_run_goes_on(make, monkeypatch, capsys):
+    class Bad(loop.Trainer):
+        def batches(self, epoch, start=0):
+            for number, parts in enumerate(super().batches(epoch, start), start):
+                bad = (epoch, number) in ((0, 0), (0, 1), (1, 2))
+                yield [(x * (math.inf if bad else 1), y) for x, y in parts]
+
+    monkeypatch.setattr(loop, "Trainer", Bad)
+    result = run(make(training={"epochs": 2, "nonfinite_limit": 3}, quiet=False, **LOGGED))
+    rows = [json.loads(line) for line in (result.folder / "skipped.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["epoch"], row["reason"]) for row in rows] == [
+        (1, 1, "the loss is nan"),
+        (2, 1, "the loss is nan"),
+        (7, 2, "the loss is nan"),
+    ]
+    assert [len(images) for row in rows for images in row["images"]] == [64] * 3
+    assert all(math.isfinite(row["loss"]) for row in result.history)
+    assert [line["skipped_steps"] for line in reproducible_lines(result.folder) if "skipped_steps" in line] == [2, 0]
+    out = capsys.readouterr().out
+    assert "step 1 left the weights as they were: the loss is nan (1 skipped so far; skipped.jsonl lists them)" in out
+    assert "(2 skipped" in out and "(3 skipped" not in out
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "fqt_1bit"])
+def test_the_diagnosis_names_the_first_layer(make, recipe):
+    with loop.ranks.join("cpu") as place:
+        trainer = loop.Trainer(make(recipe=recipe), place)
+    parts = next(trainer.batches(0))
+    name, state = second_conv(trainer.model), torch.get_rng_state()
+    assert diagnose.first_not_finite(trainer.model, parts, autocast=False).startswith(
+        "A repetition of the last such batch gave"
+    )
+    trainer.model.get_submodule(name).weight.data[0] = math.nan
+    sentence = diagnose.first_not_finite(trainer.model, parts, autocast=False)
+    kind = "Conv2d" if recipe == "fp32" else "QuantConv2d, recipe fqt_1bit"
+    assert sentence.startswith(f"First not finite is the output of layer {name} ({kind}); input ")
+    assert re.search(r"weight -?[\d.]+ to [\d.]+ \(\d+ not finite\)", sentence)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_diagnosis_names_where_a_gradient_breaks(make):
+    with loop.ranks.join("cpu") as place:
+        trainer = loop.Trainer(make(), place)
+
+    class Break(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(context, g):
+            return g * math.inf
+
+    class Breaking(torch.nn.Module):
+        def forward(self, x):
+            return Break.apply(x)
+
+    trainer.model.insert(3, Breaking())
+    sentence = diagnose.first_not_finite(trainer.model, next(trainer.batches(0)), autocast=False)
+    assert sentence.startswith("First not finite is the gradient that arrives at layer 2 (ReLU): ")
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_data_is_read(make, monkeypatch):
+    monkeypatch.setattr(loop.data, "load", None)
+    Path("file").write_text("")
+    for output in ("file", "file/below"):
+        with pytest.raises(ConfigError, match=f"output = {output}: nothing can be written there .*set output to a folder"):
+            run(make(output=output, checkpoint={"enabled": True}))
+    assert Path("file").is_file()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="output = new/runs: nothing can be written there .No space left on device.;"):
+        run(make(output="new/runs", checkpoint={"enabled": True}))
+    assert not Path("new").exists(), "what the probe made is gone"
+
+
+def test_a_disk_that_fills_up_keeps_the_old_checkpoint(make):
+    """In a process of its own, whose files may not grow beyond 300 kB: the second checkpoint, with curves, does not fit."""
+    result = subprocess.run(
+        [sys.executable, "-c", FULL], cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": str(ROOT)}, **CAPTURED
+    )
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+    assert re.search(r"train: A checkpoint could not be written to runs/.* \(File too large\)", result.stderr)
+    (folder,) = Path("runs/run").iterdir()
+    assert weights(folder)["steps"] == 4
+    assert not [path for path in folder.iterdir() if path.suffix == ".part"]
+
+
+def test_curves_that_cannot_be_written_end_the_run(make, monkeypatch):
+    class Full:
+        def write(self, *_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def fileno(self):
+            return os.open(os.devnull, os.O_WRONLY)
+
+        def close(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Filling(loop.Trainer):
+        def train_epoch(self, epoch):
+            if epoch == 1:
+                self.tracker._lines.close()
+                self.tracker._lines = Full()
+            super().train_epoch(epoch)
+
+    monkeypatch.setattr(loop, "Trainer", Filling)
+    wanted = (
+        r"the curves in runs/run/.* could not be written \(No space left on device\)\. .*last.pt holds the state after step 4"
+    )
+    with pytest.raises(TrainingError, match=wanted):
+        run(make(**SAVED, **LOGGED))
+
+
+def test_a_checkpoint_of_other_images_or_another_model_is_refused(make, monkeypatch):
+    first = run(make(**SAVED))
+    state = checkpoint.load(first.folder / "last.pt")
+    moments = state["optimizer"]["state"]
+    short = {**moments, 0: {**moments[0], "exp_avg": torch.zeros(2)}}
+    group = state["optimizer"]["param_groups"][0]
+    for changes, wanted in (
+        ({"images": 255}, "written by a run on 255 training images, and there are 256 now"),
+        ({"model": {}}, "does not fit this run: model.0.weight is missing"),
+        (
+            {"model": {**state["model"], "0.weight": torch.zeros(3)}},
+            r"model.0.weight is no torch.float32 of shape \[16, 1, 3, 3\]",
+        ),
+        ({"optimizer": {"state": {}, "param_groups": []}}, "optimizer.param_groups is no list of 1"),
+        ({"optimizer": {**state["optimizer"], "state": short}}, "optimizer.state does not belong to the model's parameters"),
+        ({"optimizer": {"state": moments, "param_groups": [{**group, "amsgrad": True}]}}, "amsgrad is true, and false here"),
+        ({"ranks": []}, "ranks is no list of 1"),
+        ({"history": 3}, "history is no list of epochs"),
+        ({"schedule": None}, "schedule is NoneType and not a section"),
+        ({"steps": 5}, "contradicts itself: its steps, epochs, schedule and history"),
+        ({"config": None}, "does not say which configuration wrote it"),
+    ):
+        checkpoint.save(Path("changed.pt"), {**state, **changes})
+        with pytest.raises(ConfigError, match=wanted) as error:
+            run(make(**SAVED), resume=Path("changed.pt"))
+        assert "\n" not in str(error.value)
 
 
 def test_finished_run_resumes_to_its_result(make):
@@ -126,19 +367,28 @@ def test_warm_start_from_another_model(make):
 
 def test_diverging_run_stops_with_step_and_remedy(make):
     diverging = {"optimizer": {"name": "sgd", "lr": 1e30}, "schedule": {"name": "constant"}}
-    with pytest.raises(TrainingError, match="stopped in step [2-4]: the loss is nan.*weights were left.*lower optimizer.lr"):
-        run(make(**diverging))
+    wanted = (
+        r"stopped in step [2-4]: the loss is nan, and the weights were left as they were. First not finite is the output of "
+    )
+    with pytest.raises(TrainingError, match=wanted + r"layer \d \(Conv2d\); input .*lower optimizer.lr"):
+        run(make(training={"nonfinite": "stop"}, **diverging))
+    with pytest.raises(
+        TrainingError, match=r"stopped in step [3-4]: the loss is nan and in the 1 before, .*lower optimizer.lr"
+    ):
+        run(make(training={"nonfinite_limit": 2}, **diverging))
 
 
 def test_divergence_keeps_the_checkpoint(make, monkeypatch):
     class Diverging(loop.Trainer):
-        def train_epoch(self, epoch, tracker):
+        def train_epoch(self, epoch):
             if epoch == 1:
                 self.model[0].weight.data.fill_(math.nan)
-            return super().train_epoch(epoch, tracker)
+            super().train_epoch(epoch)
 
     monkeypatch.setattr(loop, "Trainer", Diverging)
-    with pytest.raises(TrainingError, match=r"step 5: .*last.pt holds the state after epoch 1"):
+    with pytest.raises(
+        TrainingError, match=r"in step 8: the weights in 0.weight are not .*last.pt holds the state after step 4\."
+    ):
         run(make(**SAVED))
     (folder,) = Path("runs/run").iterdir()
     assert all(value.isfinite().all() for value in weights(folder)["model"].values())

@@ -1,15 +1,19 @@
 """The program as it is started: help, dry run, a script from any folder."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
-from train import config, loop
+from train import catalogue, config, loop
 from train.main import main
-from train.wording import TrainingError
+from train.wording import RankError, TrainingError
 
 ROOT = Path(config.__file__).resolve().parent.parent
 QUICK = ["--set", "data.name=digits", "--set", "data.limit=256", "--set", "data.batch_size=64", "--set", "device=cpu"]
@@ -21,7 +25,15 @@ def test_help_explains_itself(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     wanted = [path for path, _, _ in config.key_table()]
-    wanted += [*config.MODELS, *config.DATASETS, *config.recipe_names(), "fqt_1bit", "--resume", "--dry-run"]
+    wanted += [
+        *catalogue.MODELS,
+        *catalogue.DATASETS,
+        *catalogue.POLICIES,
+        *catalogue.recipe_names(),
+        "fqt_1bit",
+        "--resume",
+        "--dry-run",
+    ]
     assert [name for name in wanted if name not in text] == []
 
 
@@ -51,6 +63,110 @@ def test_script_runs_from_any_folder(tmp_path):
     assert len(list(tmp_path.glob("runs/fp32/*/events*"))) == 2, "one of the curves, one of the hyperparameters"
 
 
+def test_help_and_a_misspelt_name_need_no_slow_import(tmp_path):
+    program = (
+        "import sys; from train.main import main\n"
+        "for arguments in (['--help'], ['--config', 'fp32', '--set', 'model.name=timm:resnet5O']):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit: pass\n"
+        "print([name for name in ('torch', 'torchvision', 'timm', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert 'model.name = "timm:resnet5O": timm has no such model; did you mean resnet50' in done.stderr
+
+
+def test_the_main_job_needs_neither_torchvision_nor_the_compiler_to_start():
+    program = (
+        "import sys; from train import config, loop, models; import torch; models.build('vgg_small', (1, 28, 28), 10);"
+        "print([name for name in ('torchvision', 'timm', 'torch._dynamo', 'sympy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+LONG = [*QUICK[:-1], "training.epochs=2000", "--set", "tracking.baseline_steps=0"]
+
+
+@contextmanager
+def started(*arguments, **options):
+    script = [sys.executable, "-u", str(ROOT / "train" / "main.py"), "--config", "fp32", *arguments]
+    process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_a_line(number, tmp_path):
+    with started(*LONG) as process:
+        while not process.stdout.readline().startswith("epoch 1/"):
+            assert process.poll() is None
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    said = re.fullmatch(
+        rf"train: stopped by {number.name} after step (\d+) of 8000; the same command with --resume (\S+) goes.*\n", err
+    )
+    assert said, err
+    state = torch.load(Path(said[2]) / "last.pt", weights_only=True)
+    assert state["steps"] == int(said[1])
+
+
+def test_a_signal_before_the_first_step_ends_the_program_at_once(monkeypatch, capsys):
+    def killed(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the handler should have raised")
+
+    monkeypatch.setattr(loop, "run", killed)
+    assert main(["--config", "fp32", *QUICK]) == 143
+    assert capsys.readouterr().err == "train: ended by SIGTERM; --resume continues from a checkpoint, if there is one.\n"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_nobody_reads_the_output(tmp_path):
+    """What `... | head -1` does: the training goes on."""
+    with started(*QUICK) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=60) == 0
+        assert process.stderr.read() == ""
+    assert len(list(tmp_path.glob("runs/fp32/*/last.pt"))) == 1
+
+
+@pytest.mark.parametrize("option", ["--help", "--dry-run"])
+def test_nobody_reads_a_long_text(option):
+    reading, writing = os.pipe()
+    os.close(reading)
+    script = [sys.executable, str(ROOT / "train" / "main.py"), "--config", "fp32", *QUICK, option]
+    done = subprocess.run(script, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_resume_auto_begins_anew_or_goes_on_past_a_damaged_file(capsys, tmp_path):
+    arguments = ["--config", "fp32", *QUICK, "--set", "tracking.enabled=false", "--resume", "auto"]
+    assert main(arguments) == 0
+    assert "resumed" not in capsys.readouterr().out
+    assert main([*arguments, "--set", "checkpoint.every_steps=3"]) == 0
+    assert "resumed after epoch 1" in capsys.readouterr().out
+    (folder,) = (tmp_path / "runs" / "fp32").iterdir()
+    (folder / "step_000000003.pt").write_bytes((folder / "last.pt").read_bytes())
+    (folder / "last.pt").write_bytes(b"torn")
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert re.match(
+        r"train: runs/fp32/\S+/last.pt cannot be read as a .* Continuing from runs/\S+/step_000000003.pt", printed.err
+    )
+    assert "resumed after epoch 1" in printed.out
+    (folder / "step_000000003.pt").write_bytes(b"")
+    (folder / "last.pt").write_bytes(b"torn")
+    assert main(arguments) == 2
+    assert "--resume runs/fp32: no checkpoint there is whole." in capsys.readouterr().err
+
+
 def test_resume_without_a_path_takes_the_newest_run(capsys):
     arguments = ["--config", "fp32", *QUICK, "--set", "tracking.enabled=false"]
     assert main(arguments) == 0
@@ -74,6 +190,17 @@ def test_a_run_that_ends_early(monkeypatch, capsys, error, status, wanted):
     monkeypatch.setattr(loop, "run", fail)
     assert main(["--config", "fp32", *QUICK]) == status
     assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "spoken"), [(TrainingError, ""), (RankError, "train: x.jpg cannot be read\n")])
+def test_what_only_one_rank_knows_that_rank_says(monkeypatch, capsys, kind, spoken):
+    def fail(*_, **__):
+        raise kind("x.jpg cannot be read")
+
+    monkeypatch.setattr(loop, "run", fail)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--config", "fp32", *QUICK]) == 1
+    assert capsys.readouterr().err == spoken
 
 
 def test_one_rank_complains_for_all(monkeypatch, capsys):

@@ -89,16 +89,34 @@ def test_describe_knows_sizes_without_a_trace_in_the_model(pair):
     assert measure.describe(unconverted, torch.zeros(2, *SHAPE))[1] == 1.0
 
 
-def test_layer_scalars():
+def test_bits_and_zeros_of_layers():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     fqt.convert(model, "int8")
     with torch.no_grad():
         model[1].weight.copy_(torch.eye(8))
-    scalars = measure.layer_scalars(model)
-    assert scalars["zero_fraction/1"] == 56 / 64
-    assert {scalars[f"bits/1/{product}"] for product in ("output", "grad_input", "grad_weight")} == {8}
-    assert scalars["bits/0/output"] == 32
-    assert "zero_fraction/0" not in scalars
+    zeros, bits = measure.zero_fractions(model), measure.layer_bits(model)
+    assert zeros == {"zero_fraction/1": 56 / 64}
+    assert {bits[f"bits/1/{product}"] for product in ("output", "grad_input", "grad_weight")} == {8}
+    assert bits["bits/0/output"] == 32
+
+
+def test_the_baseline_alone_is_timed_after_one_step_of_warm_up(pair):
+    (parts,) = batches(1)
+    seen, before, state = [], snapshot(pair[1]), torch.get_rng_state()
+
+    def timed(model):
+        step = make_step(model)
+        return lambda_step(step, lambda parts: seen.append(parts) or type("Outcome", (), {"ms": {"step": 9.0 - len(seen)}}))
+
+    assert measure.baseline_ms(pair[1], timed, parts, 3) == 6.0
+    assert len(seen) == 4
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in pair[1].state_dict().items())
+
+
+def lambda_step(step, call):
+    """A step whose optimizer is real and whose work is another."""
+    return type("Fake", (), {"optimizer": step.optimizer, "__call__": lambda self, parts: call(parts)})()
 
 
 def test_peak_is_that_of_the_process():

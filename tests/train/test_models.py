@@ -5,8 +5,8 @@ import torch
 from torch import fx, nn
 
 import fqt
-from train import models
-from train.config import MODELS
+from train import catalogue, models
+from train.catalogue import MODELS
 from train.wording import ConfigError
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (1, 8, 8)]
@@ -101,10 +101,10 @@ def test_timm_model_takes_grey_images():
     ("name", "wanted"),
     [
         ("vgg_smal", 'model.name = "vgg_smal": did you mean vgg_small?'),
-        ("torchvision:resnet19", 'model.name = "torchvision:resnet19": no such classifier; did you mean resnet1'),
-        ("torchvision:fcn_resnet50", "no such classifier"),
+        ("torchvision:resnet19", 'model.name = "torchvision:resnet19": torchvision has no such model; did you mean resnet1'),
+        ("torchvision:fcn_resnet50", "torchvision has no such model"),
         ("torchvision:alexnet", r"does not take images of 1x8x8 \(.*\); choose another"),
-        ("timm:resnet10", "no such model; did you mean resnet10t?"),
+        ("timm:resnet10", "timm has no such model; did you mean resnet10t?"),
     ],
 )
 def test_unknown_or_unfit_model(name, wanted):
@@ -127,3 +127,22 @@ def test_building_leaves_batchnorm_and_random_numbers_alone():
     assert torch.equal(torch.rand(1), after)
     assert model[1].num_batches_tracked == 0
     assert model.training
+
+
+@pytest.mark.parametrize("package", ["timm", "torchvision"])
+def test_the_names_that_are_read_from_the_source_are_those_of_the_library(package):
+    library = pytest.importorskip(package)
+    names = timm_names() if package == "timm" else library.models.list_models(module=library.models)
+    assert catalogue.library_models(package) == set(names)
+
+
+def timm_names():
+    import timm
+
+    return timm.list_models()
+
+
+def test_a_library_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(catalogue.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="nowhere is not installed here; pip install nowhere"):
+        catalogue.library_models("nowhere")

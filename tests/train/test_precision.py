@@ -14,7 +14,7 @@ from torch import nn
 import fqt
 from fqt.precision.policy import POLICIES
 from tests.train.helpers import assert_same, trained, weights
-from train import config, loop, precision
+from train import config, loop, pictures, precision
 from train.loop import run
 from train.main import main
 from train.tracking import Tracker
@@ -110,11 +110,10 @@ def test_a_resumed_run_decides_bit_for_bit_alike(make, monkeypatch, policy):
     whole = run(config_)
 
     class Interrupted(loop.Trainer):
-        def train_epoch(self, epoch, tracker):
-            if epoch == 2:  # some steps beyond the checkpoint, whose decisions must be forgotten
-                super().train_epoch(epoch, tracker)
+        def save(self):
+            if self.epoch == 3:  # some steps beyond the checkpoint, whose decisions must be forgotten
                 raise KeyboardInterrupt
-            return super().train_epoch(epoch, tracker)
+            super().save()
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Trainer", Interrupted)
@@ -215,20 +214,20 @@ def test_the_heat_map_shows_bits_by_colour():
     policy.steps = 10
     timeline.note(5)
     picture = timeline.image()
-    row = precision.HEAD + 4
-    early, late = (tuple(picture[row, precision.LABEL + x]) for x in (100, 500))
-    assert (early, late) == (precision.colour(16), precision.colour(5))
-    assert tuple(picture[row + precision.CELL, precision.LABEL + 500]) == precision.colour(16)
+    row = pictures.HEAD + 4
+    early, late = (tuple(picture[row, pictures.LABEL + x]) for x in (100, 500))
+    assert (early, late) == (pictures.colour(16), pictures.colour(5))
+    assert tuple(picture[row + pictures.CELL, pictures.LABEL + 500]) == pictures.colour(16)
     assert picture.dtype == np.uint8
 
 
 def test_colours_tell_the_kernels_apart():
-    greens = [precision.colour(bits) for bits in range(1, 9)]
+    greens = [pictures.colour(bits) for bits in range(1, 9)]
     assert all(green > red for red, green, _ in greens)
-    assert all(red > green for red, green, _ in (precision.colour(bits) for bits in range(17, 33)))
-    assert len({precision.colour(bits) for bits in range(1, 33)}) == 32
+    assert all(red > green for red, green, _ in (pictures.colour(bits) for bits in range(17, 33)))
+    assert len({pictures.colour(bits) for bits in range(1, 33)}) == 32
     with pytest.raises(ValueError, match="33 bits are more than 32"):
-        precision.colour(33)
+        pictures.colour(33)
 
 
 def test_a_tracker_without_a_folder_logs_no_decision(tmp_path):

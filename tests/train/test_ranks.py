@@ -21,7 +21,8 @@ PROGRAM = f"""
 import torch
 import fqt
 from fqt.quantizers import build
-from train import config, loop, ranks
+from train import config, loop, ranks, stop
+from train.wording import TrainingError
 
 PRODUCTS = ("output", "grad_input", "grad_weight")
 
@@ -60,19 +61,38 @@ def staged(place):
         optimizer.step()
     return model.state_dict()
 
+def agreed(place):
+    def fail():
+        raise TrainingError(f"rank {{place.rank}} failed")
+
+    found = {{"value": place.from_main(lambda: place.rank + 40), "any": place.any(place.rank == 1, False)}}
+    found["all"] = [place.all(place.rank == 0), place.all(True)]
+    try:
+        place.from_main(fail)
+    except TrainingError as error:
+        found["error"] = str(error)
+    asked = stop.Stop()
+    asked.number = 15 if place.rank == 1 else None
+    try:
+        loop.Trainer(config.load("fp32", [*{DIGITS!r}, "quiet=true", "name=stopped"]), place, stop=asked).train()
+    except stop.Stopped as end:
+        found["stopped"] = str(end)
+    return found
+
 with ranks.join("cpu") as place:
-    torch.save((trained(place), decided(place), staged(place)), f"rank{{place.rank}}.pt")
+    torch.save((trained(place), decided(place), staged(place), agreed(place)), f"rank{{place.rank}}.pt")
 """
 
 
 @dataclass(frozen=True)
 class TwoRanks:
     """What each rank ended with: of a plain run, of one with a precision policy, of layers with a learned step and a running
-    range; what they printed, where they ran."""
+    range; what they agreed on; what they printed, where they ran."""
 
     trained: list[dict]
     decided: list[dict]
     staged: list[dict]
+    agreed: list[dict]
     printed: str
     folder: Path
 
@@ -131,7 +151,7 @@ def test_one_rank_speaks_and_writes(two_ranks):
     assert first["folder"] == second["folder"]
     assert len(list(folder.glob("runs/fqt_1bit/*/events*"))) == 2, "one of the curves, one of the hyperparameters"
     state = torch.load(next(folder.glob("runs/fqt_1bit/*/last.pt")), weights_only=True)
-    assert len(state["generators"]) == state["world"] == 2
+    assert len(state["ranks"]) == state["world"] == 2
 
 
 def test_ranks_decide_alike(two_ranks):
@@ -141,3 +161,16 @@ def test_ranks_decide_alike(two_ranks):
     assert [loss for loss, _ in first["log"]] != [loss for loss, _ in second["log"]], "each rank has images of its own"
     assert_same(first["policy"], second["policy"])
     assert_same(first["model"], second["model"])
+
+
+def test_what_one_rank_knows_all_know(two_ranks):
+    first, second = two_ranks.agreed
+    assert first == second
+    assert (first["value"], first["any"], first["all"], first["error"]) == (40, [True, False], [False, True], "rank 0 failed")
+
+
+def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(two_ranks):
+    (said,) = {rank["stopped"] for rank in two_ranks.agreed}
+    assert said.startswith("stopped by SIGTERM after step 1 of 4; the same command with --resume runs/stopped/")
+    (run,) = (two_ranks.folder / "runs" / "stopped").iterdir()
+    assert torch.load(run / "last.pt", weights_only=True)["position"] == 1

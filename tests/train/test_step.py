@@ -2,15 +2,16 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 
 import fqt
+from tests.train.helpers import assert_same
 from train.config import Training
 from train.step import Step
-from train.wording import TrainingError
 
 
 def linear():
@@ -64,23 +65,53 @@ def test_clipping_bounds_the_update():
     assert moved.norm().item() == pytest.approx(0.5 * 1e-3, rel=1e-3)
 
 
+class Poisoned(nn.Module):
+    """A linear layer behind a BatchNorm, with a gradient that is not finite though the loss is."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.flatten, self.norm, self.linear = nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3)
+        self.bad = bad
+
+    def forward(self, x):
+        y = self.linear(self.norm(self.flatten(x)))
+        y.register_hook(lambda g: g * self.bad)
+        return y
+
+
+def everything(step):
+    """All that a step may change, as values."""
+    return copy.deepcopy((step.model.state_dict(), step.optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("training", [{}, {"clip_norm": 1.0}])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_loss_that_is_not_finite_leaves_the_weights(training, bad):
+def test_what_is_not_finite_leaves_everything(training, what, bad, parts):
+    torch.manual_seed(0)
+    model = Poisoned(1.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+    step = Step(model, model, optimizer, Training(accumulate=parts, **training))
+    good = batch(parts=parts)
+    assert step(good).skipped == ""
+    before = everything(step)
+    model.bad = bad if what == "gradient" else 1.0
+    images, labels = good[-1]
+    outcome = step([*good[:-1], (images * (bad if what == "loss" else 1.0), labels)])
+    assert re.fullmatch("the (norm of the gradients|loss) is (nan|inf)", outcome.skipped)
+    assert_same(everything(step), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.bad = 1.0
+    assert step(good).skipped == "" and step(good).gradient_norm > 0
+
+
+def test_all_ranks_skip_or_none():
     model = linear()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(TrainingError, match="the loss is (nan|inf)"):
-        step_for(model, **training)(batch(scale=bad))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_gradient_that_is_not_finite_leaves_the_weights():
-    model = linear()
-    model[1].weight.register_hook(lambda gradient: gradient * math.inf)
-    before = model[1].weight.clone()
-    with pytest.raises(TrainingError, match="the norm of the gradients is (nan|inf)"):
-        step_for(model, clip_norm=1.0)(batch())
-    assert torch.equal(model[1].weight, before)
+    step = Step(model, model, torch.optim.SGD(model.parameters(), lr=0.5), Training(), agree=lambda _: False)
+    assert step(batch()).skipped == "another process's loss is not finite"
+    assert_same(model.state_dict(), before)
 
 
 def test_autocast_runs_layers_in_bfloat16():
