@@ -8,6 +8,8 @@ backward. This page is the whole public face.
 
 from fqt.convert import convert, revert
 from fqt.formats import Format, Grid, Grouping, register_grid
+from fqt.inspect.bisect import bisect
+from fqt.inspect.diff import diff
 from fqt.inspect.memory import Memory, memory
 from fqt.inspect.observe import count_saved_bytes, observe_gradients
 from fqt.inspect.profile import profile
@@ -54,9 +56,11 @@ __all__ = [
     "Scales",
     "Summary",
     "Transform",
+    "bisect",
     "build_policy",
     "convert",
     "count_saved_bytes",
+    "diff",
     "load_recipe",
     "memory",
     "modelled_speedup",

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 import fqt
 from fqt.quantizers import quantize
-from fqt.recipe import Recipe
+from fqt.recipe import Recipe, Rule
 
 INT8 = fqt.load_recipe("int8").everywhere()
 ONE_BIT = fqt.load_recipe("fqt_1bit").everywhere()
-RECIPES = {name: fqt.load_recipe(name).everywhere() for name in fqt.recipes() if name != "fp32"}
+RECIPES = {
+    name: recipe.everywhere()
+    for name, recipe in ((name, fqt.load_recipe(name)) for name in fqt.recipes())
+    if name != "fp32" and Rule("<conv>", None) not in recipe.rules
+}
 
 
 @pytest.fixture(autouse=True)
