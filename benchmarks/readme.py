@@ -89,6 +89,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     **{make.__name__: make for make in (accuracy, pareto, step, saved, gradients, layers)},
     "adapt": adapt,
     "step_avx2": step,
+    "step_avx2_blocks": step,
 }
 
 
@@ -102,7 +103,7 @@ def rewritten(text: str) -> str:
         where = result["where"]
         code = f"torch {where['torch']}, commit {where['commit']}, {where['date']}"
         module, _, capability = name.partition("_")
-        limited = f", limited to {capability.upper()}" if capability else ""
+        limited = f", limited to {capability.split('_')[0].upper()}" if capability else ""
         source = f"`python -m benchmarks.{module}`{limited}; {where['machine']}, {code}"
         text = f"{head}{begin}\n{make(result['rows'])}\n\n{source}\n{end}{tail}"
     return text
