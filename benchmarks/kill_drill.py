@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2], help="numbers of processes")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--quick", action="store_true", help="two kills")
+    parser.add_argument("--quick", action="store_true", help="one kill")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
     rows = []
@@ -200,7 +200,7 @@ def main() -> None:
         for world in args.worlds:
             folder = Path(tempfile.mkdtemp(prefix="kill_drill_"))
             chance = random.Random(f"{args.seed} {recipe} {world}")
-            rows.append(drill(recipe, world, 2 if args.quick else args.kills, folder, chance))
+            rows.append(drill(recipe, world, 1 if args.quick else args.kills, folder, chance))
             print(
                 f"{recipe}, {world} processes: {'equal' if rows[-1]['equal'] else 'DIFFERENT, see ' + str(folder)}", flush=True
             )

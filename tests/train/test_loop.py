@@ -42,7 +42,8 @@ class Limited(loop.Trainer):
         super().train_epoch(epoch)
 
 loop.Trainer = Limited
-keys = ["name=run", "data.name=digits", "data.limit=256", "data.batch_size=64", "device=cpu", "quiet=true", "tracking.every=1"]
+keys = ["name=run", "data.name=digits", "data.limit=256", "data.batch_size=64", "device=cpu", "quiet=true", "tracking.every=1",
+        "model.name=mlp_small", "training.epochs=2"]
 sys.exit(main.main(["--config", "fp32", *(word for key in keys for word in ("--set", key))]))
 """
 SAVED = {"checkpoint": {"enabled": True}, "training": {"epochs": 3}}
