@@ -44,6 +44,7 @@ def test_the_check_can_fail(name: str, damage, words: str, monkeypatch: pytest.M
 
 
 def test_every_group_has_cases_of_what_is_installed() -> None:
-    groups = {case.group for case in coverage.cases()}
+    cases = list(coverage.cases())
+    groups = {case.group for case in cases}
     assert {"timm", "torchvision classify", "torchvision segment", "torchvision detect", "torchvision video"} <= groups
-    assert {case.name for case in coverage.cases() if case.group == "timm"} == set(coverage.TIMM.split())
+    assert {case.name for case in cases if case.group == "timm"} == set(coverage.TIMM.split())
