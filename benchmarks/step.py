@@ -4,12 +4,11 @@
                               [--json F] [--quick]
 
 A step is forward, cross-entropy, backward and optimizer, on random images of CIFAR's size (mlp: of Fashion-MNIST's), or for
-bert, gpt2, llama, vit and mixer (`benchmarks.step_models`: a few blocks, whose first and last layer are
-converted too) on random tokens or images of 224 x 224. The
-float32 side is the best of eager and torch.compile, each in NCHW and channels_last; the converted side the better of eager
-channels_last and NCHW: the table names both. All variants of a model take their steps in turns after a warm-up, so what else
-the machine does hits all alike; medians of seven rounds, with the fastest and the slowest. Weights stay put (a learning rate
-of 0 costs the same).
+bert, gpt2, llama, vit and mixer (`benchmarks.step_models`: a few blocks, whose first and last layer are converted too) on
+random tokens or images of 224 x 224. The float32 side is the best of eager and torch.compile, each in NCHW and
+channels_last; the converted side the better of eager channels_last and NCHW: the table names both. All variants of a model
+take their steps in turns after a warm-up, so what else the machine does hits all alike; medians of seven rounds, with the
+fastest and the slowest. Weights stay put (a learning rate of 0 costs the same).
 
 First each recipe must give the same loss and the same gradients, bit for bit, with the kernels that serve it and with the
 reference; if they differ, exit status 1 and no figure. On a processor with AVX-512 both sides use it: to see the machines

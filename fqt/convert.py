@@ -54,11 +54,12 @@ def convert(
     min_speedup: float | None = None,
     example: object = None,
 ) -> nn.Module:
-    """Make every layer of a kind that fqt knows (nn.Linear, nn.Conv2d, nn.Conv1d, transformers' Conv1D, and what
-    `register_layer` added) train by a recipe, in place.
+    """Make every layer of a kind that fqt knows train by a recipe, in place: linear layers, convolutions of one to three axes,
+    transposed ones of one and two, nn.MultiheadAttention, some subclasses in timm, torchvision and transformers that are known
+    by name (one file a kind in fqt/layers/), and what `register_layer` added.
 
-    Subclasses of these are left alone (they may compute something else), and so are the adapters that LoRA puts beside a frozen
-    layer; `summary` lists every module that holds a matrix, with the reason where it stays float.
+    Other subclasses of these are left alone (they may compute something else), and so are the adapters that LoRA puts beside a
+    frozen layer; `summary` lists every module that holds a matrix, with the reason where it stays float.
 
     A converted layer has another class, QuantLinear in place of nn.Linear, derived from the plain one. So `isinstance` says
     what it said, and code that compares exact classes (`type(m) is nn.Linear`: weight initialization, freezing, FLOP counters,
@@ -162,17 +163,7 @@ def convert(
         raise
     for name in _uncalled(model, flow):
         lend(model.get_submodule(name.rpartition(".")[0]))
-    for name, choice in choices.items():
-        if name not in chosen:
-            layers[name].__dict__[NOTE] = (
-                f"kept float: {slow[name]:.2f}x measured" if name in slow else f"kept float {choice.reason}"
-            )
-    for layer in layers.values():
-        count_macs(layer)
-    for module in model.modules():
-        if type(module) is nn.TransformerEncoder and module.use_nested_tensor and any(quantized_layers(module)):
-            module.use_nested_tensor = False  # its layers would be given nested tensors, which only torch's fast path takes
-            module.__dict__[_NESTED] = True
+    _remember(model, layers, choices, chosen, slow)
     flow = flow or (traced_flow(model) if candidates(model, chosen) else None)
     exchanged = wanted(model, chosen, flow)
     kept = candidates(model, chosen).keys() - exchanged.keys()
@@ -180,23 +171,17 @@ def convert(
         exchange(model.get_submodule(name), fresh)
     if fuse and any(accumulates(layer.recipe) for _, layer in quantized_layers(model)):
         _fuse(model, backend)
-    added = [f"{name}.{state}" for name, layer in quantized_layers(model) for state in layer.states_names(parameters=True)]
-    if added:
-        _log.info(
-            "%s adds %d parameters, which an optimizer made from now on trains: %s", recipe.name, len(added), ", ".join(added)
-        )
-    served = {by.backend for _, layer in quantized_layers(model) for by in backends(layer).values()}
+    _say_parameters(model, recipe)
     said = []
     if kept:
         said.append(f"{len(kept)} kept for float readers{_some(sorted(kept))}")
-    for place in ("<first>", "<last>"):
-        at = [name for name, choice in choices.items() if name not in chosen and choice.reason == f"by the rule {place!r}"]
-        if at:
-            said.append(f"{place} is{_some(at)}")
+    said += _ends(choices, chosen)
     if slow:
         said.append(f"kept float, slower than {min_speedup:g}x: {_speeds(slow)}")
     troubles = _troubles(model, chosen, flow, exchanged, example)
-    if "reference" in served and not backend:
+    if not backend and any(
+        by.backend == "reference" for _, layer in quantized_layers(model) for by in backends(layer).values()
+    ):
         troubles.append("some products have no low-bit kernel here and run on the reference, see fqt.summary(model)")
     _log.log(
         logging.WARNING if troubles else logging.INFO,
@@ -208,6 +193,44 @@ def convert(
         "; ".join([_some(exchanged), *said, *troubles]),
     )
     return model
+
+
+def _remember(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    choices: dict[str, Choice],
+    chosen: dict[str, Recipe],
+    slow: dict[str, float],
+) -> None:
+    """Leave with the modules what `summary` and `revert` need: why a layer stays float, how to count, what was switched off."""
+    for name, choice in choices.items():
+        if name not in chosen:
+            layers[name].__dict__[NOTE] = (
+                f"kept float: {slow[name]:.2f}x measured" if name in slow else f"kept float {choice.reason}"
+            )
+    for layer in layers.values():
+        count_macs(layer)
+    for module in model.modules():
+        if type(module) is nn.TransformerEncoder and module.use_nested_tensor and any(quantized_layers(module)):
+            module.use_nested_tensor = False  # its layers would be given nested tensors, which only torch's fast path takes
+            module.__dict__[_NESTED] = True
+
+
+def _say_parameters(model: nn.Module, recipe: Recipe) -> None:
+    """Log the parameters that the recipe's quantizers bring."""
+    added = [f"{name}.{state}" for name, layer in quantized_layers(model) for state in layer.states_names(parameters=True)]
+    if added:
+        what = "%s adds %d parameters, which an optimizer made from now on trains: %s"
+        _log.info(what, recipe.name, len(added), ", ".join(added))
+
+
+def _ends(choices: dict[str, Choice], chosen: dict[str, Recipe]) -> list[str]:
+    """Which layers the rules of <first> and <last> left float."""
+    left = {
+        place: [name for name, choice in choices.items() if name not in chosen and choice.reason == f"by the rule {place!r}"]
+        for place in ("<first>", "<last>")
+    }
+    return [f"{place} is{_some(names)}" for place, names in left.items() if names]
 
 
 def _troubles(

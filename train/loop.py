@@ -433,12 +433,7 @@ class Trainer:
             if not parameter.isfinite().all():
                 reason = f"the weights in {name} are not finite any more"
                 raise TrainingError(messages.diverged(reason, self.steps, self.folder, self.saved_step))
-        own = {
-            "generators": checkpoint.generators(),
-            "epoch_sums": dict(self.epoch_sums),
-            "recent_sums": dict(self.recent_sums),
-        }
-        each = self.place.gather(own)
+        each = self.place.gather(self.own_state())
         valid = self.history[-1]["valid_accuracy"] if self.history and self.position == 0 else None
         is_best = valid is not None and valid > self.best
         self.best = valid if is_best else self.best

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fqt.convert import revert
-from fqt.inspect.trial import feed, undisturbed
+from fqt.inspect.table import aligned
+from fqt.inspect.trial import feed, floats_of, undisturbed
 from fqt.layers import QuantizedLayer, quantized_layers
 
 PRODUCTS = ("output", "grad_input", "grad_weight")
@@ -79,8 +79,7 @@ class Diff:
         for row in self.rows:
             errors = (row.errors.get(product) for product in PRODUCTS)
             table.append([row.layer, row.kind, row.recipe, *(f"{e.decibel:6.1f}  {e.cosine:.4f}" if e else "" for e in errors)])
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+        lines = aligned(table)
         legend = "each layer alone, low bits against float, on the inputs and gradients that reach it"
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], legend])
 
@@ -131,8 +130,7 @@ def diff(model: nn.Module, input: object, *, loss: Callable[..., Tensor] | None 
 def _loss(output: object) -> Tensor:
     if isinstance(loss := getattr(output, "loss", None), Tensor):
         return loss
-    floats = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return torch.stack([leaf.square().sum() for leaf in floats]).sum()
+    return torch.stack([leaf.square().sum() for leaf in floats_of(output)]).sum()
 
 
 def _row(name: str, layer: QuantizedLayer, calls: list[tuple[Tensor, list[Tensor]]]) -> Row:

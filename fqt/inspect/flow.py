@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from fqt.inspect.summary import matrix_weights
-from fqt.inspect.trial import feed, undisturbed
+from fqt.inspect.trial import feed, floats_of, undisturbed
 
 _ACTIVATIONS = nn.ReLU.__module__
 # what a model's own code may raise where it is given torch.fx's proxies in place of tensors
@@ -94,7 +94,7 @@ def flow_of(model: nn.Module, example: object) -> Flow:
 
     def before(name: str) -> Callable:
         def hook(module: nn.Module, args: object, named: object) -> None:
-            tensors = _floats((args, named))
+            tensors = floats_of((args, named))
             found = reads.setdefault(name, Reads())
             for tensor in tensors:
                 if not tensor.is_meta:
@@ -105,7 +105,7 @@ def flow_of(model: nn.Module, example: object) -> Flow:
 
     def after(name: str) -> Callable:
         def hook(module: nn.Module, args: object, output: object) -> None:
-            for tensor in _floats(output):
+            for tensor in floats_of(output):
                 if tensor.grad_fn is not None:
                     made.setdefault(tensor.grad_fn, []).append(name)
 
@@ -192,7 +192,3 @@ def _walk(
 
 def _title(node: Any) -> str:
     return node.name()
-
-
-def _floats(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -22,6 +22,7 @@ from fqt.convert import revert
 from fqt.cpu.library import fresh_memory
 from fqt.inspect.profile import copied
 from fqt.inspect.summary import backends
+from fqt.inspect.table import aligned
 from fqt.inspect.trial import Loss, MakeOptimizer, feed, floats_of, undisturbed
 from fqt.layers import QuantizedLayer, quantized_layers
 from fqt.recipe import Recipe
@@ -67,8 +68,7 @@ class Memory:
             lines.append(("measured peak", self.float.measured, self.converted.measured))
         table = [("", "float", "converted", "ratio")]
         table += [(name, _mib(a), _mib(b), f"{b / a:.3f}" if a else "") for name, a, b in lines]
-        widths = [max(len(line[i]) for line in table) for i in range(4)]
-        text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in table]
+        text = aligned(table, right=(1, 2, 3))
         rule = "-" * max(map(len, text))
         return "\n".join([text[0], rule, *text[1 : len(ROWS) + 1], rule, *text[len(ROWS) + 1 :], *filter(None, [self.note])])
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from fqt.convert import convert
 from fqt.inspect.observe import count_saved_bytes
-from fqt.inspect.trial import Loss, MakeOptimizer, feed, floats_of, synchronize, undisturbed
+from fqt.inspect.table import aligned
+from fqt.inspect.timing import in_turns
+from fqt.inspect.trial import Loss, MakeOptimizer, feed, floats_of, undisturbed
 from fqt.layers import QuantizedLayer, quantized_layers
 from fqt.recipe import Recipe
 from fqt.recipe_yaml import load_recipe
@@ -25,11 +24,10 @@ from fqt.recipe_yaml import load_recipe
 CANDIDATES = ("int8", "int8_token", "int6", "int4", "bitnet", "fqt_w1a1g6", "fqt_1bit")
 """The recipes that are tried unless others are named."""
 _ROUNDS = 3
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Choice:
+class Row:
     """A recipe on this model.
 
     Attributes:
@@ -51,7 +49,7 @@ class Choice:
 class Recommendation:
     """`rows` is data, fastest first; `str()` is a table. left_out: recipe -> why it could not be tried."""
 
-    rows: tuple[Choice, ...]
+    rows: tuple[Row, ...]
     at_least: float
     left_out: dict[str, str]
 
@@ -67,10 +65,7 @@ class Recommendation:
             (row.recipe, f"{row.ms:.1f}", f"{row.speedup:.2f}", f"{row.error:.3f}", f"{row.saved_bytes / 2**20:.1f}")
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        text = "\n".join(aligned(lines, right=range(1, 5)))
         text += "\n" + (
             f"smallest error at {self.at_least:g} times float32's speed or more: {self.best}"
             if self.best != "fp32"
@@ -109,6 +104,8 @@ def recommend(
     Raises:
         ValueError: the model is converted, or none of the recipes can be followed.
     """
+    from tqdm.auto import tqdm  # not at import: it looks for a notebook
+
     if any(quantized_layers(model)):
         raise ValueError(
             f"this {type(model).__name__} is converted: recommend compares recipes on a float model, revert it first"
@@ -124,12 +121,15 @@ def recommend(
         raise ValueError(f"none of the recipes can be followed: {'; '.join(f'{n}: {why}' for n, why in left_out.items())}")
     with undisturbed(model):
         seed = int(torch.randint(2**62, ()))
-        gradients = {name: _gradient(side, example, loss, seed) for name, side in _shown(sides.items(), "gradients")}
+        shown = tqdm(sides.items(), "gradients", len(sides), leave=False)
+        gradients = {name: _gradient(side, example, loss, seed) for name, side in shown}
         kept = {name: _kept(side, example) for name, side in sides.items()}
-        ms = _timed({name: _step(side, example, loss, optimizer) for name, side in sides.items()}, example, seconds)
+        with tqdm(desc="steps", total=len(sides) * (_ROUNDS + 1), leave=False) as bar:
+            steps = [_step(side, example, loss, optimizer, bar.update) for side in sides.values()]
+            ms = dict(zip(sides, in_turns(steps, _device(example), seconds, _ROUNDS), strict=True))
     exact = gradients["fp32"]
     rows = [
-        Choice(name, ms[name], ms["fp32"] / ms[name], float((gradients[name] - exact).norm() / exact.norm()), kept[name])
+        Row(name, ms[name], ms["fp32"] / ms[name], float((gradients[name] - exact).norm() / exact.norm()), kept[name])
         for name in sides
     ]
     return Recommendation(tuple(sorted(rows, key=lambda row: row.ms)), at_least, left_out)
@@ -171,7 +171,7 @@ def _kept(model: nn.Module, example: object) -> int:
     return saved.bytes
 
 
-def _step(model: nn.Module, example: object, loss: Loss, make: MakeOptimizer) -> Callable[[], None]:
+def _step(model: nn.Module, example: object, loss: Loss, make: MakeOptimizer, done: Callable[[], object]) -> Callable[[], None]:
     made = make(model.parameters())
     for group in made.param_groups:
         group["lr"] = 0.0  # costs the same, and the weights stay what they are
@@ -180,30 +180,10 @@ def _step(model: nn.Module, example: object, loss: Loss, make: MakeOptimizer) ->
         loss(feed(model, example)).backward()
         made.step()
         made.zero_grad()
+        done()
 
     return step
 
 
-def _timed(steps: dict[str, Callable[[], None]], example: object, seconds: float) -> dict[str, float]:
-    """The median of each step in ms, taken in turns after a warm-up: what else the machine does hits all alike."""
-    device = next((leaf.device for leaf in tree_leaves(example) if isinstance(leaf, Tensor)), None)
-    device = device or torch.device("cpu")
-    for step in steps.values():
-        step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    start, rounds = time.perf_counter(), 0
-    while rounds < _ROUNDS or time.perf_counter() - start < seconds:
-        for name, step in _shown(steps.items(), f"round {rounds + 1}"):
-            synchronize(device)
-            begin = time.perf_counter()
-            step()
-            synchronize(device)
-            times[name].append(1e3 * (time.perf_counter() - begin))
-        rounds += 1
-    return {name: statistics.median(spent) for name, spent in times.items()}
-
-
-def _shown(items: Iterable[_T], what: str) -> Iterable[_T]:
-    from tqdm.auto import tqdm  # not at import: it looks for a notebook
-
-    return tqdm(list(items), desc=what, leave=False)
+def _device(example: object) -> torch.device:
+    return next((leaf.device for leaf in tree_leaves(example) if isinstance(leaf, Tensor)), torch.device("cpu"))

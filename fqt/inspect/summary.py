@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from fqt import ops
 from fqt.cpu import integers
+from fqt.inspect.table import aligned
 from fqt.layers import QuantizedLayer, adapter_of, is_subclass, quantized_layers, refusal
 from fqt.layers.parametrized import at_rest
 from fqt.ops import PRODUCTS
@@ -85,15 +86,9 @@ class Summary:
         totals = [sum(row.parameters for row in self.rows), sum(known), sum(row.packed_bytes for row in self.rows)]
         parameters, macs, nbytes = (f"{total:,}" for total in totals)
         table.append(["total", "", "", "", "", parameters, macs if known else "?", nbytes, "", ""])
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        numeric = (5, 6, 7)
-        lines = [
-            "  ".join(c.rjust(w) if i in numeric else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            for line in table
-        ]
-        lines.insert(1, "-" * len(lines[0]))
-        lines.insert(-1, "-" * len(lines[0]))
-        return "\n".join(line.rstrip() for line in lines)
+        lines = aligned(table, right=(5, 6, 7))
+        rule = "-" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
 def summary(model: nn.Module) -> Summary:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fqt.inspect.summary import backends
+from fqt.inspect.table import aligned
 from fqt.inspect.trial import feed, synchronize, undisturbed
 from fqt.layers import QuantizedLayer, adapter_of, quantized_class, quantized_layers
 from fqt.ops import PRODUCTS
@@ -72,8 +73,7 @@ class Profile:
             table.append([name, row.kind, shape, *cells, total, f"{speedup:.2f}x", served])
         both = self._sum(None, "float_ms"), self._sum(None, "low_ms")
         table.append(["total", "", "", "", "", "", _pair(*both), f"{both[0] / both[1]:.2f}x", ""])
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        lines = aligned(table)
         rule = "-" * max(map(len, lines))
         legend = "milliseconds: float32 / low bits, quantizing included"
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], legend])
@@ -130,7 +130,7 @@ def time_layer(name: str, layer: QuantizedLayer, calls: Counter[Call], seconds: 
         formats = (False, True) if layer.images and len(call.shape) == 4 else (False,)
         sides += [_products(layer, call, low=False, channels_last=channels_last) for channels_last in formats]
         functions = [function for side in sides for function in side.values()]
-        medians = _in_turns(functions, layer.weight.device, seconds / len(calls))
+        medians = in_turns(functions, layer.weight.device, seconds / len(calls))
         low, *floats = (medians[i : i + len(sides[0])] for i in range(0, len(medians), len(sides[0])))
         for product, float_ms, low_ms in zip(sides[0], min(floats, key=sum), low, strict=True):
             before = sums.get(product, (0.0, 0.0))
@@ -176,13 +176,19 @@ def _twin(layer: QuantizedLayer, low: bool) -> nn.Module:
     return made
 
 
-def _in_turns(functions: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> list[float]:
-    """The median of each function's time in ms, called in turns after a warm-up: what else the machine does hits all alike."""
+def in_turns(
+    functions: Sequence[Callable[[], object]], device: torch.device, seconds: float, rounds: int = _ROUNDS
+) -> list[float]:
+    """The median of each function's time in ms, called in turns after a warm-up: what else the machine does hits all alike.
+
+    Args:
+        seconds, rounds: the turns go on until both have been spent.
+    """
     for function in functions:
         function()
     times: list[list[float]] = [[] for _ in functions]
     start = time.perf_counter()
-    while len(times[0]) < _ROUNDS or time.perf_counter() - start < seconds:
+    while len(times[0]) < rounds or time.perf_counter() - start < seconds:
         for function, spent in zip(functions, times, strict=True):
             synchronize(device)
             begin = time.perf_counter()

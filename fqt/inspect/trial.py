@@ -22,7 +22,7 @@ def feed(model: nn.Module, input: object) -> object:
 
 
 def floats_of(output: object) -> list[Tensor]:
-    """The float tensors within a model's output."""
+    """The float tensors within a model's output, or any tree of tensors."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

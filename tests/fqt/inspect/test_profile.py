@@ -109,7 +109,7 @@ def test_a_named_backend_is_timed() -> None:
 
 def test_both_sides_are_twins_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(timing, "_in_turns", lambda functions, device, seconds: [2.0, 4.0, 8.0] + [9.0] * 3 + [1.0, 2.0, 3.0])
+    monkeypatch.setattr(timing, "in_turns", lambda functions, device, seconds: [2.0, 4.0, 8.0] + [9.0] * 3 + [1.0, 2.0, 3.0])
     twin = timing._twin
 
     def spy(layer: nn.Module, low: bool) -> nn.Module:

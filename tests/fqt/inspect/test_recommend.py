@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fqt
-from fqt.inspect.recommend import Choice, Recommendation
+from fqt.inspect.recommend import Recommendation, Row
 from tests.fqt.helpers import fingerprint
 
 
@@ -44,8 +44,7 @@ def test_the_error_is_that_of_the_gradients():
         model(X).square().mean().backward()
         sides.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     expected = float((sides[1] - sides[0]).norm() / sides[0].norm())
-    for model in (plain,):
-        model.zero_grad()
+    plain.zero_grad()
     seen = next(row for row in fqt.recommend(plain, X, recipes=["int4"], seconds=0).rows if row.recipe == "int4")
     assert seen.error == pytest.approx(expected, rel=0.2)  # of other draws of the gradients' rounding
 
@@ -63,10 +62,10 @@ def test_what_cannot_be_followed_is_said():
 
 def test_the_best_is_the_most_exact_of_those_that_are_fast_enough():
     rows = (
-        Choice("a", 1.0, 4.0, 0.9, 0),
-        Choice("b", 2.0, 2.0, 0.1, 0),
-        Choice("c", 3.9, 1.02, 0.01, 0),
-        Choice("fp32", 4, 1, 0, 0),
+        Row("a", 1.0, 4.0, 0.9, 0),
+        Row("b", 2.0, 2.0, 0.1, 0),
+        Row("c", 3.9, 1.02, 0.01, 0),
+        Row("fp32", 4, 1, 0, 0),
     )
     assert Recommendation(rows, 1.0, {}).best == "c"
     assert Recommendation(rows, 1.5, {}).best == "b"

@@ -23,10 +23,10 @@ struct Grouping {
 
   bool whole() const { return !sample && !channel; }
 
-  // Whether a group reaches over all samples of a channel.
+  // Whether a channel has one scale for all samples.
   bool channel_alone() const { return channel && !sample; }
 
-  // Whether a group lies within a sample and holds more than one position of it.
+  // Whether a sample has scales of its own, each for all its positions or for those of one channel.
   bool within_sample() const { return sample && !position; }
 };
 

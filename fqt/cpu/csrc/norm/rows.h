@@ -184,7 +184,7 @@ inline void sum_blocks(int64_t rows, int64_t channels, double* sums, const Body&
       double* to = partial.data + block * 2 * padded;
       std::fill(to + c, to + c + kStretch, 0.0);
       std::fill(to + padded + c, to + padded + c + kStretch, 0.0);
-      // a few rows at a time, so that memory is read nearly as it lies
+      // a few rows at a time, so that memory is read nearly in its own order
       const int64_t last = std::min(rows, (block + 1) * kBlockRows);
       for (int64_t row = block * kBlockRows; row < last; row += kTogether) {
         body(row, std::min(last, row + kTogether), c, std::min(channels, c + kStretch), to, to + padded);

@@ -34,7 +34,7 @@ class Gather {
   // For a kind of pixel the runs of the taps that it meets, as seen from the first of them.
   struct Kind {
     size_t begin, end;           // of its runs
-    int64_t met_begin, met_end;  // the taps of the position, as a range of `met`
+    int64_t met_begin, met_end;  // the pixels that its taps meet: [begin, end) of `met`
     int64_t y_tap, x_tap;        // the first of them, -1 if it meets none
     int64_t terms;
   };

@@ -37,7 +37,7 @@ inline Lanes add_pairs(Lanes sum, int32_t row, Lanes column) {
 // 32 bits hold, sums of 64 bits take them up.
 template <class Sum, int M, int V>
 void multiply_words(const Terms& terms, const Rows& rows, Sum (*sums)[kColumns]) {
-  const Terms t = terms;  // in registers: the sums that are written might lie anywhere
+  const Terms t = terms;  // copies: for all the compiler knows, writing the sums changes the originals
   const Rows r = rows;
   typedef Sum Sums __attribute__((vector_size(sizeof(Sum) * kInts), may_alias));
   constexpr bool kWide = sizeof(Sum) == 8;
@@ -85,7 +85,7 @@ void multiply_words(const Terms& terms, const Rows& rows, Sum (*sums)[kColumns])
 // The same of bytes. AVX2 adds two products at once in 16 bits, which hold `steps` of these pairs.
 template <class Sum, int M, int V>
 void multiply_bytes(const Terms& terms, const Rows& rows, Sum (*sums)[kColumns]) {
-  const Terms t = terms;  // in registers: the sums that are written might lie anywhere
+  const Terms t = terms;  // copies: for all the compiler knows, writing the sums changes the originals
   const Rows r = rows;
 #if defined(FQT_AVX512)
   __m512i sum[M][V];

@@ -108,7 +108,7 @@ void sign_grad_weight(Tensor g, int64_t bits, std::string axes, Tensor g_scale, 
 
 // --- integers ----------------------------------------------------------------------------------------------------------------
 
-// Integers as they lie in memory.
+// Codes of a tensor, described for the kernels.
 Integers integers(const Tensor& codes, const std::string& grid, int64_t bits, const Grouping& by = {}) {
   return {.data = static_cast<const uint8_t*>(codes.const_data_ptr()),
           .bits = bits,

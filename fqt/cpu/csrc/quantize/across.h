@@ -1,4 +1,4 @@
-// Encoding where codes run down the rows that lie in memory, across the columns: tiles of columns are packed into words.
+// Encoding where the codes of a group follow each other down a plan's columns: tiles of columns are packed into words.
 
 namespace {
 

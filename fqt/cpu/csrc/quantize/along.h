@@ -1,4 +1,4 @@
-// Encoding where codes run along the rows that lie in memory: each row by itself.
+// Encoding where the codes of a group follow each other along a plan's rows: each row by itself.
 
 namespace {
 
