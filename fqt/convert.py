@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from fqt import ops
 from fqt.choose import Choice, Override, choose, ends_by_kind, load_overrides, patterns
-from fqt.exchange import blind, candidates, exchange, exchange_back, exchanges, wanted
+from fqt.exchange import candidates, exchange, exchange_back, exchanges, wanted
 from fqt.fusion.deferred import Between, accumulates
 from fqt.fusion.modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedMaxPool2d
-from fqt.inspect.flow import Flow, float_multiply_adds, flow_of, traced_flow
-from fqt.inspect.summary import NOTE, backends, count_macs, forget_macs, matrix_weights
+from fqt.inspect.flow import flow_of, traced_flow, uncalled
+from fqt.inspect.summary import NOTE, count_macs, forget_macs
 from fqt.inspect.timing import measure
-from fqt.layers import STATES, QuantizedLayer, adapter_of, converted_class, plain_class, plain_classes, quantized_layers
+from fqt.layers import STATES, QuantizedLayer, adapter_of, converted_class, plain_class, quantized_layers
 from fqt.layers.lending import lend, lend_no_more
 from fqt.layers.patched import rebind, stranger
 from fqt.recipe import Recipe
 from fqt.recipe_yaml import load_recipe
+from fqt.report import log_conversion, log_parameters, speeds, why_nothing
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: FusedBatchNorm1d,
@@ -128,7 +127,7 @@ def convert(
     chosen = {name: choice.recipe for name, choice in choices.items() if choice.recipe is not None}
     if not chosen:
         raise ValueError(
-            f"recipe {recipe.name!r} converts nothing in this {type(model).__name__}: {_why_nothing(model, choices)}"
+            f"recipe {recipe.name!r} converts nothing in this {type(model).__name__}: {why_nothing(model, choices)}"
         )
     for name, layer_recipe in chosen.items():
         adapter = adapter_of(layers[name])
@@ -151,7 +150,7 @@ def convert(
     if not chosen:
         raise ValueError(
             f"recipe {recipe.name!r} converts nothing in this {type(model).__name__}: every layer is slower than "
-            f"min_speedup={min_speedup:g} ({_speeds(slow)}); lower it, or keep the model float here"
+            f"min_speedup={min_speedup:g} ({speeds(slow)}); lower it, or keep the model float here"
         )
 
     try:
@@ -161,7 +160,7 @@ def convert(
         for name in chosen:
             _make_plain(layers[name])
         raise
-    for name in _uncalled(model, flow):
+    for name in uncalled(model, flow):
         lend(model.get_submodule(name.rpartition(".")[0]))
     _remember(model, layers, choices, chosen, slow)
     flow = flow or (traced_flow(model) if candidates(model, chosen) else None)
@@ -171,26 +170,9 @@ def convert(
         exchange(model.get_submodule(name), fresh)
     if fuse and any(accumulates(layer.recipe) for _, layer in quantized_layers(model)):
         _fuse(model, backend)
-    _say_parameters(model, recipe)
-    said = []
-    if kept:
-        said.append(f"{len(kept)} kept for float readers{_some(sorted(kept))}")
-    said += _ends(choices, chosen)
-    if slow:
-        said.append(f"kept float, slower than {min_speedup:g}x: {_speeds(slow)}")
-    troubles = _troubles(model, chosen, flow, exchanged, example)
-    if not backend and any(
-        by.backend == "reference" for _, layer in quantized_layers(model) for by in backends(layer).values()
-    ):
-        troubles.append("some products have no low-bit kernel here and run on the reference, see fqt.summary(model)")
-    _log.log(
-        logging.WARNING if troubles else logging.INFO,
-        "%s: %d of %d layers converted, %d activations replaced%s",
-        recipe.name,
-        len(chosen),
-        len(layers),
-        len(exchanged),
-        "; ".join([_some(exchanged), *said, *troubles]),
+    log_parameters(model, recipe)
+    log_conversion(
+        model, recipe, chosen, choices, flow, exchanged, kept, slow, backend=backend, min_speedup=min_speedup, example=example
     )
     return model
 
@@ -214,82 +196,6 @@ def _remember(
         if type(module) is nn.TransformerEncoder and module.use_nested_tensor and any(quantized_layers(module)):
             module.use_nested_tensor = False  # its layers would be given nested tensors, which only torch's fast path takes
             module.__dict__[_NESTED] = True
-
-
-def _say_parameters(model: nn.Module, recipe: Recipe) -> None:
-    """Log the parameters that the recipe's quantizers bring."""
-    added = [f"{name}.{state}" for name, layer in quantized_layers(model) for state in layer.states_names(parameters=True)]
-    if added:
-        what = "%s adds %d parameters, which an optimizer made from now on trains: %s"
-        _log.info(what, recipe.name, len(added), ", ".join(added))
-
-
-def _ends(choices: dict[str, Choice], chosen: dict[str, Recipe]) -> list[str]:
-    """Which layers the rules of <first> and <last> left float."""
-    left = {
-        place: [name for name, choice in choices.items() if name not in chosen and choice.reason == f"by the rule {place!r}"]
-        for place in ("<first>", "<last>")
-    }
-    return [f"{place} is{_some(names)}" for place, names in left.items() if names]
-
-
-def _troubles(
-    model: nn.Module, chosen: dict[str, Recipe], flow: Flow | None, exchanged: dict[str, nn.Module], example: object
-) -> list[str]:
-    """What a user would want to know of a conversion that did less than it seems to."""
-    found = []
-    if flow is not None and flow.total:
-        share, of = 1 - float_multiply_adds(model, example) / flow.total, "multiply-adds"
-        uncalled = _uncalled(model, flow)
-        if uncalled:
-            found.append(
-                f"{len(uncalled)} converted layers are not called by example{_some(uncalled)}: where the module around "
-                f"one calls F.linear with its weight, it is called now; fqt.summary(model) says after a forward which one was"
-            )
-    else:
-        holders = {name: m for name, m in model.named_modules() if not isinstance(m, nn.Embedding)}
-        sizes = {name: sum(w.numel() for w in matrix_weights(m) if not is_lazy(w)) for name, m in holders.items()}
-        share, of = sum(sizes[name] for name in chosen) / max(sum(sizes.values()), 1), "weights of matrices"
-    if share < 0.5:
-        found.append(f"only {share:.0%} of the {of} are in low bits, see fqt.summary(model)")
-    for name, makers in blind(flow, chosen, exchanged).items() if flow is not None else ():
-        found.append(
-            f"{name} takes signs of values that are nowhere negative (behind {makers}), and learns nothing from them: use a "
-            f"module that the recipe replaces (nn.ReLU), or skip={name!r}"
-        )
-    return found
-
-
-def _uncalled(model: nn.Module, flow: Flow | None) -> list[str]:
-    """The converted layers that a forward did not call."""
-    layers = {} if flow is None else dict(quantized_layers(model))
-    borrowed = {f"{name}.{child}" for name, layer in layers.items() for child in layer.borrows}
-    return [name for name in layers if flow is not None and name not in flow.reads and name not in borrowed]
-
-
-def _some(names: Iterable[str]) -> str:
-    """In brackets, some of the names."""
-    listed = list(names)
-    return f" ({', '.join(listed[:6])}{', ...' if len(listed) > 6 else ''})" if listed else ""
-
-
-def _why_nothing(model: nn.Module, choices: dict[str, Choice]) -> str:
-    """Why a recipe converts nothing, and what to do about it."""
-    if choices:
-        reasons = {choice.reason for choice in choices.values()}
-        return (
-            f"all {len(choices)} layers ({', '.join(list(choices)[:4])}) stay float {' and '.join(sorted(reasons))}; loosen "
-            f"skip, only and overrides, or pass fqt.load_recipe(...).everywhere() to drop the recipe's rules"
-        )
-    kinds = ", ".join(plain_classes())
-    holders = Counter(type(module).__name__ for module in model.modules() if matrix_weights(module))
-    if not holders:
-        return f"it has no layer of a kind that fqt converts ({kinds}); check that this is the model you meant"
-    held = ", ".join(f"{count} {kind}" for kind, count in holders.most_common())
-    return (
-        f"its weights are held by {held}, none of a kind that fqt converts ({kinds}); fqt.summary(model) says of each why, and "
-        f"fqt.register_layer adds a kind"
-    )
 
 
 def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None:
@@ -347,10 +253,6 @@ def _slower(model: nn.Module, chosen: dict[str, Recipe], backend: str, min_speed
         _quantize(name, trial.get_submodule(name), recipe, backend)
     speedups = measure(trial, example, seconds=0.1).speedups()
     return {name: speedup for name, speedup in speedups.items() if speedup < min_speedup}
-
-
-def _speeds(speedups: dict[str, float]) -> str:
-    return ", ".join(f"{name} {speedup:.2f}x" for name, speedup in speedups.items())
 
 
 def _fuse(model: nn.Module, backend: str) -> None:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from fqt.inspect.summary import matrix_weights
 from fqt.inspect.trial import feed, floats_of, undisturbed
+from fqt.layers import quantized_layers
 
 _ACTIVATIONS = nn.ReLU.__module__
 # what a model's own code may raise where it is given torch.fx's proxies in place of tensors
@@ -192,3 +193,10 @@ def _walk(
 
 def _title(node: Any) -> str:
     return node.name()
+
+
+def uncalled(model: nn.Module, flow: Flow | None) -> list[str]:
+    """The converted layers that a forward did not call."""
+    layers = {} if flow is None else dict(quantized_layers(model))
+    borrowed = {f"{name}.{child}" for name, layer in layers.items() for child in layer.borrows}
+    return [name for name in layers if flow is not None and name not in flow.reads and name not in borrowed]
