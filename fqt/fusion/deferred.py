@@ -123,7 +123,7 @@ class Deferred(Tensor):
             with torch.set_grad_enabled(self.requires_grad):  # as a tensor keeps its graph where none is being recorded
                 self.floats = _Value.apply(self)
             assert self.floats is not None
-            self.version = self.floats._version
+            self.version = 0 if self.floats.is_inference() else self.floats._version
         return self.floats
 
     def signs(self, low: float, high: float) -> tuple[QTensor, Tensor]:
@@ -136,8 +136,8 @@ class Deferred(Tensor):
         return QTensor(codes, scale, None, None, Format("sign", 1), shape), mask
 
     def whole(self) -> bool:
-        """Whether nobody wrote to it, or to a view of it, so that it still is what is behind it."""
-        return self.floats is None or self.floats._version == self.version
+        """Whether it surely still is what is behind it: nobody wrote to it, or to a view; an inference tensor does not tell."""
+        return self.floats is None or (not self.floats.is_inference() and self.floats._version == self.version)
 
     def asked(self) -> bool:
         """Whether somebody may want its gradient."""

@@ -243,6 +243,18 @@ def test_changed_in_place_and_used_again() -> None:
     torch.testing.assert_close(y.grad, 2 * (y + 0).detach())
 
 
+def test_inference_mode() -> None:
+    """Its tensors count no versions; what is written in place is read all the same."""
+    model = network("xnor").eval()
+    with torch.no_grad():
+        expected = model(images())
+    with torch.inference_mode():
+        assert torch.equal(model(images()), expected)
+        y = model[:2](images())
+        y.mul_(-1.0)
+        assert torch.equal(model[3](y).value(), model[3](y + 0).value())
+
+
 def test_two_readers() -> None:
     """One takes the signs, one the floats; the gradient is the sum."""
     model = network("xnor")
