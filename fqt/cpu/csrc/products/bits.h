@@ -47,6 +47,18 @@ inline int64_t count_bits(const uint8_t* bytes, int64_t count) {
   return ones;
 }
 
+// The bits in which some bytes differ from others.
+inline int64_t count_differing(const uint8_t* a, const uint8_t* b, int64_t count) {
+  int64_t differ = 0, i = 0;
+  for (uint64_t of_a, of_b; i + 8 <= count; i += 8) {
+    std::memcpy(&of_a, a + i, 8);
+    std::memcpy(&of_b, b + i, 8);
+    differ += __builtin_popcountll(of_a ^ of_b);
+  }
+  for (; i < count; ++i) differ += __builtin_popcount(a[i] ^ b[i]);
+  return differ;
+}
+
 // Codes [first, first + count) of a packed row, one a byte.
 inline void unpack(const uint8_t* row, int64_t first, int64_t count, int storage, uint8_t* out) {
   if (count == 0) return;

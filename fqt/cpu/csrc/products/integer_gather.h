@@ -320,6 +320,7 @@ void gather(const IntegerGather& call) {
 }  // namespace
 
 void integer_gather(const IntegerGather& c) {
+  if (has_few_rows(c)) return FewRows{c}();
   const bool wide = c.layer.taps() * c.depth > most_terms(c.a, c.b) || apart(c.a, c.b);
 #if defined(FQT_AVX512) || defined(FQT_AVX2)
   if (in_bytes(c.a, c.b)) return wide ? gather<uint8_t, int64_t>(c) : gather<uint8_t, int32_t>(c);

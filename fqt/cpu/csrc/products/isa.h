@@ -2,9 +2,12 @@
 // for a newer machine can be linked into code for an older one.
 #pragma once
 
+#include "../memory/pool.h"
 #include "../quantize/isa.h"  // FQT_X86, FQT_ARM, parallel
 
+#include <cstdint>
 #include <cstdlib>
+#include <new>
 #include <type_traits>
 
 namespace fqt {
@@ -116,15 +119,26 @@ struct IntegerGradWeight {
   float* grad;  // zero where no kept channel writes
 };
 
-// Uninitialized memory, aligned for every vector.
+// Uninitialized memory, aligned for every vector; from the pool where it is large.
 template <class T>
 struct Buffer {
   T* data;
-  explicit Buffer(int64_t count)
-      : data(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64 + 63) / 64 * 64))) {}
+  explicit Buffer(int64_t count) : pooled_(count * sizeof(T) >= kLarge) {
+    const size_t bytes = (count * sizeof(T) + 64 + 63) / 64 * 64;
+    data = static_cast<T*>(pooled_ ? take_block(bytes) : std::aligned_alloc(64, bytes));
+    if (data == nullptr) throw std::bad_alloc();
+  }
   Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
+  ~Buffer() { pooled_ ? give_block_back(data) : std::free(data); }
   T& operator[](int64_t i) { return data[i]; }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kLarge = SIZE_MAX;  // memory that is used again hides what is read beyond its end, or too late
+#else
+  static constexpr size_t kLarge = 1 << 17;
+#endif
+  const bool pooled_;
 };
 
 FQT_DECLARE(

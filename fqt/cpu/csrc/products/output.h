@@ -3,6 +3,8 @@
 // The bits of a window are copied side by side for a strip of pixels (an im2col of bits); kLanes output channels lie side by
 // side, so that sums need no reduction across lanes. A tap outside the image reads bits 0; what its weights then add to the
 // count is known for each kind of pixel, and taken out again: padding is the value 0.
+//
+// To lay the weights out so takes as long as some pixels: few are compared with the weights as they lie in memory.
 
 namespace {
 
@@ -11,8 +13,11 @@ class SignOutputRun {
   explicit SignOutputRun(const SignOutput& call)
       : c(call), l(call.layer), bytes(ceil_div(l.in, 8)), taps(l.taps()), words(ceil_div(taps * bytes, 4)),
         panels(ceil_div(l.out, kLanes)), channels(l.groups * l.out), image(l.other_positions() * l.groups * bytes),
-        kinds(l.y.kinds * l.x.kinds), cut(l.groups == 1 ? 0 : l.n * image), columns(l.groups * panels * words * kColumnBytes),
-        terms(kinds * channels), w_scale(channels) {}
+        kinds(l.y.kinds * l.x.kinds), few(l.n * l.positions() <= kFewPixels),
+        padded(std::any_of(l.y.at, l.y.at + l.y.size * l.y.taps, outside) ||
+               std::any_of(l.x.at, l.x.at + l.x.size * l.x.taps, outside)),
+        cut(l.groups == 1 ? 0 : l.n * image),
+        columns(few ? 0 : l.groups * panels * words * kColumnBytes), terms(kinds * channels), w_scale(channels) {}
 
   void operator()() {
     x = c.x;
@@ -21,12 +26,15 @@ class SignOutputRun {
       x = cut.data;
     }
     for (int64_t i = 0; i < channels && c.sums == nullptr; ++i) w_scale[i] = c.w_scale(i, 0);
+    if (few) return compare_pixels();
     pack_weights();
     sum_strips();
   }
 
  private:
   static constexpr int64_t kWordBytes = 4 * kSpread, kColumnBytes = kWordBytes * kLanes;
+  static constexpr int64_t kFewPixels = 8;
+  static bool outside(int32_t at) { return at < 0; }
 
   // What the epilogue needs of a pixel.
   struct Pixel {
@@ -38,6 +46,31 @@ class SignOutputRun {
     const uint8_t* columns;
     int64_t channel, lanes;
   };
+
+  // Each pixel with each output channel, bit by bit.
+  void compare_pixels() {
+    const int64_t pixels = l.n * l.positions(), row = taps * bytes, window = 4 * words;
+    parallel(l.groups * panels, most(1, 65536 / (row * pixels * kLanes + 1)), [&](int64_t begin, int64_t end) {
+      Buffer<int64_t> ones(taps);
+      Buffer<uint8_t> windows(pixels * window);
+      int64_t filled = -1;
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t group = item / panels, first = item % panels * kLanes;
+        const Panel panel{nullptr, group * l.out + first, least(kLanes, l.out - first)};
+        for (int64_t i = 0; i < pixels && filled != group; ++i) copy_window<1>(group, i, windows.data + i * window);
+        filled = group;
+        for (int64_t lane = 0; lane < panel.lanes; ++lane) count_terms(panel.channel + lane, ones);
+        for (int64_t i = 0; i < pixels; ++i) {
+          int32_t differ[kLanes];
+          for (int64_t lane = 0; lane < panel.lanes; ++lane) {
+            const uint8_t* weights = c.w + (panel.channel + lane) * row;
+            differ[lane] = static_cast<int32_t>(count_differing(windows.data + i * window, weights, row));
+          }
+          finish(of_pixel(i), panel, i, differ);
+        }
+      }
+    });
+  }
 
   void pack_weights() {
     parallel(l.groups * panels, 1, [&](int64_t begin, int64_t end) {
@@ -72,7 +105,7 @@ class SignOutputRun {
   // For each kind of pixel the terms inside the image, corrected for those outside. ones: room for a number a tap.
   void count_terms(int64_t channel, Buffer<int64_t>& ones) {
     const uint8_t* row = c.w + channel * taps * bytes;
-    for (int64_t tap = 0; tap < taps; ++tap) ones[tap] = count_bits(row + tap * bytes, bytes);
+    for (int64_t tap = 0; tap < taps && padded; ++tap) ones[tap] = count_bits(row + tap * bytes, bytes);
     for (int64_t kind = 0; kind < kinds; ++kind) {
       const int64_t y = l.y.example[kind / l.x.kinds], x_at = l.x.example[kind % l.x.kinds];
       int64_t count = 0;
@@ -99,7 +132,10 @@ class SignOutputRun {
         const int64_t count = least(strip, pixels - first);
         if (filled != item / parts) {
           filled = item / parts;
-          for (int64_t i = 0; i < count; ++i) met[i] = copy_window(group, first + i, windows.data + i * words * kWordBytes);
+          for (int64_t i = 0; i < count; ++i) {
+            copy_window<kSpread>(group, first + i, windows.data + i * words * kWordBytes);
+            met[i] = of_pixel(first + i);
+          }
         }
         for (int64_t number = item % parts * part; number < least(panels, (item % parts + 1) * part); ++number) {
           const Panel panel{columns.data + (group * panels + number) * words * kColumnBytes, group * l.out + number * kLanes,
@@ -119,31 +155,39 @@ class SignOutputRun {
     });
   }
 
-  // What a pixel of the output meets of a group.
-  Pixel copy_window(int64_t group, int64_t pixel, uint8_t* out) {
+  Pixel of_pixel(int64_t pixel) const {
+    const int64_t n = pixel / l.positions(), p = pixel % l.positions();
+    const int64_t kind = l.y.kind[p / l.x.size] * l.x.kinds + l.x.kind[p % l.x.size];
+    return {terms.data + kind * channels, c.sums == nullptr ? c.x_scale(n, p) : 0};
+  }
+
+  // What a pixel of the output meets of a group: as it is, or as `lay_window` spreads it.
+  template <int kSpreadBy>
+  void copy_window(int64_t group, int64_t pixel, uint8_t* out) const {
+    const auto lay = [](const uint8_t* bits, int64_t count, uint8_t* to) {
+      kSpreadBy == 1 ? static_cast<void>(std::memcpy(to, bits, count)) : lay_window(bits, count, to);
+    };
     const int64_t n = pixel / l.positions(), p = pixel % l.positions(), oy = p / l.x.size, ox = p % l.x.size;
-    if (words) std::memset(out + (words - 1) * kWordBytes, 0, kWordBytes);
+    if (words) std::memset(out + (words - 1) * 4 * kSpreadBy, 0, 4 * kSpreadBy);
     const uint8_t* of_image = x + n * image;
     const int32_t left = l.x.at[ox * l.x.taps], right = l.x.at[(ox + 1) * l.x.taps - 1];
     const bool row = l.groups == 1 && left >= 0 && right - left == l.x.taps - 1;  // the taps of a line are contiguous
     for (int64_t ky = 0; ky < l.y.taps; ++ky) {
       const int32_t y = l.y.at[oy * l.y.taps + ky];
       if (row && y >= 0) {
-        lay_window(of_image + (y * l.other_x + left) * bytes, bytes * l.x.taps, out);
-        out += bytes * l.x.taps * kSpread;
+        lay(of_image + (y * l.other_x + left) * bytes, bytes * l.x.taps, out);
+        out += bytes * l.x.taps * kSpreadBy;
         continue;
       }
-      for (int64_t kx = 0; kx < l.x.taps; ++kx, out += bytes * kSpread) {
+      for (int64_t kx = 0; kx < l.x.taps; ++kx, out += bytes * kSpreadBy) {
         const int32_t x_at = l.x.at[ox * l.x.taps + kx];
         if (y < 0 || x_at < 0) {
-          std::memset(out, 0, bytes * kSpread);
+          std::memset(out, 0, bytes * kSpreadBy);
           continue;
         }
-        lay_window(of_image + ((y * l.other_x + x_at) * l.groups + group) * bytes, bytes, out);
+        lay(of_image + ((y * l.other_x + x_at) * l.groups + group) * bytes, bytes, out);
       }
     }
-    const int64_t kind = l.y.kind[oy] * l.x.kinds + l.x.kind[ox];
-    return {terms.data + kind * channels, c.sums == nullptr ? c.x_scale(n, p) : 0};
   }
 
   // M pixels x kLanes output channels: count, then the epilogue in the reference's order.
@@ -151,32 +195,34 @@ class SignOutputRun {
   void sum_tile(const uint8_t* window, const Pixel* pixels, const Panel& panel, int64_t first) {
     int32_t differ[M][kLanes];
     differing_bits<M>(window, words * kWordBytes, panel.columns, words, panel.lanes, differ);
+    for (int m = 0; m < M; ++m) finish(pixels[m], panel, first + m, differ[m]);
+  }
+
+  // The epilogue for a pixel and some output channels. differ: bits in which they do.
+  void finish(const Pixel& pixel, const Panel& panel, int64_t number, const int32_t* differ) const {
     const int64_t channel = panel.channel, lanes = panel.lanes;
-    for (int m = 0; m < M; ++m) {
-      const int32_t* of_pixel = pixels[m].terms + channel;
-      if (c.sums != nullptr) {
-        int16_t* to = c.sums + (first + m) * channels + channel;
-        for (int64_t i = 0; i < lanes; ++i) to[i] = static_cast<int16_t>(of_pixel[i] - 2 * differ[m][i]);
-        continue;
-      }
-      const float scale = pixels[m].scale;
-      const float *bias = c.bias, *of_channel = w_scale.data + channel;
-      float* to = c.y + (first + m) * channels + channel;
-      float t[kLanes];
-      for (int64_t i = 0; i < lanes; ++i) {
-        t[i] = static_cast<float>(of_pixel[i] - 2 * differ[m][i]) * scale * of_channel[i];
-      }
-      if (bias == nullptr) {
-        for (int64_t i = 0; i < lanes; ++i) to[i] = t[i];
-      } else {
-        for (int64_t i = 0; i < lanes; ++i) to[i] = t[i] + bias[channel + i];
-      }
+    const int32_t* of_pixel = pixel.terms + channel;
+    if (c.sums != nullptr) {
+      int16_t* to = c.sums + number * channels + channel;
+      for (int64_t i = 0; i < lanes; ++i) to[i] = static_cast<int16_t>(of_pixel[i] - 2 * differ[i]);
+      return;
+    }
+    const float scale = pixel.scale;
+    const float *bias = c.bias, *of_channel = w_scale.data + channel;
+    float* to = c.y + number * channels + channel;
+    float t[kLanes];
+    for (int64_t i = 0; i < lanes; ++i) t[i] = static_cast<float>(of_pixel[i] - 2 * differ[i]) * scale * of_channel[i];
+    if (bias == nullptr) {
+      for (int64_t i = 0; i < lanes; ++i) to[i] = t[i];
+    } else {
+      for (int64_t i = 0; i < lanes; ++i) to[i] = t[i] + bias[channel + i];
     }
   }
 
   const SignOutput& c;
   const Layer& l;
   const int64_t bytes, taps, words, panels, channels, image, kinds;  // bytes: of a tap's codes; image: bytes of a sample
+  const bool few, padded;  // padded: whether any tap is outside the image
   Buffer<uint8_t> cut, columns;  // x with every group beginning a byte; the weights, (group, panel, word, lane)
   Buffer<int32_t> terms;         // (kind of pixel, output channel)
   Buffer<float> w_scale;

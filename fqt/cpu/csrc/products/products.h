@@ -9,5 +9,6 @@
 #include "grad_weight.h"
 #include "integers.h"
 #include "integer_tiles.h"
+#include "few_rows.h"
 #include "integer_gather.h"
 #include "integer_grad_weight.h"
