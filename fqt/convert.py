@@ -18,6 +18,7 @@ from fqt.choose import Choice, Override, choose, ends_by_kind, load_overrides, p
 from fqt.exchange import candidates, exchange, exchange_back, exchanges, wanted
 from fqt.fusion.deferred import Between, accumulates
 from fqt.fusion.modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedMaxPool2d
+from fqt.inspect.flops import register_flops
 from fqt.inspect.flow import flow_of, traced_flow, uncalled
 from fqt.inspect.summary import NOTE, count_macs, forget_macs
 from fqt.inspect.timing import measure
@@ -170,6 +171,7 @@ def convert(
         exchange(model.get_submodule(name), fresh)
     if fuse and any(accumulates(layer.recipe) for _, layer in quantized_layers(model)):
         _fuse(model, backend)
+    register_flops()
     log_parameters(model, recipe)
     log_conversion(
         model, recipe, chosen, choices, flow, exchanged, kept, slow, backend=backend, min_speedup=min_speedup, example=example

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,18 +278,3 @@ def forget_macs(module: nn.Module) -> None:
         if hook is _remember_macs:
             del module._forward_hooks[number]
     module.__dict__.pop(_MACS, None)
-
-
-def modelled_speedup(model: nn.Module) -> float:
-    """What multiply-adds x bits promise: 32-bit cost over the cost at each product's bits and kept fraction. Not measured.
-
-    Raises:
-        ValueError: the model has not run a forward since its conversion.
-    """
-    rows: Iterable[Row] = summary(model).rows
-    counted = [(row, row.madds) for row in rows if row.madds is not None]
-    if not counted:
-        raise ValueError("multiply-adds are unknown: run one forward of the converted model before modelled_speedup")
-    float_cost = sum(32 * madds * len(PRODUCTS) for _, madds in counted)
-    cost = sum(madds * row.bits[p] * (row.kept[p] if row.bits[p] < 32 else 1.0) for row, madds in counted for p in PRODUCTS)
-    return float_cost / cost

@@ -284,30 +284,6 @@ def test_a_converted_layer_that_no_forward_called_stands_as_float() -> None:
     assert outer.bits["output"] == 8
 
 
-# --- the modelled speedup ---------------------------------------------------------------------------------------------------
-
-
-def test_modelled_speedup_by_hand() -> None:
-    model = fqt.convert(small(), "fqt_1bit")
-    model(torch.randn(2, 3, 8, 8))
-    first, middle, last = 13824, 1944, 540
-    float_cost = 32 * 3 * (first + middle + last)
-    cost = 32 * 3 * (first + last) + middle * (1 + 4 / 4 + 4 / 4)
-    assert fqt.modelled_speedup(model) == pytest.approx(float_cost / cost)
-
-
-@pytest.mark.parametrize(("name", "expected"), [("int8", 4.0), ("fqt_w1a1g4", 96 / 9), ("xnor", 96 / 65), ("psq_b1", 32)])
-def test_modelled_speedup_of_one_layer(name: str, expected: float) -> None:
-    layer = fqt.convert(nn.Linear(6, 5), fqt.load_recipe(name).everywhere())
-    layer(torch.randn(2, 6))
-    assert fqt.modelled_speedup(layer) == pytest.approx(expected)
-
-
-def test_modelled_speedup_needs_a_forward() -> None:
-    with pytest.raises(ValueError, match="run one forward of the converted model before modelled_speedup"):
-        fqt.modelled_speedup(fqt.convert(small(), "int8"))
-
-
 def test_counting_leaves_the_output_alone_and_goes_with_revert() -> None:
     model = small().eval()
     x = torch.randn(2, 3, 8, 8)
