@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def convert(
     what it said, and code that compares exact classes (`type(m) is nn.Linear`: weight initialization, freezing, FLOP counters,
     weight decay by kind, pruning and quantization tools) passes converted layers over without a word. Run such code before
     `convert` where it changes the model, and use `isinstance` in what runs afterwards. Optimizers, checkpoints, `compile`, DDP,
-    hooks and parametrizations go behind `convert`, as `forward`s that are set on an instance must.
+    hooks and parametrizations go behind `convert`, as `forward`s that are set on an instance must. Torch's FlopCounterMode
+    counts the low-bit products too, if it is imported before `convert`.
 
     Args:
         model: any module; may itself be a layer.
@@ -171,7 +173,8 @@ def convert(
         exchange(model.get_submodule(name), fresh)
     if fuse and any(accumulates(layer.recipe) for _, layer in quantized_layers(model)):
         _fuse(model, backend)
-    register_flops()
+    if "torch.utils.flop_counter" in sys.modules:
+        register_flops()
     log_parameters(model, recipe)
     log_conversion(
         model, recipe, chosen, choices, flow, exchanged, kept, slow, backend=backend, min_speedup=min_speedup, example=example

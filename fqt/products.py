@@ -310,7 +310,7 @@ def _mind_small_batches(groups: int, quantizer: Quantizer) -> None:
     """Log where independent draws often keep none of so few groups, so that a layer, or all before it, learns nothing."""
     share = 1.0 / min(groups, quantizer.keep_one_in) if groups > 1 else 1.0
     none = (1 - share) ** groups  # of equal ranges; less of others
-    if none > 0.01:
+    if none > 0.02:
         _say_small(groups, quantizer, none)
 
 

@@ -218,12 +218,17 @@ def backends(layer: QuantizedLayer) -> dict[str, Served]:
 
 
 def matrix_weights(module: nn.Module) -> list[nn.Parameter]:
-    """The module's own weights by whatever name (in_proj_weight, weight_ih_l0), those under a parametrization included; none
-    where none is lazy or has two axes."""
-    weights = [p for name, p in module._parameters.items() if p is not None and "weight" in name]
+    """The module's own weights by whatever name (in_proj_weight, weight_ih_l0, the fused experts' down_proj), those under a
+    parametrization included; none where none is lazy or has two axes."""
+    weights = [p for name, p in module._parameters.items() if p is not None and ("weight" in name or _is_fused(p))]
     for name, parametrizations in _parametrizations(module).items():
         weights += parametrizations.parameters(recurse=False) if "weight" in name else []
     return weights if any(is_lazy(weight) or weight.dim() > 1 for weight in weights) else []
+
+
+def _is_fused(parameter: nn.Parameter) -> bool:
+    """Whether it is several matrices in one, as a block of experts has them."""
+    return not is_lazy(parameter) and parameter.dim() == 3 and min(parameter.shape) > 1
 
 
 def _parametrizations(module: nn.Module) -> dict[str, nn.Module]:
@@ -242,6 +247,11 @@ def _why_float(module: nn.Module) -> str:
         return f"left alone: {refusal(module)}"
     if is_subclass(module):
         return "a subclass: left alone"
+    if isinstance(module, nn.RNNBase):
+        return "recurrent: torch multiplies its weights within one function, step by step in time"
+    fused = [name for name, p in module._parameters.items() if p is not None and "weight" not in name and _is_fused(p)]
+    if fused:
+        return f"matrices in one 3-d parameter ({', '.join(fused)}), as of fused experts, that no layer multiplies: left alone"
     return "not a kind that fqt converts"
 
 

@@ -294,3 +294,20 @@ def test_counting_leaves_the_output_alone_and_goes_with_revert() -> None:
     assert torch.equal(model(x), expected)
     assert {row.madds for row in fqt.summary(model).rows} == {None}
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_recurrent_layers_and_fused_experts_stand_there_with_their_reason() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj, self.down_proj = nn.Parameter(torch.randn(3, 4, 8)), nn.Parameter(torch.randn(3, 8, 4))
+            self.place = nn.Parameter(torch.randn(1, 5, 4))
+
+    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "lstm": nn.LSTM(4, 4), "gru": nn.GRU(4, 4), "experts": Experts()})
+    rows = {row.name: row for row in fqt.summary(fqt.convert(model, INT8)).rows}
+    reason = "recurrent: torch multiplies its weights within one function, step by step in time"
+    assert (rows["lstm"].kind, rows["lstm"].note, rows["gru"].note) == ("LSTM", reason, reason)
+    assert rows["experts"].note == (
+        "matrices in one 3-d parameter (gate_up_proj, down_proj), as of fused experts, that no layer multiplies: left alone"
+    )
+    assert rows["experts"].packed_bytes == 2 * 3 * 4 * 8 * 4
