@@ -67,7 +67,7 @@ def train(job: Job) -> Row:
             }
         )
     )
-    return {**asdict(job), "valid": result.valid_accuracy, "test": result.test_accuracy, "seconds": result.seconds}
+    return {**asdict(job), "valid": result.valid, "test": result.test, "seconds": result.seconds}
 
 
 def said(row: Row) -> str:

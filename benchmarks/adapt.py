@@ -62,7 +62,7 @@ def train(job: str, method: str, seed: int, overrides: list[str], measured_steps
         result = trainer.train()
         row: dict[str, object] = {
             "job": job, "method": method, "seed": seed, "epochs": config.training.epochs, "data": config.data.name,
-            "images": len(trainer.data.train), "batch": config.data.batch_size, "test": 100 * result.test_accuracy,
+            "images": len(trainer.data.train), "batch": config.data.batch_size, "test": 100 * result.test,
             "loss": result.history[-1]["loss"], "seconds": result.seconds,
         }  # fmt: skip
         if trainer.policy is None or trainer.timeline is None:
@@ -74,7 +74,7 @@ def train(job: str, method: str, seed: int, overrides: list[str], measured_steps
         unconverted.load_state_dict(trainer.model.state_dict())
         layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
         compared = trainer.compare(copy.deepcopy(unconverted).to(memory_format=layout))  # type: ignore[call-overload]
-        trainer.timeline.calibrate(next(trainer.batches(0)), compared.ms_fp32)
+        trainer.timeline.calibrate(trainer.task, next(trainer.feed.batches(0)), compared.ms_fp32)
         predicted = trainer.timeline.predicted_ms() or compared.ms
         cost = trainer.timeline.cost()
         points = trainer.timeline.points

@@ -1,7 +1,7 @@
-"""Writes README's tables from benchmarks/results/, so that no figure there is typed by hand.
+"""Writes the tables of README.md and docs/ from benchmarks/results/, so that no figure there is typed by hand.
 
-python -m benchmarks.readme            rewrite README.md
-python -m benchmarks.readme --check    exit 1 if README.md says something else (a test calls this)
+python -m benchmarks.readme            rewrite them
+python -m benchmarks.readme --check    exit 1 if one says something else (a test calls this)
 """
 
 from __future__ import annotations
@@ -82,7 +82,38 @@ def layers(rows: list[dict]) -> str:
 
 def pareto(rows: list[dict]) -> str:
     """The picture that stands beside its points."""
-    return f"![test accuracy against the measured speed-up of a step, {len(rows)} recipes](benchmarks/results/pareto.svg)"
+    return f"![test accuracy against the measured speed-up of a step, {len(rows)} recipes](../benchmarks/results/pareto.svg)"
+
+
+WISHES = {
+    "what float32 learns, on any network": "int8",
+    "the same, faster, for transformers": "int6",
+    "ternary weights": "bitnet",
+    "1-bit weights, 2-bit activations": "dorefa_w1a2g6",
+    "1-bit products forward, gradients that lose nothing; small batches": "fqt_w1a1g6",
+    "the fastest step": "fqt_1bit",
+}
+"""What a person may want, and the recipe for it."""
+
+
+def choice(results: dict[str, dict]) -> str:
+    """Recipes by wish, with what was measured of each."""
+    accuracies = {row["method"]: row["mean"] for row in results["accuracy"]["rows"]}
+    measured = {
+        "VGG-16": {row["recipe"]: row["speedup"] for row in results["step"]["rows"] if _is(row, "vgg16")},
+        "VGG-16, AVX2": {row["recipe"]: row["speedup"] for row in results["step_avx2"]["rows"] if _is(row, "vgg16")},
+        "BERT, AVX2": {row["recipe"]: row["speedup"] for row in results["step_avx2_blocks"]["rows"] if _is(row, "bert")},
+    }
+    cells = []
+    for wish, recipe in WISHES.items():
+        lost = f"{accuracies[recipe] - accuracies['fp32']:+.1f}" if recipe in accuracies else ""
+        speeds = [f"{found[recipe]:.2f}" if recipe in found else "" for found in measured.values()]
+        cells.append([wish, f"`{recipe}`", lost, *speeds])
+    return table(["you want", "recipe", "accuracy against float32, points", *(f"speed-up, {of}" for of in measured)], cells)
+
+
+def _is(row: dict, model: str) -> bool:
+    return row["model"] == model and row["threads"] == 2
 
 
 TABLES: dict[str, Callable[[list[dict]], str]] = {
@@ -91,34 +122,54 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "step_avx2": step,
     "step_avx2_blocks": step,
 }
+CHOICE = "choice"
+"""The table that is made of several."""
+
+
+def documents() -> list[Path]:
+    """Where tables stand."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def rewritten(text: str) -> str:
-    """README's text with each `<!-- name: begin -->` block made again from results/name.json."""
-    for name, make in TABLES.items():
+    """A document's text with each `<!-- name: begin -->` block made again from results/name.json."""
+    for name in (*TABLES, CHOICE):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        result = json.loads((RESULTS / f"{name}.json").read_text())
-        head, rest = text.split(begin)
-        _, tail = rest.split(end)
-        where = result["where"]
-        code = f"torch {where['torch']}, commit {where['commit']}, {where['date']}"
-        module, _, capability = name.partition("_")
-        limited = f", limited to {capability.split('_')[0].upper()}" if capability else ""
-        source = f"`python -m benchmarks.{module}`{limited}; {where['machine']}, {code}"
-        text = f"{head}{begin}\n{make(result['rows'])}\n\n{source}\n{end}{tail}"
+        if begin in text:
+            head, rest = text.split(begin)
+            _, tail = rest.split(end)
+            text = f"{head}{begin}\n{_block(name)}\n{end}{tail}"
     return text
+
+
+def _block(name: str) -> str:
+    """A table and where its figures come from."""
+    results = {each: json.loads((RESULTS / f"{each}.json").read_text()) for each in TABLES}
+    if name == CHOICE:
+        return f"{choice(results)}\n\nFrom the tables of accuracy and of steps, here and in docs/speed.md; 2 threads."
+    where = results[name]["where"]
+    code = f"torch {where['torch']}, commit {where['commit']}, {where['date']}"
+    module, _, capability = name.partition("_")
+    limited = f", limited to {capability.split('_')[0].upper()}" if capability else ""
+    source = f"`python -m benchmarks.{module}`{limited}; {where['machine']}, {code}"
+    return f"{TABLES[name](results[name]['rows'])}\n\n{source}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    new = rewritten(text)
-    if args.check:
-        sys.exit("README.md is not what benchmarks/results/ say: python -m benchmarks.readme" if new != text else 0)
-    readme.write_text(new)
+    texts = {path: path.read_text() for path in documents()}
+    for name in (*TABLES, CHOICE):
+        if sum(text.count(f"<!-- {name}: begin -->") for text in texts.values()) != 1:
+            sys.exit(f"the table {name} should stand once in README.md or docs/, between <!-- {name}: begin --> and its end")
+    for path, text in texts.items():
+        new = rewritten(text)
+        if args.check and new != text:
+            sys.exit(f"{path.name} is not what benchmarks/results/ say: python -m benchmarks.readme")
+        if not args.check:
+            path.write_text(new)
+    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from train import models
 from train.config import Optimizer, Training
 from train.optim import build_optimizer
 from train.step import Parts, Step
+from train.tasks import TASKS
 
 CIFAR = (3, 32, 32)
 FASHION_MNIST = (1, 28, 28)
@@ -143,7 +144,7 @@ def variant(
     """A step of a copy of the model, in a memory format."""
     model = copy.deepcopy(model).to(memory_format=FORMATS[memory])  # type: ignore[call-overload]
     config = Training(compile=compile, channels_last=memory == "channels_last")
-    step = Step(model, model, _optimizer(optimizer, model), config)
+    step = Step(model, model, _optimizer(optimizer, model), config, TASKS["classify"])
     parts = [(_in_format(images, memory), labels)]
     return Variant(recipe, f"{'compiled' if compile else 'eager'} {memory}", step, parts, {})
 

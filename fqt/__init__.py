@@ -10,11 +10,12 @@ from fqt.convert import convert, revert
 from fqt.formats import Format, Grid, Grouping, register_grid
 from fqt.inspect.bisect import bisect
 from fqt.inspect.diff import diff
+from fqt.inspect.flow import modelled_speedup
 from fqt.inspect.memory import Memory, memory
 from fqt.inspect.observe import count_saved_bytes, observe_gradients
 from fqt.inspect.profile import profile
 from fqt.inspect.recommend import Recommendation, recommend
-from fqt.inspect.summary import Summary, modelled_speedup, summary
+from fqt.inspect.summary import Summary, summary
 from fqt.inspect.timing import Profile
 from fqt.layers import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers, register_layer
 from fqt.precision import AdaPT, Policy, Precision, build_policy, register_policy

@@ -65,6 +65,32 @@ def quantize(
     return QTensor.from_tensors(tensors, format, (x.shape[0], x.shape[1], x.shape[2])), mask
 
 
+def calibrate(
+    x: Tensor,
+    format: Format,
+    *,
+    calibrate: str,
+    limits: tuple[float, float],
+    prune: str,
+    keep_one_in: int,
+    fold: Tensor | None,
+    key: Tensor | None,
+    stream: int,
+    ranges: tuple[Tensor, Tensor] | None,
+) -> Scales:
+    """The operator `calibrate`, by the reference."""
+    if _direct(x):
+        return call(
+            "calibrate", Request(x.device.type, (format,), None, "reference"), x, format, calibrate=calibrate, limits=limits,
+            prune=prune, keep_one_in=keep_one_in, fold=fold, key=key, stream=stream, ranges=ranges,
+        )  # fmt: skip
+    low, high = ranges or (None, None)
+    tensors = torch.ops.fqt.calibrate(
+        x, fold, key, low, high, format.name, calibrate, limits, prune, keep_one_in, stream, backend="reference"
+    )
+    return Scales.from_tensors(tensors, format)
+
+
 def encode(
     x: Tensor, scales: Scales, format: Format, *, fold: Tensor | None, key: Tensor | None, stream: int, backend: str
 ) -> QTensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fqt.choose import Choice, Override, choose, ends_by_kind, load_overrides, p
 from fqt.exchange import candidates, exchange, exchange_back, exchanges, wanted
 from fqt.fusion.deferred import Between, accumulates
 from fqt.fusion.modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedMaxPool2d
+from fqt.inspect.flops import register_flops
 from fqt.inspect.flow import flow_of, traced_flow, uncalled
 from fqt.inspect.summary import NOTE, count_macs, forget_macs
 from fqt.inspect.timing import measure
@@ -64,7 +66,8 @@ def convert(
     what it said, and code that compares exact classes (`type(m) is nn.Linear`: weight initialization, freezing, FLOP counters,
     weight decay by kind, pruning and quantization tools) passes converted layers over without a word. Run such code before
     `convert` where it changes the model, and use `isinstance` in what runs afterwards. Optimizers, checkpoints, `compile`, DDP,
-    hooks and parametrizations go behind `convert`, as `forward`s that are set on an instance must.
+    hooks and parametrizations go behind `convert`, as `forward`s that are set on an instance must. Torch's FlopCounterMode
+    counts the low-bit products too, if it is imported before `convert`.
 
     Args:
         model: any module; may itself be a layer.
@@ -170,6 +173,8 @@ def convert(
         exchange(model.get_submodule(name), fresh)
     if fuse and any(accumulates(layer.recipe) for _, layer in quantized_layers(model)):
         _fuse(model, backend)
+    if "torch.utils.flop_counter" in sys.modules:
+        register_flops()
     log_parameters(model, recipe)
     log_conversion(
         model, recipe, chosen, choices, flow, exchanged, kept, slow, backend=backend, min_speedup=min_speedup, example=example

@@ -11,8 +11,10 @@ gradients and restores the generator before it runs again, sees the same codes b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,9 +27,11 @@ from fqt.multiply import multiply_grad_input, multiply_grad_weight, multiply_out
 from fqt.notes import note_kept, ranges_of
 from fqt.operand import Encoded, Operand, Plan, States
 from fqt.qtensor import QTensor
+from fqt.quantizers.base import Quantizer
 from fqt.recipe import Recipe
 from fqt.reference import apply_mask, spread
 
+_log = logging.getLogger("fqt")
 _FORWARD = (("output", "x"), ("output", "w"), ("grad_weight", "x"), ("grad_input", "w"))
 
 
@@ -294,10 +298,30 @@ def _encoded(call: _Call, operand: Operand, g_NPO: Tensor, key: Tensor | None, f
     """The gradient's codes; whoever wrote it may have found its ranges on the way."""
     known = not torch.compiler.is_compiling() and not operand.format.block  # what is known is the range of whole channels
     ranges = ranges_of(g_NPO, operand.format.axes, fold) if known else None
+    if operand.quantizer.prune == "bernoulli" and not torch.compiler.is_compiling():
+        _mind_small_batches(operand.format.groups((g_NPO.shape[0], g_NPO.shape[1], g_NPO.shape[2])), operand.quantizer)
     return operand.encode(
         g_NPO, key=key, training=True, fold=fold, ranges=ranges, geometry=call.geometry, states=call.states,
         backend=call.backend,
     ).q  # fmt: skip
+
+
+def _mind_small_batches(groups: int, quantizer: Quantizer) -> None:
+    """Log where independent draws often keep none of so few groups, so that a layer, or all before it, learns nothing."""
+    share = 1.0 / min(groups, quantizer.keep_one_in) if groups > 1 else 1.0
+    none = (1 - share) ** groups  # of equal ranges; less of others
+    if none > 0.02:
+        _say_small(groups, quantizer, none)
+
+
+@cache
+def _say_small(groups: int, quantizer: Quantizer, none: float) -> None:
+    what = {"sample": "samples", "channel": "channels"}.get(quantizer.granularity, "groups")
+    _log.warning(
+        "pruning (%s) draws among %d %s: up to %.0f %% of such steps keep none, and the gradient behind is zero; give larger "
+        "batches, or a recipe with mode: systematic or without pruning (fqt_w1a1g6)",
+        quantizer, groups, what, 100 * none,
+    )  # fmt: skip
 
 
 def _unscaled(q: QTensor, format: Format) -> QTensor:

@@ -22,7 +22,13 @@ MODELS = {
     "mlp_small": "two hidden layers of 256 units with BatchNorm",
     "torchvision:<name>": "any classifier of torchvision.models, untrained",
     "timm:<name>": "any model of timm, untrained",
+    "gpt_small": "a GPT of model.blocks, model.width and model.heads; texts",
+    "llama_small": "a Llama (RMSNorm, rotary places, gated units) of the same sizes; texts",
+    "transformers:<name or folder>": "a kind of model (bert, gpt2, llama ...) untrained, of sizes by model.options; or a model "
+    "in a folder, or in the cache of Hugging Face, with its weights; texts",
 }
+DECODERS = ("gpt_small", "llama_small")
+"""Models of texts that are written here."""
 POLICIES = {
     "adapt": "AdaPT: every layer's <WL, FL> by its weights' distribution and its gradients' diversity",
     "static": "the recipe as it is",
@@ -37,13 +43,38 @@ DATASETS = {
     "imagefolder:<path>": "<path>/train/<class>/*.jpg and <path>/val (or test), decoded by worker processes",
     "digits": "1,797 grey 8x8 digits that scikit-learn ships; nothing to download",
     "synthetic": "2,048 + 512 colour 32x32 images of ten noisy patterns, made on the spot",
+    "text:<file or folder>": "plain text in UTF-8, the files of a folder one after another; the last tenth is the test set",
+    "tsv:<file>": "a line a text: the text, a tabulator, its label; every tenth line, always the same ones, is in the test set",
 }
+TASKS = {
+    "classify": "images by class; accuracy",
+    "language_model": "the next token of a text; perplexity",
+    "classify_text": "texts by class; accuracy",
+}
+DATA_OF = {"language_model": "text:", "classify_text": "tsv:"}
+"""How the names of a task's data sets begin; those of classify are all others."""
+TOKENIZERS = ("characters", "bytes", "model")
+"""What data.tokenizer takes beside the path of a file of the package tokenizers."""
+
+
+def is_text_model(name: str) -> bool:
+    """Whether a model reads tokens, not images."""
+    return name in DECODERS or name.startswith("transformers:")
+
+
+def installed(package: str, extra: str = "") -> None:
+    """Raises ValueError, with the command that installs it, where a package is not there. It is not imported."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{package} is not installed here; pip install {extra or package}")
 
 
 def known_model(name: str) -> str:
     """Accepts a model's name; else raises ValueError with the nearest one."""
     family, _, rest = known_name(name, MODELS).partition(":")
     if not rest:
+        return name
+    if family == "transformers":
+        installed(family, "'fqt[text]'")
         return name
     names = library_models(family)
     if rest.partition(".")[0] not in names:  # timm writes a model's pretrained weights behind a point

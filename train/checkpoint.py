@@ -26,7 +26,7 @@ from train import files
 from train.config import Config
 from train.wording import ConfigError, show
 
-FORMAT = 2
+FORMAT = 3
 NAME, BEST = "last.pt", "best.pt"
 """File names, in a run's folder, of the newest checkpoint and of that with the best accuracy on held-out images."""
 FREE = (
@@ -170,17 +170,20 @@ def check(state: dict[str, Any], config: Config, recipe: fqt.Recipe, world: int,
         )
 
 
-def check_fit(state: dict[str, Any], expected: dict[str, Any], shapes: Sequence[torch.Size], path: Path) -> None:
+def check_fit(
+    state: dict[str, Any], expected: dict[str, Any], shapes: Sequence[torch.Size], row_keys: set[str], path: Path
+) -> None:
     """Proves that a checkpoint is built like what this run would write now, before anything is taken from it.
 
     torch's fused optimizers believe the sizes of their state, and read beyond it where those are wrong. shapes: of the
-    optimized parameters. Raises ConfigError with the first thing that is of another kind or size.
+    optimized parameters. row_keys: what the history says of an epoch. Raises ConfigError with the first thing that is of
+    another kind or size.
     """
     found = misfit(state, {**expected, "history": state.get("history")}, OPEN)
     if found is None and not _are_moments(state["optimizer"]["state"], shapes):
         found = "optimizer.state does not belong to the model's parameters"
     rows = state.get("history")
-    if found is None and not (isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == ROW for row in rows)):
+    if found is None and not (isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == row_keys for row in rows)):
         found = "history is no list of epochs"
     if found is not None:
         raise ConfigError(
@@ -205,9 +208,7 @@ def _are_moments(moments: Any, shapes: Sequence[torch.Size]) -> bool:
     return all(kind == kinds[0] for kind in kinds) and all(shape == wanted for shape, wanted in tensors)
 
 
-ROW = {"epoch", "loss", "train_accuracy", "images_per_second", "valid_accuracy", "test_accuracy", "seconds"}
-"""What the history says of an epoch."""
-OPEN = ("format", "config", "recipe", "history", "optimizer.state", "precision", "images", "world")
+OPEN = ("format", "config", "recipe", "history", "optimizer.state", "precision", "samples", "world")
 """What `misfit` does not compare: other checks are for it, or it grows during a run."""
 SUMS = ("epoch_sums", "recent_sums")
 

@@ -5,254 +5,39 @@ error is one paragraph that names the key's full path, the value, and the neares
 silently: `epochs: "3"` is a mistake, and so is a key that would have no effect (`momentum` for adam).
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from train.catalogue import DATASETS, POLICIES, known_model, known_recipe
-from train.wording import ConfigError, known_name, nearest, sentence, show
+from train.catalogue import DATA_OF, is_text_model, known_recipe
+from train.sections import (
+    Checkpoint,
+    Data,
+    Model,
+    Names,
+    Optimizer,
+    PathText,
+    Precision,
+    Schedule,
+    Section,
+    Tracking,
+    Training,
+    expanded,
+    home,
+    refuse_unused,
+)
+from train.wording import ConfigError, nearest, sentence, show
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def _as_tuple(value: Any) -> Any:
-    """YAML knows lists only; strict pydantic wants the tuple that a frozen value needs."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _refuse_unused(section: BaseModel, because: str, unused: Sequence[str], prefix: str) -> None:
-    """A key that is given, differs from its default and would have no effect is a mistake."""
-    for name in unused:
-        value = getattr(section, name)
-        if value != type(section).model_fields[name].default:
-            raise ValueError(f"{prefix}{name} = {show(value)}: it has no effect with {because}; leave it out")
-
-
-Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-
-
-def expanded(path: str) -> str:
-    """A path with `~` and `~user` as the home folder. Raises ValueError for a user that there is not, or for no path at all."""
-    if "\0" in path:
-        raise ValueError("a path cannot hold a null character")
-    if (full := os.path.expanduser(path)).startswith("~"):
-        raise ValueError(f"there is no home folder {path.split('/')[0]}; write ./{path} if the name does begin with ~")
-    return full
-
-
-def home(option: str, path: str) -> str:
-    """`expanded` for what is no key. Raises ConfigError that names the option or variable."""
-    try:
-        return expanded(path)
-    except ValueError as error:
-        raise ConfigError(f"{option} {path}: {error}.") from None
-
-
-PathText = Annotated[str, AfterValidator(expanded)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-FILES = ("image_size", "workers", "check", "on_error")
-"""Keys of `data` that only image files have."""
-
-
-class Model(_Section):
-    name: str
-    """which model; see the list of models"""
-    weights: PathText | None = None
-    """checkpoint or state dict to start from (a warm start), e.g. of a float run"""
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return known_model(name)
-
-
-class Data(_Section):
-    name: str
-    """which images; see the list of data sets"""
-    path: PathText | None = None
-    """folder of fashion_mnist or cifar10, instead of searching for it"""
-    batch_size: int = Field(default=128, ge=1)
-    """images an optimizer step, all ranks and accumulated parts together"""
-    validation: float = Field(default=0.0, ge=0, lt=1)
-    """fraction of the training images held out (always the same ones) to choose settings on"""
-    limit: int | None = Field(default=None, ge=1)
-    """train on this many of the training images (always the same ones); null: all"""
-    augment: Literal["none", "flip", "crop_flip"] = "none"
-    """random changes of the training images"""
-    image_size: int = Field(default=224, ge=8)
-    """imagefolder only: height and width after resizing, in pixels"""
-    workers: int = Field(default=2, ge=0)
-    """imagefolder only: processes that decode images"""
-    check: bool = False
-    """imagefolder only: decode every image once before the training, and name those that cannot be read"""
-    on_error: Literal["stop", "skip"] = "stop"
-    """imagefolder only: at an image that cannot be read, end with its path, or go on without it, counted and listed"""
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        kind, _, path = known_name(name, DATASETS).partition(":")
-        return f"{kind}:{expanded(path)}" if path else name
-
-    @model_validator(mode="after")
-    def _used(self) -> "Data":
-        folder = self.name.startswith("imagefolder:")
-        _refuse_unused(self, f"data.name {self.name}", () if folder else FILES, "data.")
-        _refuse_unused(self, f"data.name {self.name}", () if self.name in ("fashion_mnist", "cifar10") else ("path",), "data.")
-        return self
-
-
-class Optimizer(_Section):
-    name: Literal["sgd", "adam", "adamw", "apex_adam", "apex_sgd"] = "adam"
-    """torch's, fused where torch can; apex_*: NVIDIA apex's fused ones, which need a GPU"""
-    lr: float = Field(default=1e-3, gt=0)
-    """learning rate, the highest of the schedule"""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """sgd and apex_sgd only"""
-    betas: Floats = (0.9, 0.999)
-    """adam, adamw and apex_adam only: decay of the two running means"""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """L2 penalty (adamw: decoupled decay)"""
-
-    @model_validator(mode="after")
-    def _used(self) -> "Optimizer":
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas = {list(self.betas)}: it should be two numbers in [0, 1), e.g. [0.9, 0.999]")
-        _refuse_unused(self, f"optimizer.name {self.name}", ("betas",) if "sgd" in self.name else ("momentum",), "optimizer.")
-        return self
-
-
-class Schedule(_Section):
-    name: Literal["constant", "step", "cosine", "onecycle"] = "onecycle"
-    """how the learning rate moves: flat; times gamma at each milestone; cosine to zero; up and down again"""
-    warmup: float | None = Field(default=None, ge=0, lt=1)
-    """fraction of all steps in which the rate rises to its highest; null: 0.3 for onecycle, else 0"""
-    milestones: Floats = ()
-    """step only: epochs after which the rate falls"""
-    gamma: float = Field(default=0.1, gt=0, lt=1)
-    """step only: factor of each fall"""
-
-    @model_validator(mode="after")
-    def _used(self) -> "Schedule":
-        _refuse_unused(self, f"schedule.name {self.name}", () if self.name == "step" else ("milestones", "gamma"), "schedule.")
-        if self.name == "step" and (not self.milestones or list(self.milestones) != sorted(set(self.milestones))):
-            raise ValueError(
-                f"schedule.milestones = {list(self.milestones)}: schedule.name step needs rising epochs, e.g. [10, 15]"
-            )
-        if self.name == "onecycle" and self.warmup == 0:
-            raise ValueError("schedule.warmup = 0: onecycle rises first; give a fraction above 0, or use cosine")
-        return self
-
-
-class Training(_Section):
-    epochs: int = Field(default=1, ge=1)
-    """passes over the training images"""
-    accumulate: int = Field(default=1, ge=1)
-    """parts a batch is cut into, one forward and backward each, before the optimizer steps"""
-    clip_norm: float | None = Field(default=None, gt=0)
-    """largest norm of all gradients together; null: no clipping"""
-    nonfinite: Literal["skip", "stop"] = "skip"
-    """at a loss or gradients that are not finite: leave the weights and go on with the next batch, or end the run"""
-    nonfinite_limit: int = Field(default=10, ge=1)
-    """skipped steps in a row that end the run, with a diagnosis"""
-    autocast: bool = False
-    """run the float layers in bfloat16"""
-    compile: bool = False
-    """torch.compile the model"""
-    channels_last: bool = True
-    """keep images and convolution weights in channels_last memory format"""
-
-    @model_validator(mode="after")
-    def _used(self) -> "Training":
-        _refuse_unused(
-            self, f"training.nonfinite {self.nonfinite}", ("nonfinite_limit",) if self.nonfinite == "stop" else (), "training."
-        )
-        return self
-
-
-class Precision(_Section):
-    model_config = ConfigDict(extra="allow")
-
-    policy: str | None = None
-    """what changes the layers' bits while the model trains, its options beside it; see the list of policies; null: nothing"""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The policy's own options."""
-        return dict(self.model_extra or {})
-
-    @field_validator("policy")
-    @classmethod
-    def _known(cls, policy: str | None) -> str | None:
-        if policy is None or re.fullmatch(r"[\w.]+:\w+", policy):
-            return policy
-        return known_name(policy, POLICIES)
-
-    @model_validator(mode="after")
-    def _used(self) -> "Precision":
-        if self.policy is None:
-            for name, value in self.options.items():
-                raise ValueError(f"precision.{name} = {show(value)}: it is an option of a policy; set precision.policy")
-        return self
-
-
-class Tracking(_Section):
-    enabled: bool = True
-    """write TensorBoard scalars and metrics.jsonl, and measure the speed-up"""
-    every: int = Field(default=10, ge=1)
-    """steps between two points of the step curves"""
-    baseline_steps: int = Field(default=5, ge=0)
-    """steps of the unconverted model and of this one timed for speedup/measured, after 2 of warm-up; 0: do not"""
-    baseline_every: int = Field(default=500, ge=0)
-    """steps between two timings of the unconverted model, each of baseline_steps + 1 of its steps; 0: at the start only"""
-    variance_every: int = Field(default=100, ge=0)
-    """steps between two measurements of each layer's gradient quantization error; 0: never"""
-
-    @model_validator(mode="after")
-    def _used(self) -> "Tracking":
-        unused = () if self.baseline_steps else ("baseline_every",)
-        _refuse_unused(self, "tracking.baseline_steps 0", unused, "tracking.")
-        return self
-
-
-class Checkpoint(_Section):
-    enabled: bool = True
-    """write last.pt after every epoch, when the run is stopped, and as the next keys say; best.pt where images are held out"""
-    every_steps: int | None = Field(default=None, ge=1)
-    """steps between two checkpoints; null: only those that the other keys ask for"""
-    every_minutes: float | None = Field(default=15.0, gt=0)
-    """minutes between two checkpoints within an epoch; null: only those that the other keys ask for"""
-    keep: int = Field(default=2, ge=1)
-    """how many of the newest checkpoints stay: last.pt, and step_<steps>.pt of those before it"""
-
-    @model_validator(mode="after")
-    def _used(self) -> "Checkpoint":
-        unused = () if self.enabled else ("every_steps", "every_minutes", "keep")
-        _refuse_unused(self, "checkpoint.enabled false", unused, "checkpoint.")
-        return self
-
-
-class Config(_Section):
+class Config(Section):
+    task: Literal["classify", "language_model", "classify_text"] = "classify"
+    """what is learned: images by class, the next token of a text, or texts by class"""
     model: Model
     data: Data
     recipe: str = "fp32"
@@ -289,8 +74,18 @@ class Config(_Section):
     @model_validator(mode="after")
     def _effective(self) -> "Config":
         if self.recipe == "fp32":
-            _refuse_unused(self, "recipe fp32", ("skip",), "")
-            _refuse_unused(self.precision, "recipe fp32", ("policy",), "precision.")
+            refuse_unused(self, "recipe fp32", ("skip",), "")
+            refuse_unused(self.precision, "recipe fp32", ("policy",), "precision.")
+        task, wanted = f"task {self.task}", DATA_OF.get(self.task, "")
+        if not self.data.name.startswith(wanted) or (not wanted and self.data.name.startswith(tuple(DATA_OF.values()))):
+            fits = next((name for name, begin in DATA_OF.items() if self.data.name.startswith(begin)), "classify")
+            data = f"texts ({wanted}<path>)" if wanted else "images"
+            raise ValueError(f"data.name = {show(self.data.name)}: {task} learns from {data}; set task={fits}, or other data")
+        if is_text_model(self.model.name) != bool(wanted):
+            reads = "texts" if wanted else "images"
+            raise ValueError(f"model.name = {show(self.model.name)}: {task} needs a model of {reads}; see the list of models")
+        if self.data.tokenizer == "model" and not self.model.name.startswith("transformers:"):
+            raise ValueError(f"data.tokenizer = model: {self.model.name} has none of its own; use characters or bytes")
         if self.data.batch_size % self.training.accumulate:
             raise ValueError(
                 f"training.accumulate = {self.training.accumulate}: it should divide data.batch_size, which is "

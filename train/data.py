@@ -1,4 +1,4 @@
-"""The images, by name, already split: which are trained on, which are held out, which only tell the result.
+"""Samples, already split: which are trained on, which are held out, which only tell the result; and the images, by name.
 
 Small sets live in memory as normalized float32 tensors and batches are indexed directly: on two cores a worker process
 costs more than it brings. Only `imagefolder:<path>` decodes in worker processes (images.py). torchvision takes two seconds to
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
-from train.config import Data as DataConfig
-from train.config import home
+from train.sections import Data as DataConfig
+from train.sections import home
 from train.wording import ConfigError
 
 SPLIT_SEED = 20160620
@@ -40,7 +40,7 @@ RGB = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of colour images: ImageNet's, which published checkpoints expect, CIFAR's too."""
 
 Batch = tuple[Tensor, Tensor]
-"""images x_NCHW (float32) and labels y_N (int64), on the CPU"""
+"""images x_NCHW (float32), or tokens x_NT (int64), and labels y_N or y_NT (int64), on the CPU"""
 Transform = Callable[[Tensor], Tensor]
 """a random change of an image x_CHW"""
 
@@ -60,12 +60,12 @@ class Augment:
 
 
 class Split(Protocol):
-    """A set of labelled images."""
+    """A set of labelled samples: images or texts."""
 
     def __len__(self) -> int: ...
 
     def take(self, indices: Sequence[int]) -> "Split":
-        """The images at these indices, in this order."""
+        """The samples at these indices, in this order."""
         ...
 
     def batches(self, chunks: Sequence[list[int]], augment: Augment | None = None, *, whole: bool = False) -> Iterator[Batch]:
@@ -99,23 +99,38 @@ class Memory:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set, split. shape: channels, height, width. unreadable: images left out so far, the reason by path."""
+    """A data set, split.
+
+    classes: of images or texts; the tokens that there are, for a language model. unreadable: images left out so far, the reason
+    by path. vocabulary: what the numbers of the tokens mean, which a checkpoint keeps; "" of images.
+    """
 
     train: Split
     valid: Split | None
     test: Split
-    shape: tuple[int, int, int]
     classes: int
+    unreadable: dict[str, str] = field(default_factory=dict, kw_only=True)
+    vocabulary: str = field(default="", kw_only=True)
+
+    def augmentation(self, seed: int, epoch: int) -> "Augment | None":
+        """What changes the training samples in this epoch."""
+        return None
+
+
+@dataclass(frozen=True)
+class Images(Data):
+    """Images. shape: channels, height, width."""
+
+    shape: tuple[int, int, int]
     transform: Transform | None
-    unreadable: dict[str, str] = field(default_factory=dict)
 
     def augmentation(self, seed: int, epoch: int) -> Augment | None:
         """What changes the training images in this epoch."""
         return Augment(self.transform, seed, epoch) if self.transform else None
 
 
-def load(config: DataConfig, *, quiet: bool = True) -> Data:
-    """Finds, reads and splits a data set. Raises ConfigError with what to do where it is not there or not usable.
+def load(config: DataConfig, *, quiet: bool = True) -> Images:
+    """Finds, reads and splits a set of images. Raises ConfigError with what to do where it is not there or not usable.
 
     quiet: show no progress bar while image files are checked.
     """
@@ -140,15 +155,15 @@ def load(config: DataConfig, *, quiet: bool = True) -> Data:
                     f"data.name = {config.name}: it has labels from {int(y_N.min())} to {int(y_N.max())}, and its "
                     f"{classes} classes are 0 to {classes - 1}; the label file is damaged or of another set: fetch it again."
                 )
-    held_out, kept = _split(len(train), config)
-    return Data(
+    held_out, kept = split(len(train), config, "images")
+    return Images(
         train.take(kept),
         train.take(held_out) if held_out else None,
         test,
-        (shape[0], shape[1], shape[2]),
         classes,
+        (shape[0], shape[1], shape[2]),
         _transform(config, shape[1], shape[2]),
-        unreadable,
+        unreadable=unreadable,
     )
 
 
@@ -161,15 +176,15 @@ def chunks(count: int, size: int, *, seed: int, epoch: int, rank: int = 0, world
     return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
 
 
-def _split(count: int, config: DataConfig) -> tuple[list[int], list[int]]:
-    """Indices held out for validation, and indices trained on."""
+def split(count: int, config: DataConfig, what: str) -> tuple[list[int], list[int]]:
+    """Indices held out for validation, and indices trained on. what: the samples' name, for messages."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
     held_out = round(config.validation * count)
     if config.validation and not 0 < held_out < count:
-        raise ConfigError(f"data.validation = {config.validation}: of {count} images that is {held_out}; choose another.")
+        raise ConfigError(f"data.validation = {config.validation}: of {count} {what} that is {held_out}; choose another.")
     kept = order[held_out:]
     if config.limit and config.limit > len(kept):
-        raise ConfigError(f"data.limit = {config.limit}: there are {len(kept)} images to train on; lower it or leave it out.")
+        raise ConfigError(f"data.limit = {config.limit}: there are {len(kept)} {what} to train on; lower it or leave it out.")
     return order[:held_out], kept[: config.limit]
 
 

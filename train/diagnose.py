@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 import fqt
 from train.measure import undisturbed
-from train.step import Parts, forward
+from train.step import Parts
+from train.tasks import Task
 
 
-def first_not_finite(model: nn.Module, parts: Parts, *, autocast: bool) -> str:
+def first_not_finite(model: nn.Module, task: Task, parts: Parts, *, autocast: bool) -> str:
     """One sentence with the layer, the ranges around it and its recipe, from a forward and backward of a copy."""
     probe = copy.deepcopy(model).train()
     names = {module: name for name, module in probe.named_modules() if not any(module.children())}
@@ -33,9 +34,9 @@ def first_not_finite(model: nn.Module, parts: Parts, *, autocast: bool) -> str:
         module.register_forward_hook(after_forward)
     with undisturbed():
         for part in parts:
-            loss, _ = forward(probe, *part, autocast=autocast)
+            loss = task.forward(probe, *part, autocast=autocast).loss
             if not seen and not loss.isfinite():
-                seen.append(f"the loss of finite logits, of images with {_range(part[0])}")
+                seen.append(f"the loss of finite logits, of {task.samples} with {_range(part[0])}")
             loss.backward()
     for name, parameter in probe.named_parameters():
         if not seen and parameter.grad is not None and not parameter.grad.isfinite().all():

@@ -23,6 +23,8 @@ MEASURED = (
     "speedup/",
     "memory/",
     "images_per_second",
+    "tokens_per_second",
+    "texts_per_second",
     "precision/training_speedup",
     "precision/switching_share_measured",
     "precision/model_error",

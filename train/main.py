@@ -12,6 +12,7 @@ if __name__ == "__main__" and not __package__:  # run as a script: find `train` 
 
 from train import catalogue, faults
 from train import config as configuration
+from train.sections import home
 from train.stop import Interrupted, Stop, Stopped
 from train.wording import ConfigError, RankError, TrainingError
 
@@ -59,7 +60,7 @@ def _run(options: argparse.Namespace, stop: Stop, speaks: bool) -> None:
         return
     newest, resume = f"{config.output}/{config.name}", options.resume
     if resume is not None:
-        resume = Path(newest if resume in (NEWEST, AUTO) else configuration.home("--resume", resume))
+        resume = Path(newest if resume in (NEWEST, AUTO) else home("--resume", resume))
     loop.run(config, resume=resume, anew=options.resume == AUTO, stop=stop)
 
 
@@ -78,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The options, and a help text that explains the configuration."""
-    about = "Trains a classifier in low-bit arithmetic, forward and backward."
+    about = "Trains a classifier of images or texts, or a language model, in low-bit arithmetic, forward and backward."
     made = Parser(
         "train",
         description=about,
@@ -114,6 +115,7 @@ def _epilog() -> str:
         [
             section("configurations (--config)", files),
             section("keys (--set), with their default", keys),
+            section("tasks (task)", list(catalogue.TASKS.items())),
             section("models (model.name)", list(catalogue.MODELS.items())),
             section("data sets (data.name)", list(catalogue.DATASETS.items())),
             section("precision policies (precision.policy)", list(catalogue.POLICIES.items())),

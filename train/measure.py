@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import fqt
 from fqt.inspect.summary import copy_macs
 from train import checkpoint
-from train.step import Parts, Step, forward
+from train.step import Parts, Step
+from train.tasks import Task
 
 WARM_UP = 2
 """Steps of each model before the timed ones."""
@@ -76,22 +77,21 @@ def baseline_ms(unconverted: nn.Module, make_step: Callable[[nn.Module], Step], 
         return statistics.median([step(parts).ms["step"] for _ in range(count + 1)][1:])
 
 
-def saved_bytes(step: Step, x_NCHW: Tensor, y_N: Tensor) -> int:
+def saved_bytes(step: Step, x: Tensor, y: Tensor) -> int:
     """Bytes that a forward keeps for the backward."""
     with fqt.count_saved_bytes() as saved:
-        loss, _ = forward(step.model, x_NCHW, y_N, autocast=step.config.autocast)
-    del loss
+        score = step.task.forward(step.model, x, y, autocast=step.config.autocast)
+    del score
     return saved.bytes
 
 
-def describe(model: nn.Module, images_NCHW: Tensor) -> tuple[fqt.Summary, float]:
+def describe(model: nn.Module, task: Task, x: Tensor) -> tuple[fqt.Summary, float]:
     """The model's summary and its modelled speed-up, after a forward of a copy that tells the sizes."""
     probe = copy.deepcopy(model).train()
     with undisturbed(), torch.no_grad():
-        probe(images_NCHW)
+        task.logits(probe, x)
     copy_macs(probe, model)  # which a compiled forward would not count
-    converted = any(fqt.quantized_layers(probe))
-    return fqt.summary(probe), fqt.modelled_speedup(probe) if converted else 1.0
+    return fqt.summary(probe), fqt.modelled_speedup(model, task.inputs(x))
 
 
 def layer_bits(model: nn.Module) -> dict[str, float]:

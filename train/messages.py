@@ -16,8 +16,11 @@ from train.log import SKIPPED
 from train.measure import Comparison
 from train.ranks import Ranks
 from train.step import Outcome
+from train.tasks import Task
 
 MIB = 2**20
+PARTS = ("train", "valid", "test")
+"""Of the data."""
 UNREADABLE = "unreadable.txt"
 """File name, in a run's folder, of the images that were left out, with what is wrong with each."""
 
@@ -27,11 +30,11 @@ def sums(outcome: Outcome) -> dict[str, float]:
 
     plain: of the steps in which nothing beside the training was measured.
     """
-    made = 0 if outcome.skipped else outcome.images
+    made = 0 if outcome.skipped else outcome.items
     return {
         "steps": 1,
         "skipped": int(bool(outcome.skipped)),
-        "images": made,
+        "items": made,
         "loss": outcome.loss * made if made else 0.0,
         "correct": outcome.correct if made else 0,
         "gradient_norm": outcome.gradient_norm if made else 0.0,
@@ -41,24 +44,30 @@ def sums(outcome: Outcome) -> dict[str, float]:
     }
 
 
-def epoch_means(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
+def epoch_means(sums: Mapping[str, float], seconds: float, task: Task) -> dict[str, float]:
     """An epoch's row; no number (NaN) where every step was skipped."""
-    images = sums["images"] or math.nan
+    loss = sums["loss"] / (sums["items"] or math.nan)
     return {
-        "loss": sums["loss"] / images,
-        "train_accuracy": sums["correct"] / images,
-        "images_per_second": sums["images"] / seconds,
+        "loss": loss,
+        f"train_{task.metric}": task.quality(loss, sums["correct"], sums["items"]),
+        f"{task.items}_per_second": sums["items"] / seconds,
     }
 
 
-def step_scalars(sums: Mapping[str, float], learning_rate: float) -> dict[str, float]:
+def row_keys(task: Task) -> set[str]:
+    """What the history says of an epoch."""
+    parts = {f"{part}_{task.metric}" for part in PARTS}
+    return {"epoch", "loss", "seconds", f"{task.items}_per_second", *parts}
+
+
+def step_scalars(sums: Mapping[str, float], learning_rate: float, task: Task) -> dict[str, float]:
     """The step curves: means since the last point, over all ranks."""
     made = sums["steps"] - sums["skipped"]
-    means = {"loss/train": sums["loss"] / sums["images"], "gradient_norm": sums["gradient_norm"] / made} if made else {}
+    means = {"loss/train": sums["loss"] / sums["items"], "gradient_norm": sums["gradient_norm"] / made} if made else {}
     return {
         **means,
         "learning_rate": learning_rate,
-        "images_per_second": 1e3 * sums["images"] / sums["step_ms"],
+        f"{task.items}_per_second": 1e3 * sums["items"] / sums["step_ms"],
         "skipped_steps": sums["skipped"],
         **{f"time/{name}": sums[name] / sums["steps"] for name in sums if name.endswith("_ms")},
     }
@@ -99,20 +108,22 @@ def comparison_scalars(comparison: Comparison | None, modelled: float) -> dict[s
     return scalars
 
 
-def epoch_scalars(row: Mapping[str, Any], peak_bytes: int) -> dict[str, float]:
+def epoch_scalars(row: Mapping[str, Any], peak_bytes: int, task: Task) -> dict[str, float]:
     """The epoch curves."""
-    scalars = {
-        "loss/epoch": row["loss"],
-        "accuracy/train": row["train_accuracy"],
-        "accuracy/test": row["test_accuracy"],
-        "memory/peak_mib": peak_bytes / MIB,
-    }
-    return scalars if row["valid_accuracy"] is None else {**scalars, "accuracy/valid": row["valid_accuracy"]}
+    qualities = {f"{task.metric}/{part}": value for part, value in _qualities(row, task).items()}
+    return {"loss/epoch": row["loss"], **qualities, "memory/peak_mib": peak_bytes / MIB}
 
 
-def final_metrics(row: Mapping[str, Any]) -> dict[str, float]:
+def final_metrics(row: Mapping[str, Any], task: Task) -> dict[str, float]:
     """What TensorBoard's table of runs shows."""
-    return {name: row[name] for name in ("test_accuracy", "valid_accuracy", "loss") if row[name] is not None}
+    qualities = {f"{part}_{task.metric}": value for part, value in _qualities(row, task).items() if part != "train"}
+    return {**qualities, "loss": row["loss"]}
+
+
+def _qualities(row: Mapping[str, Any], task: Task) -> dict[str, float]:
+    """The metric on each part of the data that there is."""
+    found = {part: row[f"{part}_{task.metric}"] for part in PARTS}
+    return {part: value for part, value in found.items() if value is not None}
 
 
 def opening(config: Config, ranks: Ranks, folder: Path | None, epochs_done: int, position: int) -> str:
@@ -124,18 +135,18 @@ def opening(config: Config, ranks: Ranks, folder: Path | None, epochs_done: int,
     return f"{line}\n{_log_line(config, folder)}".rstrip()
 
 
-def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
+def epoch_line(row: Mapping[str, Any], epochs: int, task: Task) -> str:
     """One line an epoch."""
-    accuracies = ((name, row[f"{name}_accuracy"]) for name in ("train", "valid", "test"))
-    shown = "  ".join(f"{name} {percent(value)}" for name, value in accuracies if value is not None)
+    shown = "  ".join(f"{part} {task.shown(value)}" for part, value in _qualities(row, task).items())
     return (
         f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  {shown}  "
-        f"{row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
+        f"{row[f'{task.items}_per_second']:.0f} {task.items}/s  {row['seconds']:.1f} s"
     )
 
 
 def closing(
     config: Config,
+    task: Task,
     history: Sequence[Mapping[str, Any]],
     comparison: Comparison | None,
     modelled: float,
@@ -143,7 +154,7 @@ def closing(
     measuring: float,
     folder: Path | None,
 ) -> str:
-    """The final table; its last line is the test accuracy."""
+    """The final table; its last line is the metric on the test set."""
     last = history[-1]
     table = Table(title=f"{config.name}: {config.recipe}", title_justify="left", show_header=False)
     table.add_row("model, data", f"{config.model.name}, {config.data.name}")
@@ -163,12 +174,12 @@ def closing(
             "kept for backward",
             f"{comparison.saved_bytes / MIB:.1f} MiB (unconverted {comparison.saved_bytes_fp32 / MIB:.1f} MiB)",
         )
-    for name in ("train", "valid"):
-        if last[f"{name}_accuracy"] is not None:
-            table.add_row(f"{name} accuracy", percent(last[f"{name}_accuracy"]))
+    for part, value in _qualities(last, task).items():
+        if part != "test":
+            table.add_row(f"{part} {task.metric}", task.shown(value))
     text = StringIO()
     Console(file=text, width=100).print(table)
-    return f"\n{text.getvalue()}{_log_line(config, folder)}test accuracy {percent(last['test_accuracy'])}"
+    return f"\n{text.getvalue()}{_log_line(config, folder)}test {task.metric} {task.shown(last[f'test_{task.metric}'])}"
 
 
 def skipped(reason: str, step: int, total: int) -> str:
@@ -211,11 +222,6 @@ def unreadable(paths: Mapping[str, str], folder: Path | None) -> str:
     """Said at the end of an epoch, where images were left out."""
     listed = f"; {folder / UNREADABLE} lists them" if folder else f": {', '.join(list(paths)[:5])}"
     return f"{len(paths)} images could not be read and were left out{listed}"
-
-
-def percent(fraction: float) -> str:
-    """A fraction as `88.12 %`."""
-    return f"{100 * fraction:.2f} %"
 
 
 def _log_line(config: Config, folder: Path | None) -> str:

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from train.config import Optimizer as OptimizerConfig
-from train.config import Schedule as ScheduleConfig
+from train.sections import Optimizer as OptimizerConfig
+from train.sections import Schedule as ScheduleConfig
 from train.wording import ConfigError
 
 

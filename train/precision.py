@@ -13,8 +13,9 @@ import fqt
 from fqt.precision import Cost, Policy, StepTime, build_policy, training_cost
 from fqt.precision.policy import POLICIES
 from train import pictures
-from train.config import Precision
+from train.sections import Precision
 from train.step import Parts
+from train.tasks import Task
 from train.wording import ConfigError
 
 PANELS = ("bits of the weights", "bits of the gradients")
@@ -70,10 +71,10 @@ class Timeline:
         if not self.points or self.points[-1][1:] != (words, gradients):
             self.points.append((step, words, gradients))
 
-    def calibrate(self, parts: Parts, float_ms: float) -> None:
+    def calibrate(self, task: Task, parts: Parts, float_ms: float) -> None:
         """Have the performance model know this machine. float_ms: a step of the unconverted model, measured in this run."""
         self.float_ms = float_ms
-        self._step_time = StepTime(self.policy.model, parts[0][0], float_ms, forwards=len(parts))
+        self._step_time = StepTime(self.policy.model, task.inputs(parts[0][0]), float_ms, forwards=len(parts))
 
     def scalars(self, step_ms: float, policy_ms: float) -> dict[str, float]:
         """What the policy shows, what the performance model says, and how far it is from what was measured.

@@ -21,19 +21,21 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from train import files, log
-from train.config import home, key_table
+from train.config import key_table
+from train.sections import home
 from train.wording import ConfigError, show
 
 CURVES = {
     "Speed-up, measured": ["speedup/measured"],
     "Time saved, in seconds": ["speedup/time_saved_s"],
     "Accuracy": ["accuracy/train", "accuracy/valid", "accuracy/test"],
+    "Perplexity": ["perplexity/train", "perplexity/valid", "perplexity/test"],
     "Loss": ["loss/train"],
     "Norm of the gradients": ["gradient_norm"],
     "Learning rate": ["learning_rate"],
 }
 """Each figure's title, and the scalars in it."""
-TERMINAL = ("run", "recipe", "loss", "test accuracy", "speed-up", "time saved")
+TERMINAL = ("run", "recipe", "loss", "test", "speed-up", "time saved")
 """The columns that 80 characters have room for; the page has all."""
 STYLES = ("-", "--", ":")
 PAGE = """<!doctype html>
@@ -80,6 +82,11 @@ class Run:
         """The newest value of a scalar; None where the run has none."""
         return self.curves[scalar][1][-1] if scalar in self.curves else None
 
+    def quality(self, part: str) -> str:
+        """The accuracy or the perplexity on a part of the data."""
+        perplexity = self.last(f"perplexity/{part}")
+        return percent(self.last(f"accuracy/{part}")) if perplexity is None else f"perplexity {perplexity:.4g}"
+
     def row(self) -> dict[str, str]:
         """What the table says."""
         saved, measured = self.last("speedup/time_saved_s"), self.last("speedup/measured")
@@ -92,7 +99,7 @@ class Run:
             "steps": str(max((steps[-1] for steps, _ in self.curves.values()), default=0)),
             "minutes": f"{(seconds[-1] - seconds[0]) / 60:.1f}",
             "loss": number(self.last("loss/epoch") or self.last("loss/train")),
-            **{f"{part} accuracy": percent(self.last(f"accuracy/{part}")) for part in ("train", "valid", "test")},
+            **{part: self.quality(part) for part in ("train", "valid", "test")},
             "speed-up": f"{measured:.2f}x" if measured else "",
             "time saved": f"{saved:.0f} s" if saved is not None else "",
         }

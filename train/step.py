@@ -4,26 +4,26 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 import fqt
 from fqt.precision import Decision, Policy
-from train.config import Training
+from train.sections import Training
+from train.tasks import Score, Task
 
 Parts = Sequence[tuple[Tensor, Tensor]]
-"""A batch cut into equal parts: images x_NCHW and labels y_N, on the device."""
+"""A batch cut into equal parts: what the model reads, and labels, on the device."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What one step did.
 
-    loss: mean over the batch. correct: how many of its images were recognized.
+    loss: mean over the batch. correct: how many of its items (images, tokens, texts) were guessed right.
     ms: wall time of forward, backward, optimizer, and of all of them (step).
     gradient_error: relative quantization error by layer and product, if it was asked for.
     decisions: of the precision policy.
@@ -33,7 +33,7 @@ class Outcome:
 
     loss: float
     correct: int
-    images: int
+    items: int
     ms: dict[str, float]
     gradient_error: dict[str, dict[str, float]]
     decisions: Sequence[Decision] = ()
@@ -65,6 +65,7 @@ class Step:
     """Forward and backward of each part, clipping, update.
 
     module: what is called in place of the model: itself, or wrapped for DDP.
+    task: what a batch's loss is.
     policy: what may give the model's layers other recipes after the update; its penalty is added to the loss.
     agree: whether a statement holds on every rank, so that all of them update or none.
     """
@@ -75,10 +76,12 @@ class Step:
         module: nn.Module,
         optimizer: Optimizer,
         config: Training,
+        task: Task,
         policy: Policy | None = None,
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         self.model, self.module, self.optimizer, self.config, self.policy = model, module, optimizer, config, policy
+        self.task = task
         self._called: nn.Module = torch.compile(module) if config.compile else module  # type: ignore[assignment]
         self._no_sync = getattr(module, "no_sync", nullcontext)  # DDP's: gradients are averaged with the last part only
         self._agree = agree
@@ -93,7 +96,7 @@ class Step:
         watch = Stopwatch(parts[0][0].device)
         buffers = [buffer for buffer in self.model.buffers() if buffer.numel()]
         before = [buffer.clone() for buffer in buffers]  # a forward writes BatchNorm's running means
-        results = []
+        results: list[Score] = []
         penalty = self.policy.penalty() if self.policy else None
         for part in parts[:-1]:
             with self._no_sync():
@@ -104,9 +107,8 @@ class Step:
         else:
             gradient_error = {}
             results.append(self._backward(self._called, parts[-1], len(parts), penalty, watch))
-        losses, hits = zip(*results, strict=True)
 
-        loss = torch.stack(losses).mean().item()
+        loss = torch.stack([score.loss for score in results]).mean().item()
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)  # one pass, which shows whatever is not finite
         if skipped := self._objection(loss, norm.item()):
@@ -123,10 +125,10 @@ class Step:
             watch.mark("policy")
         self.optimizer.zero_grad()
 
-        images = sum(len(y_N) for _, y_N in parts)
+        items = sum(score.items for score in results)
         ms = {**watch.ms, "step": sum(watch.ms.values())}
-        correct = int(torch.stack(hits).sum())
-        return Outcome(loss, correct, images, ms, gradient_error, decisions, skipped, norm.item())
+        correct = int(torch.stack([score.correct for score in results]).sum())
+        return Outcome(loss, correct, items, ms, gradient_error, decisions, skipped, norm.item())
 
     def _objection(self, loss: float, norm: float) -> str:
         """Why no rank may update its weights; empty where nothing speaks against it."""
@@ -138,17 +140,10 @@ class Step:
 
     def _backward(
         self, module: nn.Module, part: tuple[Tensor, Tensor], parts: int, penalty: Tensor | None, watch: Stopwatch
-    ) -> tuple[Tensor, Tensor]:
-        """Adds one part's share to the gradients; returns its loss and how many images it recognized."""
-        loss, correct = forward(module, *part, autocast=self.config.autocast)
+    ) -> Score:
+        """Adds one part's share to the gradients; returns its score, without the graph."""
+        score = self.task.forward(module, *part, autocast=self.config.autocast)
         watch.mark("forward")
-        (loss / parts if penalty is None else loss / parts + penalty).backward()
+        (score.loss / parts if penalty is None else score.loss / parts + penalty).backward()
         watch.mark("backward")
-        return loss.detach(), correct
-
-
-def forward(module: nn.Module, x_NCHW: Tensor, y_N: Tensor, *, autocast: bool) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy, and how many images are recognized."""
-    with torch.autocast(x_NCHW.device.type, torch.bfloat16, enabled=autocast):
-        logits_NK = module(x_NCHW)
-    return cross_entropy(logits_NK.float(), y_N), (logits_NK.argmax(1) == y_N).sum()
+        return replace(score, loss=score.loss.detach())

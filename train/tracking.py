@@ -17,13 +17,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from train.log import BITS, CONFIG, DECISIONS, LINES, SKIPPED, csv_step, cut, json_step
 
-LAYOUT = {
-    "speed-up: measured, modelled": ["Multiline", ["speedup/measured", "speedup/modelled"]],
-    "time saved, in seconds": ["Multiline", ["speedup/time_saved_s", "speedup/measuring_s"]],
-    "accuracy": ["Multiline", ["accuracy/train", "accuracy/valid", "accuracy/test"]],
-    "loss": ["Multiline", ["loss/train", "loss/epoch"]],
-}
-"""TensorBoard's tab of custom scalars: what a person wants to see first."""
+
+def layout(metric: str) -> dict[str, list[Any]]:
+    """TensorBoard's tab of custom scalars: what a person wants to see first."""
+    return {
+        "speed-up: measured, modelled": ["Multiline", ["speedup/measured", "speedup/modelled"]],
+        "time saved, in seconds": ["Multiline", ["speedup/time_saved_s", "speedup/measuring_s"]],
+        metric: ["Multiline", [f"{metric}/{part}" for part in ("train", "valid", "test")]],
+        "loss": ["Multiline", ["loss/train", "loss/epoch"]],
+    }
 
 
 class Tracker:
@@ -32,10 +34,11 @@ class Tracker:
     step: optimizer steps done. A resumed run gives its first step, and what an interrupted run had written beyond it
     is dropped from all files, so that no step stands there twice. So is a line that is not whole.
 
+    metric: how good the model is, for the first page of the curves.
     failure: why something could not be written; from then on nothing is.
     """
 
-    def __init__(self, folder: Path | None, *, resumed_at: int | None = None) -> None:
+    def __init__(self, folder: Path | None, *, resumed_at: int | None = None, metric: str = "accuracy") -> None:
         self._writer = self._lines = self._folder = None
         self.failure: OSError | None = None
         if folder is None:
@@ -47,7 +50,7 @@ class Tracker:
                     cut(folder / name, resumed_at, step_of)
             _quiet_writer_thread()
             self._writer = SummaryWriter(folder, purge_step=None if resumed_at is None else resumed_at + 1)
-            self._writer.add_custom_scalars({"fqt": LAYOUT})
+            self._writer.add_custom_scalars({"fqt": layout(metric)})
             self._lines = (folder / LINES).open("a", buffering=1)
             self._folder = folder
 

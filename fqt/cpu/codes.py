@@ -8,6 +8,7 @@ from torch import Tensor
 from fqt.cpu.library import empty, operators
 from fqt.formats import Format
 from fqt.qtensor import QTensor, Scales, codes_dtype
+from fqt.reference import check_kernel_mode
 
 _BIT = Format("sign", 1)
 
@@ -27,7 +28,8 @@ def quantize(
     pass_range: tuple[float, float] | None = None,
     ranges: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[QTensor, Tensor | None]:
-    """As `fqt.reference.quantize`."""
+    """As `fqt.reference.quantize`. ValueError for a mode of pruning that only the reference draws."""
+    check_kernel_mode(prune)
     shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     groups = format.groups(shape)
     codes = torch.empty(format.packed_shape(shape), dtype=codes_dtype(format))
@@ -57,7 +59,8 @@ def calibrate(
     stream: int = 0,
     ranges: tuple[Tensor, Tensor] | None = None,
 ) -> Scales:
-    """As `fqt.reference.calibrate`."""
+    """As `fqt.reference.calibrate`. ValueError as `quantize`."""
+    check_kernel_mode(prune)
     groups = format.groups((x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2]))
     scale, inverse = (torch.empty(groups, dtype=torch.float32) for _ in range(2))  # outputs of an operator share no memory
     offset = torch.empty(groups, dtype=torch.float32) if format.offset else None

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
+from fqt.inspect.flops import low_bit, register_flops
 from fqt.inspect.summary import matrix_weights
 from fqt.inspect.trial import feed, floats_of, undisturbed
 from fqt.layers import quantized_layers
+from fqt.ops import PRODUCTS
 
 _ACTIVATIONS = nn.ReLU.__module__
 # what a model's own code may raise where it is given torch.fx's proxies in place of tensors
@@ -79,6 +81,7 @@ def flow_of(model: nn.Module, example: object) -> Flow:
     """The flow of one forward of `example` (a tensor, a tuple of arguments, a mapping of keyword arguments), on a copy."""
     from torch.utils.flop_counter import FlopCounterMode  # not at import: it loads Triton
 
+    register_flops()
     trial = copy.deepcopy(model)
     for parameter in trial.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
@@ -125,11 +128,45 @@ def flow_of(model: nn.Module, example: object) -> Flow:
 
 def float_multiply_adds(model: nn.Module, example: object) -> int:
     """Multiply-adds that torch computes in float in one forward, on a copy: of a converted model all but its low-bit ones."""
+    counts = _flops(model, example)["Global"]
+    return (sum(counts.values()) - low_bit(counts)) // 2
+
+
+def modelled_speedup(model: nn.Module, example: object) -> float:
+    """What multiply-adds x bits promise of a step: the cost of float32 over that at each product's bits and kept fraction.
+
+    Every matrix product of one forward counts, all samples and calls together: those of no layer (attention's scores) and of
+    layers that stay float at 32 bits. The gradients' two products count what the forward's does. Not measured.
+
+    Args:
+        model: converted, or not (1.0).
+        example: an input of the model: a tensor, a tuple of arguments or a mapping of keyword arguments.
+    """
+    flops, layers = _flops(model, example), dict(quantized_layers(model))
+    root, total = type(model).__name__, sum(flops["Global"].values())
+    if not total:
+        return 1.0
+    cost = 32.0 * len(PRODUCTS) * total
+    for name, layer in layers.items():
+        of_layer = flops.get(f"{root}.{name}" if name else root, {})
+        within = [f"{root}.{name}.{child}" if name else f"{root}.{child}" for child in layer.borrows]
+        if layer.recipe.low_bit("output"):
+            count = low_bit(of_layer) - sum(low_bit(flops.get(child, {})) for child in within)
+        else:  # its product is among torch's own
+            count = sum(of_layer.values()) - sum(sum(flops.get(child, {}).values()) for child in within)
+        low = [product for product in PRODUCTS if layer.recipe.bits(product) < 32]
+        cost -= count * sum(32 - layer.recipe.bits(product) * layer.recipe.kept(product) for product in low)
+    return 32.0 * len(PRODUCTS) * total / cost
+
+
+def _flops(model: nn.Module, example: object) -> dict[str, dict[Any, int]]:
+    """Module -> operator -> count of one forward, on a copy; "Global" is the whole model."""
     from torch.utils.flop_counter import FlopCounterMode  # not at import: it loads Triton
 
+    register_flops()
     with undisturbed(model), FlopCounterMode(display=False) as counter:
         feed(copy.deepcopy(model), tree_map_only(Tensor, torch.clone, example))
-    return counter.get_total_flops() // 2
+    return {name: dict(counts) for name, counts in counter.get_flop_counts().items()} or {"Global": {}}
 
 
 def traced_flow(model: nn.Module) -> Flow | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,12 +218,17 @@ def backends(layer: QuantizedLayer) -> dict[str, Served]:
 
 
 def matrix_weights(module: nn.Module) -> list[nn.Parameter]:
-    """The module's own weights by whatever name (in_proj_weight, weight_ih_l0), those under a parametrization included; none
-    where none is lazy or has two axes."""
-    weights = [p for name, p in module._parameters.items() if p is not None and "weight" in name]
+    """The module's own weights by whatever name (in_proj_weight, weight_ih_l0, the fused experts' down_proj), those under a
+    parametrization included; none where none is lazy or has two axes."""
+    weights = [p for name, p in module._parameters.items() if p is not None and ("weight" in name or _is_fused(p))]
     for name, parametrizations in _parametrizations(module).items():
         weights += parametrizations.parameters(recurse=False) if "weight" in name else []
     return weights if any(is_lazy(weight) or weight.dim() > 1 for weight in weights) else []
+
+
+def _is_fused(parameter: nn.Parameter) -> bool:
+    """Whether it is several matrices in one, as a block of experts has them."""
+    return not is_lazy(parameter) and parameter.dim() == 3 and min(parameter.shape) > 1
 
 
 def _parametrizations(module: nn.Module) -> dict[str, nn.Module]:
@@ -243,6 +247,11 @@ def _why_float(module: nn.Module) -> str:
         return f"left alone: {refusal(module)}"
     if is_subclass(module):
         return "a subclass: left alone"
+    if isinstance(module, nn.RNNBase):
+        return "recurrent: torch multiplies its weights within one function, step by step in time"
+    fused = [name for name, p in module._parameters.items() if p is not None and "weight" not in name and _is_fused(p)]
+    if fused:
+        return f"matrices in one 3-d parameter ({', '.join(fused)}), as of fused experts, that no layer multiplies: left alone"
     return "not a kind that fqt converts"
 
 
@@ -279,18 +288,3 @@ def forget_macs(module: nn.Module) -> None:
         if hook is _remember_macs:
             del module._forward_hooks[number]
     module.__dict__.pop(_MACS, None)
-
-
-def modelled_speedup(model: nn.Module) -> float:
-    """What multiply-adds x bits promise: 32-bit cost over the cost at each product's bits and kept fraction. Not measured.
-
-    Raises:
-        ValueError: the model has not run a forward since its conversion.
-    """
-    rows: Iterable[Row] = summary(model).rows
-    counted = [(row, row.madds) for row in rows if row.madds is not None]
-    if not counted:
-        raise ValueError("multiply-adds are unknown: run one forward of the converted model before modelled_speedup")
-    float_cost = sum(32 * madds * len(PRODUCTS) for _, madds in counted)
-    cost = sum(madds * row.bits[p] * (row.kept[p] if row.bits[p] < 32 else 1.0) for row, madds in counted for p in PRODUCTS)
-    return float_cost / cost

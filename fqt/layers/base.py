@@ -161,14 +161,14 @@ class QuantizedLayer(nn.Module):
 
     def requests(self) -> dict[str, ops.Request]:
         """What the layer asks of kernels: each product that runs in low bits, and "quantize output.x" and so on, or
-        "encode output.x" where a registered calibration finds the scales."""
+        "encode output.x" where kernels do not find the scales."""
         with at_rest(self):
             device, asked = self.weight.device.type, {}
         for product, letters in LEFT_RIGHT.items():
             for letter in letters:
                 operand = self.recipe.operand(product, letter)
                 if operand is not None and not operand.saved:
-                    operator = "quantize" if isinstance(operand.quantizer.calibrate, str) else "encode"
+                    operator = "encode" if operand.quantizer.encodes_alone else "quantize"
                     asked[f"{operator} {product}.{letter}"] = ops.Request(device, (operand.format,), backend=self.backend)
             if self.recipe.low_bit(product):
                 formats = self.recipe.multiplied(product, self.kind)

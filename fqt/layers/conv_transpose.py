@@ -1,9 +1,10 @@
-"""QuantConvTranspose2d and QuantConvTranspose1d: transposed convolutions with a recipe, as ordinary ones over every phase.
+"""QuantConvTranspose1d, 2d and 3d: transposed convolutions with a recipe, as ordinary ones over every phase.
 
 With a stride s each output pixel sees only every s-th tap of the window: the pixels j with the same j mod s, a phase, are an
 ordinary convolution of the input by these taps turned around. So s x s convolutions (in a 2 x 2 window with stride 2 they are
 1 x 1) multiply every weight once, and no zeros between pixels, which a sign could not stand for. Each takes the scales of
-its own taps.
+its own taps. In three axes, each step of the window in depth is such a convolution of the frames that it reaches, and what
+falls on one output frame is added in float.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def phases(size: int, out: int, kernel: int, stride: int, padding: int, dilation
 
 
 class _Transposed(QuantizedLayer):
-    """What both have in common; one axis is two, the first of one pixel."""
+    """What all have in common; one axis is two, the first of one pixel."""
 
     kind = "conv"
     options = _OPTIONS
@@ -85,39 +86,72 @@ class _Transposed(QuantizedLayer):
     def _transposed(self, input: Tensor, more: list[int]) -> Tensor:
         axes = len(self.kernel_size)
         batched = input if input.dim() == axes + 2 else input.unsqueeze(0)
-        flat = axes == 1
-        x = batched.unsqueeze(2) if flat else batched
-        w = self.weight.unsqueeze(2) if flat else self.weight
-        along = []
-        for axis in range(axes):
-            kernel, stride, padding, dilation = (
-                getattr(self, name)[axis] for name in ("kernel_size", "stride", "padding", "dilation")
+        sizes = [self._output(axis, batched.shape[2 + axis], more[axis]) for axis in range(axes)]
+        if axes == 3:
+            y = self._frames(batched, sizes)
+        elif axes == 2:
+            y = self._pixels(batched, self.weight, self.bias, sizes)
+        else:
+            y = self._pixels(batched.unsqueeze(2), self.weight.unsqueeze(2), self.bias, sizes).squeeze(2)
+        return y if batched is input else y.squeeze(0)
+
+    def _output(self, axis: int, size: int, more: int) -> int:
+        """Outputs of an axis of so many inputs. ValueError where there are none."""
+        kernel, stride, padding, dilation = self._along(axis)
+        out = (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + more + 1
+        if out < 1:
+            raise ValueError(
+                f"{type(self).__name__}: padding {padding} leaves no output of the input's {size} pixels: enlarge the input"
             )
-            size = batched.shape[2 + axis]
-            out = (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + more[axis] + 1
-            if out < 1:
-                raise ValueError(
-                    f"{type(self).__name__}: padding {padding} leaves no output of the input's {size} pixels: enlarge the input"
-                )
-            along.append((phases(size, out, kernel, stride, padding, dilation), out, stride))
+        return out
+
+    def _along(self, axis: int) -> tuple[int, int, int, int]:
+        """Kernel, stride, padding and dilation of an axis."""
+        return self.kernel_size[axis], self.stride[axis], self.padding[axis], self.dilation[axis]
+
+    def _frames(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """Three axes: the frames that a step of the window reaches, as samples of their own."""
+        steps, stride, padding, dilation = self._along(0)
+        weight = self.weight  # once: a parametrization computes it
+        y: Tensor | None = None
+        for step in range(steps):
+            offset = step * dilation - padding
+            seen = [frame for frame in range(x.shape[2]) if 0 <= frame * stride + offset < sizes[0]]
+            if not seen:
+                continue
+            frames = x[:, :, seen[0] : seen[-1] + 1].transpose(1, 2)
+            part = self._pixels(frames.flatten(0, 1), weight[:, :, step], None, sizes[1:]).unflatten(0, frames.shape[:2])
+            if y is None:
+                y = part.new_zeros(x.shape[0], sizes[0], *part.shape[2:])
+            y[:, seen[0] * stride + offset : seen[-1] * stride + offset + 1 : stride] += part
+        assert y is not None
+        y = y.transpose(1, 2)
+        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1, 1)
+
+    def _pixels(self, x: Tensor, w: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
+        """Two axes, or one of which the first is one pixel; the last axes of the layer are these."""
+        flat, axes = len(sizes) == 1, len(self.kernel_size)
+        along = []
+        for number, out in enumerate(sizes):
+            axis = axes - len(sizes) + number
+            along.append((phases(x.shape[axis - axes], out, *self._along(axis)), out, self.stride[axis]))
         rows, columns = along if not flat else [([Phase(0, (0,), 1, 0, 0, 1)], 1, 1), *along]
         # (I, O / groups, kh, kw) as (O, I / groups, kh, kw)
         w = w.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
         y: Tensor | None = None
         for row in rows[0]:
             for column in columns[0]:
-                part = self._phase(x, w, row, column)
+                part = self._phase(x, w, bias, row, column)
                 if y is None:
                     y = part.new_empty(*part.shape[:2], rows[1], columns[1])
                 y[:, :, row.start :: rows[2], column.start :: columns[2]] = part
         assert y is not None
-        y = y.squeeze(2) if flat else y
-        return y if batched is input else y.squeeze(0)
+        return y
 
-    def _phase(self, x: Tensor, w: Tensor, row: Phase, column: Phase) -> Tensor:
+    def _phase(self, x: Tensor, w: Tensor, bias: Tensor | None, row: Phase, column: Phase) -> Tensor:
         if not row.taps or not column.taps:
             empty = x.new_zeros(x.shape[0], w.shape[0], row.count, column.count)
-            return empty if self.bias is None else empty + self.bias.to(empty.dtype).view(1, -1, 1, 1)
+            return empty if bias is None else empty + bias.to(empty.dtype).view(1, -1, 1, 1)
         for axis, phase in ((2, row), (3, column)):
             away = (max(-phase.before, 0), max(-phase.behind, 0))
             x = x.narrow(axis, away[0], x.shape[axis] - sum(away)) if any(away) else x
@@ -125,7 +159,7 @@ class _Transposed(QuantizedLayer):
         return functional.conv2d(
             x,
             taps,
-            self.bias,
+            bias,
             self.recipe,
             padding=(max(row.before, 0), max(row.behind, 0), max(column.before, 0), max(column.behind, 0)),
             dilation=(row.dilation, column.dilation),
@@ -140,7 +174,7 @@ class _Transposed(QuantizedLayer):
 
     def window(self) -> Geometry:
         kernel = [-(-size // stride) for size, stride in zip(self.kernel_size, self.stride, strict=True)]
-        height, width = kernel if len(kernel) == 2 else (1, kernel[0])
+        height, width = (1, *kernel)[-2:]  # of one axis: one pixel high
         return Geometry(0, 0, (height, width), (1, 1), (0, 0, 0, 0), (1, 1), self.groups)
 
     def canonical(self, y: Tensor) -> Tensor:
@@ -164,3 +198,8 @@ class QuantConvTranspose2d(_Transposed, nn.ConvTranspose2d):  # type: ignore[mis
 @register_layer(nn.ConvTranspose1d)
 class QuantConvTranspose1d(_Transposed, nn.ConvTranspose1d):  # type: ignore[misc]
     """nn.ConvTranspose1d whose three products follow `recipe`: any stride, padding, output padding, dilation and groups."""
+
+
+@register_layer(nn.ConvTranspose3d)
+class QuantConvTranspose3d(_Transposed, nn.ConvTranspose3d):  # type: ignore[misc]
+    """nn.ConvTranspose3d whose three products follow `recipe`: any stride, padding, output padding, dilation and groups."""

@@ -10,9 +10,13 @@ from fqt.quantizers.base import Quantizer, register
 
 @register("g")
 def agp(bits: int = 4, granularity: str = "sample", mode: str = "bernoulli") -> Quantizer:
-    """PSQ with b bits on one group in b. `mode`: "bernoulli" as in the paper, or "topk" as in its code."""
-    if mode not in ("bernoulli", "topk"):
-        raise ValueError(f"mode {mode!r} is not 'bernoulli' or 'topk'")
+    """PSQ with b bits on one group in b.
+
+    mode: "bernoulli", independent draws as in the paper; "systematic", the same probabilities by one draw, which always keeps
+    one group in b, so that no small batch loses all of them; or "topk" as in the paper's code.
+    """
+    if mode not in ("bernoulli", "systematic", "topk"):
+        raise ValueError(f"mode {mode!r} is not 'bernoulli', 'systematic' or 'topk'")
     prune = "" if bits == 1 else mode
     return Quantizer(
         "uint", bits, granularity, "minmax", offset=True, stochastic=True, prune=prune, keep_one_in=bits if prune else 1

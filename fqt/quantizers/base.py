@@ -23,7 +23,7 @@ from fqt import calls
 from fqt.formats import GRANULARITY_AXES, GRIDS, Format
 from fqt.qtensor import QTensor, Scales
 from fqt.quantizers.stages import RESERVED, Calibration, Estimator, ProductTransform, Stage, Transform, build_stage
-from fqt.reference import group_rows, pass_mask
+from fqt.reference import KERNEL_MODES, group_rows, pass_mask
 from fqt.wording import nearest
 
 NO_STATE: Mapping[str, nn.Module] = MappingProxyType({})
@@ -42,7 +42,7 @@ class Quantizer:
         calibrate: "absmax", "minmax", "absmean", or "none" for the fixed range `limits`; or a registered `Calibration`.
         limits: the values of the smallest and the largest code, with calibrate="none".
         stochastic: stochastic rounding, unbiased within the range; else to nearest, ties to even.
-        prune: "" or AGP's "bernoulli" (unbiased) or "topk".
+        prune: "" or AGP's "bernoulli" or "systematic" (both unbiased), or "topk".
         keep_one_in: b: pruning keeps one group in b.
         pass_range: clipped straight-through estimator: the gradient passes where low <= x <= high. None: everywhere.
         transform: "" or "tanh" (DoReFa's weights: tanh(w) / max|tanh(w)|, differentiated by autograd), or a registered
@@ -74,7 +74,7 @@ class Quantizer:
             value = getattr(self, field)
             if value not in ("", None, *RESERVED[kind]):
                 object.__setattr__(self, field, build_stage(kind, value))
-        choices = {"granularity": (*GRANULARITY_AXES["activation"], "block"), "prune": ("", "bernoulli", "topk")}
+        choices = {"granularity": (*GRANULARITY_AXES["activation"], "block"), "prune": ("", "bernoulli", "systematic", "topk")}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} {getattr(self, field)!r} is not one of {', '.join(map(repr, allowed))}")
@@ -102,7 +102,9 @@ class Quantizer:
         if self.stochastic and self.grid == "sign":
             raise ValueError("the grid 'sign' has no stochastic rounding: use grid 'uint' with 1 bit and an offset")
         if self.keep_one_in < 1 or (self.prune == "" and self.keep_one_in != 1):
-            raise ValueError(f"keep_one_in={self.keep_one_in} needs prune='bernoulli' or 'topk' and a value of at least 1")
+            raise ValueError(
+                f"keep_one_in={self.keep_one_in} needs prune='bernoulli', 'systematic' or 'topk' and a value of at least 1"
+            )
 
     def _check_limits(self) -> None:
         low, high = self.limits
@@ -143,7 +145,12 @@ class Quantizer:
     @property
     def random(self) -> bool:
         """Whether encoding draws random numbers."""
-        return self.stochastic or self.prune == "bernoulli"
+        return self.stochastic or self.prune in ("bernoulli", "systematic")
+
+    @property
+    def encodes_alone(self) -> bool:
+        """Whether the scales are found in plain torch, and kernels only encode with them."""
+        return isinstance(self.calibrate, Calibration) or self.prune not in KERNEL_MODES
 
     @property
     def fraction_length(self) -> int | None:
@@ -308,7 +315,8 @@ def codes_of(
     backend: str,
 ) -> tuple[QTensor, Tensor]:
     """`quantize`, of what was checked before. state: that of the registered calibration."""
-    if isinstance(quantizer.calibrate, str):
+    if not quantizer.encodes_alone:
+        assert isinstance(quantizer.calibrate, str)
         return calls.quantize(
             x_NPC,
             format,
@@ -325,8 +333,14 @@ def codes_of(
             backend=backend,
         )
     with torch.no_grad():
-        rows_GE = group_rows(x_NPC.float() if fold is None else x_NPC.float() * fold, format)
-        scales = _checked(quantizer.calibrate.scales(rows_GE, format, state, update), rows_GE, format, quantizer.calibrate)
+        if isinstance(quantizer.calibrate, Calibration):
+            rows_GE = group_rows(x_NPC.float() if fold is None else x_NPC.float() * fold, format)
+            scales = _checked(quantizer.calibrate.scales(rows_GE, format, state, update), rows_GE, format, quantizer.calibrate)
+        else:
+            options = {"prune": quantizer.prune, "keep_one_in": quantizer.keep_one_in, "limits": quantizer.limits}
+            scales = calls.calibrate(
+                x_NPC, format, calibrate=quantizer.calibrate, fold=fold, key=key, stream=stream, ranges=ranges, **options
+            )
     draws = key if quantizer.stochastic else None
     q = calls.encode(x_NPC, scales, format, fold=fold, key=draws, stream=stream, backend=backend)
     inside = quantizer.pass_range

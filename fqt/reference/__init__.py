@@ -3,15 +3,17 @@
 from fqt.reference.codes import MIN_RANGE, absmean, calibrate, calibrate_groups, encode, group_range, group_rows, quantize
 from fqt.reference.packing import apply_mask, decode, pack, pass_mask, spread, unpack
 from fqt.reference.products import accumulate, grad_input, grad_weight, output
-from fqt.reference.pruning import keep_groups
+from fqt.reference.pruning import KERNEL_MODES, check_kernel_mode, keep_groups
 
 __all__ = [
+    "KERNEL_MODES",
     "MIN_RANGE",
     "absmean",
     "accumulate",
     "apply_mask",
     "calibrate",
     "calibrate_groups",
+    "check_kernel_mode",
     "decode",
     "encode",
     "grad_input",

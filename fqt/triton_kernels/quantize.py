@@ -193,7 +193,8 @@ def quantize(
     pass_range: tuple[float, float] | None = None,
     ranges: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[QTensor, Tensor | None]:
-    """As `fqt.reference.quantize`."""
+    """As `fqt.reference.quantize`. ValueError for a mode of pruning that only the reference draws."""
+    reference.check_kernel_mode(prune)
     shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     device, lie, groups = x_NPC.device, plan.stored(format, shape), format.groups(shape)
     mask = None if pass_range is None else x_NPC.new_empty(_BIT.packed_shape(shape), dtype=torch.uint8)
@@ -247,7 +248,8 @@ def calibrate(
     stream: int = 0,
     ranges: tuple[Tensor, Tensor] | None = None,
 ) -> Scales:
-    """As `fqt.reference.calibrate`."""
+    """As `fqt.reference.calibrate`. ValueError as `quantize`."""
+    reference.check_kernel_mode(prune)
     shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     lie, groups = plan.stored(format, shape), format.groups(shape)
     if x_NPC.numel() == 0:

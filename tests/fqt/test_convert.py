@@ -211,7 +211,6 @@ def test_subclasses_are_left_alone() -> None:
             "parametrized": parametrizations.weight_norm(MyLinear(4, 4)),
             "user": MyLinear(4, 4),
             "bilinear": nn.Bilinear(4, 4, 2),
-            "transposed": nn.ConvTranspose3d(4, 4, 1),
         }
     )
     before = {name: type(m) for name, m in model.named_modules() if name != "plain"}

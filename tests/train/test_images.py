@@ -143,7 +143,7 @@ def test_a_run_counts_and_lists_what_it_left_out(tmp_path, capsys):
     listed = [line.split("\t") for line in (result.folder / "unreadable.txt").read_text().splitlines()]
     assert [path for path, _ in listed] == [str(tmp_path / "set" / name) for name in ("train/cat/1.jpg", "val/dog/1.jpg")]
     assert "2 images could not be read and were left out" in capsys.readouterr().out
-    assert result.test_accuracy * 15 == pytest.approx(round(result.test_accuracy * 15))
+    assert result.test * 15 == pytest.approx(round(result.test * 15))
 
 
 def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):

@@ -10,17 +10,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.train.helpers import assert_same, trained, weights
-from train import checkpoint, diagnose, loop, measure
+from train import checkpoint, data, diagnose, loop, measure
 from train import stop as stop_module
 from train.log import reproducible_lines
 from train.loop import run
 from train.stop import Stop
+from train.tasks import TASKS
 from train.wording import ConfigError, TrainingError
 
 
@@ -68,7 +68,7 @@ def test_resumed_run_ends_like_one_that_never_stopped(make, monkeypatch, recipe)
 
     resumed = run(config.model_copy(update={"name": "stopped"}), resume=Path("runs/stopped"))
     assert_same(trained(resumed), trained(whole))
-    assert resumed.test_accuracy == whole.test_accuracy
+    assert resumed.test == whole.test
     assert [row["loss"] for row in resumed.history] == [row["loss"] for row in whole.history]
     assert len(list(Path("runs/stopped").iterdir())) == 1, "a resumed run stays in its folder"
 
@@ -87,7 +87,7 @@ def test_a_run_stopped_by_a_signal_goes_on_within_its_epoch(make, monkeypatch, r
     class Stopped(loop.Trainer):
         def train_step(self, parts, epoch):
             outcome = super().train_step(parts, epoch)
-            if self.steps == step:
+            if self.done.steps == step:
                 os.kill(os.getpid(), signal.SIGTERM)
             return outcome
 
@@ -141,13 +141,13 @@ def test_checkpoints_by_time(make, monkeypatch):
 
 
 def test_skipped_steps_are_listed_and_the_run_goes_on(make, monkeypatch, capsys):
-    class Bad(loop.Trainer):
+    class Bad(loop.Feed):
         def batches(self, epoch, start=0):
             for number, parts in enumerate(super().batches(epoch, start), start):
                 bad = (epoch, number) in ((0, 0), (0, 1), (1, 2))
                 yield [(x * (math.inf if bad else 1), y) for x, y in parts]
 
-    monkeypatch.setattr(loop, "Trainer", Bad)
+    monkeypatch.setattr(loop, "Feed", Bad)
     result = run(make(training={"epochs": 2, "nonfinite_limit": 3}, quiet=False, **LOGGED))
     rows = [json.loads(line) for line in (result.folder / "skipped.jsonl").read_text().splitlines()]
     assert [(row["step"], row["epoch"], row["reason"]) for row in rows] == [
@@ -155,7 +155,7 @@ def test_skipped_steps_are_listed_and_the_run_goes_on(make, monkeypatch, capsys)
         (2, 1, "the loss is nan"),
         (7, 2, "the loss is nan"),
     ]
-    assert [len(images) for row in rows for images in row["images"]] == [64] * 3
+    assert [len(images) for row in rows for images in row["samples"]] == [64] * 3
     assert all(math.isfinite(row["loss"]) for row in result.history)
     assert [line["skipped_steps"] for line in reproducible_lines(result.folder) if "skipped_steps" in line] == [2, 0]
     out = capsys.readouterr().out
@@ -167,13 +167,13 @@ def test_skipped_steps_are_listed_and_the_run_goes_on(make, monkeypatch, capsys)
 def test_the_diagnosis_names_the_first_layer(make, recipe):
     with loop.ranks.join("cpu") as place:
         trainer = loop.Trainer(make(recipe=recipe), place)
-    parts = next(trainer.batches(0))
+    parts = next(trainer.feed.batches(0))
     name, state = second_conv(trainer.model), torch.get_rng_state()
-    assert diagnose.first_not_finite(trainer.model, parts, autocast=False).startswith(
+    assert diagnose.first_not_finite(trainer.model, trainer.task, parts, autocast=False).startswith(
         "A repetition of the last such batch gave"
     )
     trainer.model.get_submodule(name).weight.data[0] = math.nan
-    sentence = diagnose.first_not_finite(trainer.model, parts, autocast=False)
+    sentence = diagnose.first_not_finite(trainer.model, trainer.task, parts, autocast=False)
     kind = "Conv2d" if recipe == "fp32" else "QuantConv2d, recipe fqt_1bit"
     assert sentence.startswith(f"First not finite is the output of layer {name} ({kind}); input ")
     assert re.search(r"weight -?[\d.]+ to [\d.]+ \(\d+ not finite\)", sentence)
@@ -198,7 +198,7 @@ def test_the_diagnosis_names_where_a_gradient_breaks(make):
             return Break.apply(x)
 
     trainer.model.insert(3, Breaking())
-    sentence = diagnose.first_not_finite(trainer.model, next(trainer.batches(0)), autocast=False)
+    sentence = diagnose.first_not_finite(trainer.model, trainer.task, next(trainer.feed.batches(0)), autocast=False)
     assert sentence.startswith("First not finite is the gradient that arrives at layer 2 (ReLU): ")
 
 
@@ -265,7 +265,7 @@ def test_a_checkpoint_of_other_images_or_another_model_is_refused(make, monkeypa
     short = {**moments, 0: {**moments[0], "exp_avg": torch.zeros(2)}}
     group = state["optimizer"]["param_groups"][0]
     for changes, wanted in (
-        ({"images": 255}, "written by a run on 255 training images, and there are 256 now"),
+        ({"samples": 255}, "written by a run on 255 training images, and there are 256 now"),
         ({"model": {}}, "does not fit this run: model.0.weight is missing"),
         (
             {"model": {**state["model"], "0.weight": torch.zeros(3)}},
@@ -307,16 +307,16 @@ def test_seed_decides_and_measuring_does_not(make):
 def test_validation_images_are_not_trained_on_and_reported_apart(make):
     without = run(make())
     with_some = run(make(data={"validation": 0.2}))
-    assert without.valid_accuracy is None
-    assert 0 <= with_some.valid_accuracy <= 1
-    assert with_some.valid_accuracy == with_some.history[-1]["valid_accuracy"]
-    assert with_some.valid_accuracy * 300 == pytest.approx(round(with_some.valid_accuracy * 300))
+    assert without.valid is None
+    assert 0 <= with_some.valid <= 1
+    assert with_some.valid == with_some.history[-1]["valid_accuracy"]
+    assert with_some.valid * 300 == pytest.approx(round(with_some.valid * 300))
 
 
 def test_result_of_a_run_that_learns(make):
     result = run(make(data={"limit": None}, training={"epochs": 3}, optimizer={"lr": 8e-3}))
-    assert result.test_accuracy > 0.9
-    assert result.test_accuracy * 297 == pytest.approx(round(result.test_accuracy * 297))
+    assert result.test > 0.9
+    assert result.test * 297 == pytest.approx(round(result.test * 297))
     assert result.history[0]["loss"] > result.history[-1]["loss"]
     assert result.seconds == sum(row["seconds"] for row in result.history) > 0
     assert (result.folder, result.comparison) == (None, None)
@@ -346,7 +346,7 @@ def test_accuracy_is_that_of_the_saved_model(make):
     again = run(make(model={"weights": str(result.folder / "last.pt")}, optimizer={"lr": 1e-30}))
     assert again.history[0]["loss"] < result.history[0]["loss"]
     # BatchNorm's running means move on, the weights do not
-    assert abs(again.test_accuracy - result.test_accuracy) < 0.5
+    assert abs(again.test - result.test) < 0.5
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "xnor"])
@@ -417,16 +417,16 @@ def test_recipe_file_with_a_mistake(make, tmp_path):
 
 
 def test_more_processes_than_the_batch_divides_into(make):
-    trainer = SimpleNamespace(config=make(), place=loop.ranks.Ranks(0, 3, torch.device("cpu")))
+    config = make()
     with pytest.raises(ConfigError, match="data.batch_size = 64: 3 processes .*multiple of 3"):
-        loop.Trainer.chunks(trainer, 0)  # type: ignore[arg-type]
+        loop.Feed(config, TASKS["classify"], data.load(config.data), loop.ranks.Ranks(0, 3, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_memory_format(make, wanted):
     with loop.ranks.join("cpu") as place:
         trainer = loop.Trainer(make(training={"channels_last": wanted}), place)
-    (x, _), *_ = next(trainer.batches(0))
+    (x, _), *_ = next(trainer.feed.batches(0))
     weight = trainer.model.get_submodule(second_conv(trainer.model)).weight
     assert weight.is_contiguous(memory_format=torch.channels_last) == wanted
     assert x.shape[1] == 1 or x.is_contiguous(memory_format=torch.channels_last) == wanted
@@ -435,8 +435,8 @@ def test_memory_format(make, wanted):
 def test_accumulated_parts_cut_the_batch(make):
     with loop.ranks.join("cpu") as place:
         trainer = loop.Trainer(make(training={"accumulate": 4}), place)
-    assert trainer.steps_per_epoch == 4
-    assert [len(y) for _, y in next(trainer.batches(0))] == [16] * 4
+    assert trainer.feed.steps == 4
+    assert [len(y) for _, y in next(trainer.feed.batches(0))] == [16] * 4
 
 
 def test_evaluation_counts_every_image_in_evaluation_mode(make):
@@ -462,5 +462,5 @@ def test_comparison_is_part_of_the_result(make):
 def test_run_on_a_gpu(make, recipe):
     keys = {"device": "cuda", "tracking": {"enabled": True, "baseline_steps": 1}, "recipe": recipe, **SAVED}
     result = run(make(**keys))
-    assert 0 <= result.test_accuracy <= 1
+    assert 0 <= result.test <= 1
     assert run(make(**keys), resume=result.folder).history == result.history

@@ -8,8 +8,9 @@ from torch import nn
 
 import fqt
 from train import checkpoint, measure, models
-from train.config import Training
+from train.sections import Training
 from train.step import Step
+from train.tasks import TASKS
 
 SHAPE = (1, 8, 8)
 
@@ -26,7 +27,7 @@ def batches(count=4, images=16):
 
 
 def make_step(model):
-    return Step(model, model, torch.optim.Adam(model.parameters(), lr=1e30), Training())
+    return Step(model, model, torch.optim.Adam(model.parameters(), lr=1e30), Training(), TASKS["classify"])
 
 
 def snapshot(model):
@@ -50,7 +51,7 @@ def test_compare_takes_medians_after_warm_up_of_the_same_batches(pair):
 
     class Fake:
         def __init__(self, model):
-            self.model, self.config = model, Training()
+            self.model, self.config, self.task = model, Training(), TASKS["classify"]
             self.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 
         def __call__(self, parts):
@@ -80,13 +81,13 @@ def test_converted_model_saves_less(pair):
 def test_describe_knows_sizes_without_a_trace_in_the_model(pair):
     converted, unconverted = pair
     before, state = snapshot(converted), torch.get_rng_state()
-    summary, modelled = measure.describe(converted, torch.zeros(2, *SHAPE))
+    summary, modelled = measure.describe(converted, TASKS["classify"], torch.zeros(2, *SHAPE))
     assert modelled > 1
     row = summary.rows[0]
     assert (row.name, row.madds) == ("0", 8 * 8 * 16 * 1 * 9)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in converted.state_dict().items())
-    assert measure.describe(unconverted, torch.zeros(2, *SHAPE))[1] == 1.0
+    assert measure.describe(unconverted, TASKS["classify"], torch.zeros(2, *SHAPE))[1] == 1.0
 
 
 def test_bits_and_zeros_of_layers():

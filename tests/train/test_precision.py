@@ -111,7 +111,7 @@ def test_a_resumed_run_decides_bit_for_bit_alike(make, monkeypatch, policy):
 
     class Interrupted(loop.Trainer):
         def save(self):
-            if self.epoch == 3:  # some steps beyond the checkpoint, whose decisions must be forgotten
+            if self.done.epoch == 3:  # some steps beyond the checkpoint, whose decisions must be forgotten
                 raise KeyboardInterrupt
             super().save()
 
@@ -143,7 +143,7 @@ def test_parts_of_a_batch_pay_the_penalty_once(make):
             seen.append(trainer.model[0].weight.grad.clone()) or []
         )
         trainer.model.eval()  # BatchNorm of a part is not that of the batch
-        trainer.step(next(iter(trainer.batches(0))))
+        trainer.step(next(iter(trainer.feed.batches(0))))
         trainers.append(seen[0])
     torch.testing.assert_close(*trainers, rtol=0.2, atol=0.05)
 

@@ -29,9 +29,9 @@ PRODUCTS = ("output", "grad_input", "grad_weight")
 def trained(place):
     trainer = loop.Trainer(config.load("fqt_1bit", {TRAINED!r}), place)
     result = trainer.train()
-    images = [y.tolist() for part in trainer.batches(0) for _, y in part]
-    return {{"model": trainer.model.state_dict(), "noise": torch.rand(4), "accuracy": result.test_accuracy,
-            "folder": str(result.folder), "chunks": trainer.chunks(0), "history": [row["loss"] for row in result.history]}}
+    images = [y.tolist() for part in trainer.feed.batches(0) for _, y in part]
+    return {{"model": trainer.model.state_dict(), "noise": torch.rand(4), "accuracy": result.test,
+            "folder": str(result.folder), "chunks": trainer.feed.chunks(0), "history": [row["loss"] for row in result.history]}}
 
 def decided(place):
     trainer = loop.Trainer(config.load("adapt_int8", {DECIDED!r}), place)

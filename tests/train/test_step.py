@@ -10,8 +10,9 @@ from torch import nn
 
 import fqt
 from tests.train.helpers import assert_same
-from train.config import Training
+from train.sections import Training
 from train.step import Step
+from train.tasks import TASKS
 
 
 def linear():
@@ -26,7 +27,7 @@ def batch(images=8, parts=1, scale=1.0):
 
 
 def step_for(model, **training):
-    return Step(model, model, torch.optim.SGD(model.parameters(), lr=0.5), Training(**training))
+    return Step(model, model, torch.optim.SGD(model.parameters(), lr=0.5), Training(**training), TASKS["classify"])
 
 
 def test_step_is_one_of_plain_torch():
@@ -38,7 +39,7 @@ def test_step_is_one_of_plain_torch():
     loss.backward()
     torch.optim.SGD(twin.parameters(), lr=0.5).step()
     assert torch.equal(model[1].weight, twin[1].weight)
-    assert (outcome.loss, outcome.correct, outcome.images) == (loss.item(), correct, 8)
+    assert (outcome.loss, outcome.correct, outcome.items) == (loss.item(), correct, 8)
     assert model[1].weight.grad is None
 
 
@@ -47,7 +48,7 @@ def test_parts_add_up_to_the_batch():
     one, four = step_for(whole)(batch()), step_for(cut, accumulate=4)(batch(parts=4))
     torch.testing.assert_close(whole[1].weight, cut[1].weight)
     assert one.loss == pytest.approx(four.loss)
-    assert (one.correct, one.images) == (four.correct, four.images)
+    assert (one.correct, one.items) == (four.correct, four.items)
 
 
 def test_phases_add_up_to_the_step():
@@ -92,7 +93,7 @@ def test_what_is_not_finite_leaves_everything(training, what, bad, parts):
     torch.manual_seed(0)
     model = Poisoned(1.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
-    step = Step(model, model, optimizer, Training(accumulate=parts, **training))
+    step = Step(model, model, optimizer, Training(accumulate=parts, **training), TASKS["classify"])
     good = batch(parts=parts)
     assert step(good).skipped == ""
     before = everything(step)
@@ -109,7 +110,7 @@ def test_what_is_not_finite_leaves_everything(training, what, bad, parts):
 def test_all_ranks_skip_or_none():
     model = linear()
     before = copy.deepcopy(model.state_dict())
-    step = Step(model, model, torch.optim.SGD(model.parameters(), lr=0.5), Training(), agree=lambda _: False)
+    step = Step(model, model, torch.optim.SGD(model.parameters(), lr=0.5), Training(), TASKS["classify"], agree=lambda _: False)
     assert step(batch()).skipped == "another process's loss is not finite"
     assert_same(model.state_dict(), before)
 
@@ -150,7 +151,7 @@ def test_ddp_averages_with_the_last_part_only():
             return Without()
 
     model = linear()
-    step = Step(model, Wrapped(model), torch.optim.SGD(model.parameters(), lr=0.1), Training(accumulate=4))
+    step = Step(model, Wrapped(model), torch.optim.SGD(model.parameters(), lr=0.1), Training(accumulate=4), TASKS["classify"])
     step(batch(parts=4))
     assert events == [False, False, False, True]
 

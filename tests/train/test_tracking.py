@@ -12,6 +12,7 @@ from train import config, messages
 from train.loop import run
 from train.ranks import Ranks
 from train.step import Outcome
+from train.tasks import TASKS
 from train.tracking import Tracker
 
 
@@ -95,8 +96,8 @@ def test_pictures_and_the_layout(tracked):
 def test_curves_say_what_the_result_says(tracked):
     _, result = tracked
     curves, _, _ = read(result.folder)
-    assert curves["accuracy/test", 8] == pytest.approx(result.test_accuracy)
-    assert curves["accuracy/valid", 8] == pytest.approx(result.valid_accuracy)
+    assert curves["accuracy/test", 8] == pytest.approx(result.test)
+    assert curves["accuracy/valid", 8] == pytest.approx(result.valid)
     assert curves["loss/epoch", 4] == pytest.approx(result.history[0]["loss"])
     assert curves["speedup/measured", 0] == pytest.approx(result.comparison.speedup)
     assert curves["speedup/modelled", 0] == pytest.approx(result.modelled_speedup)
@@ -124,7 +125,7 @@ def test_hyperparameters_are_in_the_table_of_runs(tracked):
     events.Reload()
     plugin = events.PluginTagToContent("hparams")
     assert b"optimizer.lr" in plugin["_hparams_/session_start_info"]
-    assert events.Scalars("hparam/test_accuracy")[0].value == pytest.approx(result.test_accuracy)
+    assert events.Scalars("hparam/test_accuracy")[0].value == pytest.approx(result.test)
     assert [path.name for path in Path(result.folder).iterdir() if path.is_dir()] == [], "no folder of its own"
 
 
@@ -209,7 +210,7 @@ def test_step_scalars_are_means():
     sums: dict[str, float] = {}
     for outcome in (Outcome(1.0, 3, 10, {"step": 20.0}, {}), Outcome(4.0, 5, 20, {"step": 40.0}, {})):
         sums = {name: sums.get(name, 0) + value for name, value in messages.sums(outcome).items()}
-    assert messages.step_scalars(sums, 0.1) == {
+    assert messages.step_scalars(sums, 0.1, TASKS["classify"]) == {
         "loss/train": 3.0,
         "learning_rate": 0.1,
         "images_per_second": 500.0,

@@ -284,30 +284,6 @@ def test_a_converted_layer_that_no_forward_called_stands_as_float() -> None:
     assert outer.bits["output"] == 8
 
 
-# --- the modelled speedup ---------------------------------------------------------------------------------------------------
-
-
-def test_modelled_speedup_by_hand() -> None:
-    model = fqt.convert(small(), "fqt_1bit")
-    model(torch.randn(2, 3, 8, 8))
-    first, middle, last = 13824, 1944, 540
-    float_cost = 32 * 3 * (first + middle + last)
-    cost = 32 * 3 * (first + last) + middle * (1 + 4 / 4 + 4 / 4)
-    assert fqt.modelled_speedup(model) == pytest.approx(float_cost / cost)
-
-
-@pytest.mark.parametrize(("name", "expected"), [("int8", 4.0), ("fqt_w1a1g4", 96 / 9), ("xnor", 96 / 65), ("psq_b1", 32)])
-def test_modelled_speedup_of_one_layer(name: str, expected: float) -> None:
-    layer = fqt.convert(nn.Linear(6, 5), fqt.load_recipe(name).everywhere())
-    layer(torch.randn(2, 6))
-    assert fqt.modelled_speedup(layer) == pytest.approx(expected)
-
-
-def test_modelled_speedup_needs_a_forward() -> None:
-    with pytest.raises(ValueError, match="run one forward of the converted model before modelled_speedup"):
-        fqt.modelled_speedup(fqt.convert(small(), "int8"))
-
-
 def test_counting_leaves_the_output_alone_and_goes_with_revert() -> None:
     model = small().eval()
     x = torch.randn(2, 3, 8, 8)
@@ -318,3 +294,20 @@ def test_counting_leaves_the_output_alone_and_goes_with_revert() -> None:
     assert torch.equal(model(x), expected)
     assert {row.madds for row in fqt.summary(model).rows} == {None}
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_recurrent_layers_and_fused_experts_stand_there_with_their_reason() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj, self.down_proj = nn.Parameter(torch.randn(3, 4, 8)), nn.Parameter(torch.randn(3, 8, 4))
+            self.place = nn.Parameter(torch.randn(1, 5, 4))
+
+    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "lstm": nn.LSTM(4, 4), "gru": nn.GRU(4, 4), "experts": Experts()})
+    rows = {row.name: row for row in fqt.summary(fqt.convert(model, INT8)).rows}
+    reason = "recurrent: torch multiplies its weights within one function, step by step in time"
+    assert (rows["lstm"].kind, rows["lstm"].note, rows["gru"].note) == ("LSTM", reason, reason)
+    assert rows["experts"].note == (
+        "matrices in one 3-d parameter (gate_up_proj, down_proj), as of fused experts, that no layer multiplies: left alone"
+    )
+    assert rows["experts"].packed_bytes == 2 * 3 * 4 * 8 * 4

@@ -25,6 +25,9 @@ LAYERS = {
     "groups": (nn.ConvTranspose2d(4, 6, (3, 4), stride=(1, 2), groups=2), (3, 4, 5, 4)),
     "unbatched": (nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1), (4, 5, 4)),
     "1d": (nn.ConvTranspose1d(4, 6, 16, stride=8, padding=4), (3, 4, 5)),
+    "3d": (nn.ConvTranspose3d(4, 6, (3, 2, 2), stride=2, padding=(1, 0, 0), output_padding=(1, 0, 0)), (2, 4, 3, 3, 2)),
+    "3d gaps": (nn.ConvTranspose3d(4, 6, 2, stride=(3, 2, 1), dilation=(2, 1, 1), groups=2, bias=False), (2, 4, 2, 3, 3)),
+    "3d unbatched": (nn.ConvTranspose3d(4, 6, 3, padding=1), (4, 3, 3, 2)),
     "1d unbatched": (nn.ConvTranspose1d(4, 6, 5, stride=2, output_padding=1, groups=2), (4, 5)),
 }  # fmt: skip
 layers = pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fqt import reference
+import fqt
+from fqt import products, reference
 from fqt.formats import Format
 from fqt.quantizers import Quantizer, build, quantize
 from tests.fqt import oracle
@@ -259,7 +260,7 @@ def test_what_agp_is():
     assert build("agp", "g") == Quantizer(
         "uint", 4, "sample", "minmax", offset=True, stochastic=True, prune="bernoulli", keep_one_in=4
     )
-    with pytest.raises(ValueError, match="quantizer 'agp' .*mode 'random' is not 'bernoulli' or 'topk'"):
+    with pytest.raises(ValueError, match="quantizer 'agp' .*mode 'random' is not 'bernoulli', 'systematic' or 'topk'"):
         build("agp", "g", mode="random")
 
 
@@ -283,3 +284,86 @@ def test_pruning_draws_from_the_stream_after_the_rounding(rng):
     expected = [i for i in range(8) if oracle.u24(i, 0, 11, key) < float(p[i]) * ONE]
     assert q.index is not None
     assert q.index[q.index >= 0].tolist() == expected
+
+
+# --- systematic sampling ---------------------------------------------------------------------------------------------
+
+
+def test_systematic_keeps_the_share_of_groups_and_never_none(rng):
+    """G/b groups rounded up or down; one where G is less than b."""
+    for groups, b in ((1, 4), (2, 4), (3, 8), (4, 4), (8, 4), (10, 4), (64, 4), (1000, 8)):
+        high = torch.from_numpy(np.exp(rng.normal(size=groups)).astype(np.float32))
+        for key in range(40):
+            kept, factor = reference.keep_groups(-high, high, "systematic", b, torch.tensor(key), 1)
+            assert max(1, groups // b) <= len(kept) <= max(1, -(-groups // b))
+            assert torch.equal((factor > 0).nonzero()[:, 0], kept)
+
+
+def test_systematic_has_the_probabilities_and_factors_of_independent_draws():
+    """Over an even grid of draws the share of each group is its probability; each count lies within 5.5 deviations."""
+    high = torch.tensor([1.0, 0.2, 3.0, 0.7, 0.0, 0.1, 40.0, 1.5])
+    draws, count, factors = 4000, torch.zeros(8), torch.zeros(8)
+    for key in range(draws):
+        kept, factor = reference.keep_groups(-high, high, "systematic", 2, torch.tensor(key), 1)
+        count[kept] += 1
+        factors = torch.maximum(factors, factor)
+    p = torch.where(factors > 0, 1 / factors, 0.0)
+    assert p.sum() == pytest.approx(4.0, abs=1e-5) and p[6] == 1.0 and p[4] == 0.0
+    deviation = (draws * p * (1 - p)).sqrt().clamp(min=1e-9)
+    assert ((count - draws * p).abs() <= 5.5 * deviation + 1e-3).all()
+    once = torch.zeros(8)
+    for key in range(400):
+        once = torch.maximum(once, reference.keep_groups(-high, high, "bernoulli", 2, torch.tensor(key), 1)[1])
+    seen = once > 0
+    assert torch.equal(once[seen], factors[seen])
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_systematic_codes_are_those_of_any_kernel_that_encodes(backend, rng):
+    g, key, quantizer = gradient(rng), torch.tensor(99), build("agp", "g", bits=4, mode="systematic")
+    assert quantizer is not None and quantizer.random
+    q, _ = quantize(g, quantizer, "g", key=key, stream=8, backend=backend)
+    options = {"calibrate": "minmax", "prune": "systematic", "keep_one_in": 4, "stochastic": True}
+    expected, _ = reference.quantize(g, q.format, key=key, stream=8, **options)
+    for made, wanted in zip(q.parts(), expected.parts(), strict=True):
+        assert torch.equal(made, wanted)
+
+
+def test_a_kernel_that_calibrates_itself_refuses_systematic():
+    from fqt.cpu import codes
+
+    for function in (codes.quantize, codes.calibrate):
+        with pytest.raises(ValueError, match="prune 'systematic' is drawn by the reference's calibrate alone"):
+            function(torch.ones(2, 1, 4), fqt.Format("uint", 4, "N", True), calibrate="minmax", prune="systematic")
+
+
+SYSTEMATIC = """
+extends: fqt_1bit
+grad_input: {g: {quantizer: agp, bits: 4, granularity: sample, mode: systematic}, w: saved}
+grad_weight: {g: {quantizer: agp, bits: 4, granularity: channel, mode: systematic}, x: saved}
+"""
+
+
+def test_no_small_batch_loses_its_gradient_and_independent_draws_say_so(tmp_path, caplog):
+    (tmp_path / "systematic.yaml").write_text(SYSTEMATIC)
+
+    def lost(recipe, batch):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(8)))
+        fqt.convert(model, recipe)
+        zero = 0
+        for _ in range(30):
+            model.zero_grad()
+            model(torch.randn(batch, 16)).square().sum().backward()
+            zero += not model[1].weight.grad.any()
+        return zero
+
+    products._say_small.cache_clear()
+    assert lost(tmp_path / "systematic.yaml", 3) == 0
+    assert "pruning" not in caplog.text
+    assert lost("fqt_1bit", 3) > 5
+    said = [line for line in caplog.messages if "samples" in line]
+    assert said == [
+        "pruning (uint4/sample keep 1/4 bernoulli) draws among 3 samples: up to 30 % of such steps keep none, and the gradient "
+        "behind is zero; give larger batches, or a recipe with mode: systematic or without pruning (fqt_w1a1g6)"
+    ]

@@ -73,7 +73,7 @@ def test_the_registered_quantizers_and_their_operands():
         (("fixed_point", "w"), {"word_length": 8, "fraction_length": 65}, "fraction_length 65 is not an integer from -64"),
         (("dorefa_weight", "w"), {"bits": 0}, "grid 'uint' has 1 to 16 bits, not 0"),
         (("dorefa_activation", "x"), {"bits": 31}, "grid 'uint' has 1 to 16 bits, not 31"),
-        (("agp", "g"), {"mode": "top"}, "mode 'top' is not 'bernoulli' or 'topk'"),
+        (("agp", "g"), {"mode": "top"}, "mode 'top' is not 'bernoulli', 'systematic' or 'topk'"),
     ],
 )
 def test_build_refuses_what_is_not_there(arguments, options, message):
@@ -89,7 +89,7 @@ def test_build_refuses_what_is_not_there(arguments, options, message):
         ({"offset": True}, "an offset belongs to the grid 'uint', not to 'int'"),
         ({"granularity": "group"}, "granularity 'group' is not one of"),
         ({"calibrate": "max"}, "unknown calibration 'max' (did you mean 'minmax'?); known: absmax, minmax, absmean, none"),
-        ({"prune": "random"}, "prune 'random' is not one of '', 'bernoulli', 'topk'"),
+        ({"prune": "random"}, "prune 'random' is not one of '', 'bernoulli', 'systematic', 'topk'"),
         ({"transform": "sigmoid"}, "unknown transform 'sigmoid'; known: tanh"),
         ({"calibrate": "minmax"}, "calibrate 'minmax' needs an offset: use grid 'uint' with offset=True, or 'absmax'"),
         ({"calibrate": "absmean"}, "calibrate 'absmean' is for the grids sign and ternary, not 'int': use 'absmax'"),
@@ -104,7 +104,7 @@ def test_build_refuses_what_is_not_there(arguments, options, message):
         ({"calibrate": "none", "grid": "uint"}, "limits (-1.0, 1.0): the smallest code of grid 'uint' is 0: begin at 0"),
         ({"calibrate": "none", "grid": "fixed", "limits": (0.0, 1.0)}, "the smallest code of grid 'fixed' is negative"),
         ({"grid": "sign", "bits": 1, "stochastic": True}, "the grid 'sign' has no stochastic rounding"),
-        ({"keep_one_in": 4}, "keep_one_in=4 needs prune='bernoulli' or 'topk' and a value of at least 1"),
+        ({"keep_one_in": 4}, "keep_one_in=4 needs prune='bernoulli', 'systematic' or 'topk' and a value of at least 1"),
         ({"prune": "topk", "keep_one_in": 0}, "keep_one_in=0 needs"),
         ({"prune": "topk", "keep_one_in": 2.5}, "keep_one_in is 2.5, not an integer"),
         ({"stochastic": 1}, "stochastic is 1, not true or false"),
