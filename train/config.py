@@ -235,6 +235,28 @@ class Tracking(_Section):
         return self
 
 
+class Distributed(_Section):
+    engine: Literal["ddp", "fsdp2"] = "ddp"
+    """with torchrun: each process holds the whole model, or a part of every weight (torch's fully_shard)"""
+    gradient_bits: int | None = None
+    """ddp only: bits (1, 2, 4 or 8) in which gradients travel between the processes; null: in float32"""
+    error_feedback: bool = False
+    """with gradient_bits only: add what the encoding lost to the next step's gradients"""
+    compare_every: int = Field(default=100, ge=0)
+    """steps between two comparisons of the processes' weights and scales, which should be the same; 0: never"""
+
+    @model_validator(mode="after")
+    def _used(self) -> "Distributed":
+        if self.gradient_bits not in (None, 1, 2, 4, 8):
+            raise ValueError(f"distributed.gradient_bits = {self.gradient_bits}: it should be 1, 2, 4 or 8, or null")
+        _refuse_unused(
+            self, f"distributed.engine {self.engine}", ("gradient_bits",) if self.engine == "fsdp2" else (), "distributed."
+        )
+        unused = () if self.gradient_bits else ("error_feedback",)
+        _refuse_unused(self, "distributed.gradient_bits null", unused, "distributed.")
+        return self
+
+
 class Checkpoint(_Section):
     enabled: bool = True
     """write last.pt after every epoch, when the run is stopped, and as the next keys say; best.pt where images are held out"""
@@ -263,6 +285,7 @@ class Config(_Section):
     schedule: Schedule = Schedule()
     training: Training = Training()
     precision: Precision = Precision()
+    distributed: Distributed = Distributed()
     tracking: Tracking = Tracking()
     checkpoint: Checkpoint = Checkpoint()
     seed: int = Field(default=0, ge=0, lt=2**62)
@@ -291,6 +314,14 @@ class Config(_Section):
         if self.recipe == "fp32":
             _refuse_unused(self, "recipe fp32", ("skip",), "")
             _refuse_unused(self.precision, "recipe fp32", ("policy",), "precision.")
+        if self.distributed.engine == "fsdp2":
+            because = "distributed.engine fsdp2"
+            if self.precision.policy is not None:
+                raise ValueError(
+                    f"precision.policy = {self.precision.policy}: a policy reads whole weights, not with {because}"
+                )
+            if self.training.compile:
+                raise ValueError(f"training.compile = true: it does not go with {because}; leave one of them out")
         if self.data.batch_size % self.training.accumulate:
             raise ValueError(
                 f"training.accumulate = {self.training.accumulate}: it should divide data.batch_size, which is "

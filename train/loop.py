@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fqt
-from train import checkpoint, data, diagnose, faults, files, measure, messages, models, pictures, precision, ranks
+from train import checkpoint, data, diagnose, faults, files, measure, messages, models, parallel, pictures, precision, ranks
 from train.config import Config, dump
 from train.optim import build_optimizer, build_schedule
 from train.step import Outcome, Parts, Step, forward
@@ -114,20 +114,19 @@ class Trainer:
         self.steps_per_epoch = len(self.chunks(0))
         self.total_steps = self.steps_per_epoch * config.training.epochs
 
+        self.parallel = parallel.Parallel(config.distributed, place)
         seed(config.seed)  # the same initial weights on every rank
-        self.model = models.build(config.model.name, self.data.shape, self.data.classes)
+        self.model = self.build_model()
         if config.model.weights:
             load_weights(self.model, Path(config.model.weights))
-        if config.training.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model.to(place.device)
         compares = config.tracking.enabled and config.tracking.baseline_steps > 0 and config.recipe != "fp32"
         self.unconverted = copy.deepcopy(self.model) if compares else None
         convert(self.model, self.recipe, config)
         self.policy = precision.build(config.precision, self.model)  # what it draws, every rank draws
         seed(config.seed + place.rank)  # quantization noise of its own on every rank
 
-        self.step = self.make_step(self.model, place.wrap(self.model), self.policy, place.all)
+        module, self.parallel.hook = self.parallel.wrap(self.model)
+        self.step = self.make_step(self.model, module, self.policy, place.all)
         self.schedule = build_schedule(
             config.schedule, self.step.optimizer, epochs=config.training.epochs, steps_per_epoch=self.steps_per_epoch
         )
@@ -247,6 +246,7 @@ class Trainer:
             tracker.scalars(self.steps, messages.step_scalars(sums, rate))
             if self.ms_fp32:
                 tracker.scalars(self.steps, messages.speed_scalars(sums, self.ms_fp32, self.time_saved, self.measuring))
+            tracker.scalars(self.steps, self.parallel.scalars())
             if self.timeline and self.place.main:
                 spent = (sums[f"{phase}_ms"] / sums["steps"] for phase in ("step", "policy"))
                 tracker.scalars(self.steps, self.timeline.scalars(*spent))
@@ -259,7 +259,7 @@ class Trainer:
         images = self.place.gather(self.chunks(epoch)[self.position])  # by rank, in the order of the training images
         self.tracker.skipped({"step": self.steps, "epoch": epoch + 1, "reason": outcome.skipped, "images": images})
         if self.streak >= (1 if self.config.training.nonfinite == "stop" else self.config.training.nonfinite_limit):
-            diagnosis = diagnose.first_not_finite(self.model, parts, autocast=self.config.training.autocast)
+            diagnosis = diagnose.first_not_finite(self.copy(), parts, autocast=self.config.training.autocast)
             reason = f"{messages.in_a_row(outcome.skipped, self.streak)}, and the weights were left as they were. {diagnosis}"
             raise TrainingError(messages.diverged(reason, self.steps, self.folder, self.saved_step))
         if self.skipped & (self.skipped - 1) == 0:
@@ -275,8 +275,12 @@ class Trainer:
         )
         if failed:
             self.fail_to_write()
+        if self.parallel.due(self.steps) and (odd := self.parallel.differing(self.model)):
+            what = f"The processes' weights are not the same any more after step {self.steps}: {odd} differs from rank 0's"
+            raise TrainingError(messages.broken_off(what, self.folder, self.saved_step))
         within = self.position < self.steps_per_epoch  # at its end, the epoch's own checkpoint follows
         due = late or (wanted.every_steps is not None and self.steps % wanted.every_steps == 0)
+        due |= self.steps == 1 and self.place.world > 1  # what cannot be gathered or written fails now, not after hours
         if stop or (due and within):
             self.save()
         if stop:
@@ -307,10 +311,12 @@ class Trainer:
         with measure.undisturbed():
             batches = split.batches(pieces)
             for _ in range(most):
-                if (batch := next(batches, None)) is not None:
-                    images = self.to_device(*batch)
-                    correct += int(forward(self.model, *images, autocast=self.config.training.autocast)[1])
-                    seen += len(images[1])
+                batch = next(batches, None)
+                images = self.blank() if batch is None else self.to_device(*batch)
+                # a rank without images runs along: a sharded model's forward is an operation of all ranks
+                found = int(forward(self.model, *images, autocast=self.config.training.autocast)[1])
+                if batch is not None:
+                    correct, seen = correct + found, seen + len(images[1])
                 if self.place.any(self.stop.number is not None)[0]:  # the epoch's steps are done, and are kept
                     self.save()
                     self.end()
@@ -320,14 +326,13 @@ class Trainer:
 
     def describe(self) -> tuple[fqt.Summary, float]:
         """The model's summary and its modelled speed-up."""
-        blank = torch.zeros(2, *self.data.shape)
-        return measure.describe(self.model, self.to_device(blank, blank)[0])
+        return measure.describe(self.model, self.copy(), self.blank()[0])
 
     def compare(self, unconverted: nn.Module) -> measure.Comparison:
         """Speed and memory against the unconverted model, on the run's own first batches."""
         started, count = time.perf_counter(), measure.WARM_UP + self.config.tracking.baseline_steps
         batches = itertools.chain.from_iterable(self.batches(epoch) for epoch in itertools.count())
-        comparison = measure.compare(self.model, unconverted, self.make_replica, itertools.islice(batches, count))
+        comparison = measure.compare(self.copy(), unconverted, self.make_replica, itertools.islice(batches, count))
         self.ms_fp32 = comparison.ms_fp32
         self.measuring += time.perf_counter() - started
         return comparison
@@ -361,7 +366,7 @@ class Trainer:
 
     def make_replica(self, model: nn.Module) -> Step:
         """What trains a copy of a model as this run trains its own: with gradients averaged over the ranks."""
-        return self.make_step(model, self.place.wrap(model))
+        return self.make_step(model, self.parallel.wrap(model)[0])
 
     def make_step(
         self,
@@ -373,6 +378,28 @@ class Trainer:
         """What trains a model, with an optimizer of its own."""
         optimizer = build_optimizer(self.config.optimizer, model)
         return Step(model, module or model, optimizer, self.config.training, policy, agree)
+
+    def build_model(self) -> nn.Module:
+        """The unconverted model, on the device, with weights as torch's generator draws them."""
+        model = models.build(self.config.model.name, self.data.shape, self.data.classes)
+        if self.config.training.channels_last and self.config.distributed.engine != "fsdp2":  # which has no such weights
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model.to(self.place.device)
+
+    def copy(self) -> nn.Module:
+        """A whole copy of the model."""
+
+        def build() -> nn.Module:
+            with measure.undisturbed():
+                model = self.build_model()
+            convert(model, self.recipe, self.config)
+            return model
+
+        return self.parallel.copy(self.model, build)
+
+    def blank(self) -> tuple[Tensor, Tensor]:
+        """Two images without content."""
+        return self.to_device(torch.zeros(2, *self.data.shape), torch.zeros(2, dtype=torch.int64))
 
     def chunks(self, epoch: int) -> list[list[int]]:
         """Indices of this rank's images in each step of an epoch. Raises ConfigError where they make no step."""
@@ -429,22 +456,24 @@ class Trainer:
         """
         if not self.config.checkpoint.enabled or self.folder is None:
             return
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                reason = f"the weights in {name} are not finite any more"
-                raise TrainingError(messages.diverged(reason, self.steps, self.folder, self.saved_step))
+        named = ((name, parallel.own_part(parameter)) for name, parameter in self.model.named_parameters())
+        broken = [name for name in self.place.gather(next((n for n, w in named if not w.isfinite().all()), "")) if name]
+        if broken:
+            reason = f"the weights in {broken[0]} are not finite any more"
+            raise TrainingError(messages.diverged(reason, self.steps, self.folder, self.saved_step))
         each = self.place.gather(self.own_state())
         valid = self.history[-1]["valid_accuracy"] if self.history and self.position == 0 else None
         is_best = valid is not None and valid > self.best
         self.best = valid if is_best else self.best
         self.tracker.flush()
-        self.place.from_main(lambda: self.write(each, is_best))
+        state = self.state(each)  # on every rank: each may hold a part
+        self.place.from_main(lambda: self.write(state, is_best))
         self.saved_step, self.saved_at = self.steps, time.monotonic()
 
     def own_state(self) -> dict[str, Any]:
         """What is each rank's own."""
         sums = {"epoch_sums": dict(self.epoch_sums), "recent_sums": dict(self.recent_sums)}
-        return {"generators": checkpoint.generators(), **sums}
+        return {"generators": checkpoint.generators(), "parallel": self.parallel.state(), **sums}
 
     def state(self, each: list[dict[str, Any]]) -> dict[str, Any]:
         """What a checkpoint holds. each: what every rank has of its own."""
@@ -464,8 +493,8 @@ class Trainer:
             "measuring": self.measuring,
             "bits": self.bits,
             "history": self.history,
-            "model": self.model.state_dict(),
-            "optimizer": self.step.optimizer.state_dict(),
+            "model": parallel.whole(self.model.state_dict()),
+            "optimizer": parallel.whole(self.step.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
             "ranks": each,
         }
@@ -473,9 +502,8 @@ class Trainer:
             state["precision"] = {"policy": self.policy.state_dict(), "timeline": self.timeline.points}
         return state
 
-    def write(self, each: list[dict[str, Any]], is_best: bool) -> None:
+    def write(self, state: dict[str, Any], is_best: bool) -> None:
         """Rank 0's part of `save`. Raises TrainingError where the disk refuses."""
-        state = self.state(each)
         folder = self.folder
         assert folder is not None  # `save` asked
         try:
@@ -504,8 +532,9 @@ class Trainer:
             )
         try:
             own = state["ranks"][self.place.rank]
-            self.model.load_state_dict(state["model"])
-            self.step.optimizer.load_state_dict(state["optimizer"])
+            self.model.load_state_dict(parallel.spread_model(state["model"], self.model))
+            self.step.optimizer.load_state_dict(parallel.spread_optimizer(state["optimizer"], self.step.optimizer))
+            self.parallel.load_state(own["parallel"])
             self.schedule.load_state_dict(state["schedule"])
             self.epoch, self.position, self.steps = state["epoch"], state["position"], state["steps"]
             self.history, self.seconds, self.best = state["history"], state["seconds"], state["best"]

@@ -84,9 +84,9 @@ def saved_bytes(step: Step, x_NCHW: Tensor, y_N: Tensor) -> int:
     return saved.bytes
 
 
-def describe(model: nn.Module, images_NCHW: Tensor) -> tuple[fqt.Summary, float]:
-    """The model's summary and its modelled speed-up, after a forward of a copy that tells the sizes."""
-    probe = copy.deepcopy(model).train()
+def describe(model: nn.Module, probe: nn.Module, images_NCHW: Tensor) -> tuple[fqt.Summary, float]:
+    """The model's summary and its modelled speed-up, after a forward of a copy of it, `probe`, that tells the sizes."""
+    probe.train()
     with undisturbed(), torch.no_grad():
         probe(images_NCHW)
     copy_macs(probe, model)  # which a compiled forward would not count

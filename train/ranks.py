@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from train.wording import ConfigError, TrainingError
 
@@ -72,12 +71,6 @@ class Ranks:
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as one that averages gradients over the ranks; it starts from rank 0's weights."""
-        if self.world == 1:
-            return model
-        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 
 import fqt
 from fqt.precision import Decision, Policy
+from train import parallel
 from train.config import Training
 
 Parts = Sequence[tuple[Tensor, Tensor]]
@@ -64,7 +64,7 @@ class Stopwatch:
 class Step:
     """Forward and backward of each part, clipping, update.
 
-    module: what is called in place of the model: itself, or wrapped for DDP.
+    module: what is called in place of the model: itself, which FSDP2 may have sharded, or wrapped for DDP.
     policy: what may give the model's layers other recipes after the update; its penalty is added to the loss.
     agree: whether a statement holds on every rank, so that all of them update or none.
     """
@@ -80,7 +80,7 @@ class Step:
     ) -> None:
         self.model, self.module, self.optimizer, self.config, self.policy = model, module, optimizer, config, policy
         self._called: nn.Module = torch.compile(module) if config.compile else module  # type: ignore[assignment]
-        self._no_sync = getattr(module, "no_sync", nullcontext)  # DDP's: gradients are averaged with the last part only
+        self._no_sync = parallel.without_sync(module)  # gradients are averaged with the last part only
         self._agree = agree
 
     def __call__(self, parts: Parts, *, observe: bool = False, epoch: float = 0.0) -> Outcome:
@@ -108,7 +108,7 @@ class Step:
 
         loss = torch.stack(losses).mean().item()
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)  # one pass, which shows whatever is not finite
+        norm = parallel.whole(nn.utils.get_total_norm(gradients))  # one pass, which shows whatever is not finite
         if skipped := self._objection(loss, norm.item()):
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
