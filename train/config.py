@@ -43,6 +43,7 @@ def _refuse_unused(section: BaseModel, because: str, unused: Sequence[str], pref
 
 
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
+Steps = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
@@ -227,9 +228,17 @@ class Tracking(_Section):
     """steps between two timings of the unconverted model, each of baseline_steps + 1 of its steps; 0: at the start only"""
     variance_every: int = Field(default=100, ge=0)
     """steps between two measurements of each layer's gradient quantization error; 0: never"""
+    monitor_every: int = Field(default=100, ge=0)
+    """steps between two looks at the quantized weights: flipped signs, saturation, underflow, scales; 0: never"""
+    profile: Steps | None = None
+    """[first, last] step of a trace of torch's profiler, trace_<first>_<last>.json in the run's folder; null: none"""
 
     @model_validator(mode="after")
     def _used(self) -> "Tracking":
+        if self.profile is not None and not (len(self.profile) == 2 and 0 < self.profile[0] <= self.profile[1]):
+            raise ValueError(f"tracking.profile = {list(self.profile)}: it should be two rising steps, e.g. [20, 24]")
+        unused = () if self.enabled else ("profile",)
+        _refuse_unused(self, "tracking.enabled false", unused, "tracking.")
         unused = () if self.baseline_steps else ("baseline_every",)
         _refuse_unused(self, "tracking.baseline_steps 0", unused, "tracking.")
         return self

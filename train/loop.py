@@ -27,6 +27,7 @@ from tqdm import tqdm
 import fqt
 from train import checkpoint, data, diagnose, faults, files, measure, messages, models, parallel, pictures, precision, ranks
 from train.config import Config, dump
+from train.monitors import Monitors
 from train.optim import build_optimizer, build_schedule
 from train.step import Outcome, Parts, Step, forward
 from train.stop import Stop, Stopped
@@ -152,6 +153,7 @@ class Trainer:
         self.tracker = tracker = Tracker(
             self.folder if config.tracking.enabled and self.place.main else None, resumed_at=resumed_at
         )
+        self.monitors = Monitors(config.tracking, self.folder if self.place.main else None)
         summary, modelled = self.describe()
         tracker.config(dump(config))
         tracker.text("summary", str(summary))
@@ -174,6 +176,7 @@ class Trainer:
             last = self.history[-1]
             tracker.hparams(checkpoint.flat(config.model_dump(mode="json")), messages.final_metrics(last))
         finally:
+            self.monitors.stop()
             tracker.close()
         seconds = sum(row["seconds"] for row in self.history)
         result = Result(last["test_accuracy"], last["valid_accuracy"], seconds, self.history, comparison, modelled, self.folder)
@@ -223,6 +226,7 @@ class Trainer:
         observe = tracking.enabled and tracking.variance_every > 0 and self.steps % tracking.variance_every == 0
         rate = float(self.schedule.get_last_lr()[0])
         epochs_done = (self.steps + 1) / self.steps_per_epoch
+        self.monitors.before(self.model, self.steps)
         outcome = self.step(parts, observe=observe and self.config.recipe != "fp32", epoch=epochs_done)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # the first step was skipped
@@ -238,6 +242,7 @@ class Trainer:
             tracker.decisions([decision.row() for decision in outcome.decisions])
 
         tracker.scalars(self.steps, messages.gradient_scalars(outcome))
+        tracker.scalars(self.steps, self.monitors.after(self.model, self.steps))
         self.time_saved += (self.ms_fp32 - outcome.ms["step"]) / 1e3 if self.ms_fp32 else 0.0
         self.epoch_sums.update(messages.sums(outcome))
         self.recent_sums.update(messages.sums(outcome))
@@ -310,7 +315,8 @@ class Trainer:
         correct = seen = 0
         with measure.undisturbed():
             batches = split.batches(pieces)
-            for _ in range(most):
+            quiet = self.config.quiet or not self.place.main
+            for _ in tqdm(range(most), desc="evaluating", unit="batch", leave=False, disable=quiet or None):
                 batch = next(batches, None)
                 images = self.blank() if batch is None else self.to_device(*batch)
                 # a rank without images runs along: a sharded model's forward is an operation of all ranks
@@ -392,7 +398,7 @@ class Trainer:
         def build() -> nn.Module:
             with measure.undisturbed():
                 model = self.build_model()
-            convert(model, self.recipe, self.config)
+                convert(model, self.recipe, self.config)
             return model
 
         return self.parallel.copy(self.model, build)

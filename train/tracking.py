@@ -22,6 +22,7 @@ LAYOUT = {
     "time saved, in seconds": ["Multiline", ["speedup/time_saved_s", "speedup/measuring_s"]],
     "accuracy": ["Multiline", ["accuracy/train", "accuracy/valid", "accuracy/test"]],
     "loss": ["Multiline", ["loss/train", "loss/epoch"]],
+    "flipped signs of binary weights, share a step": ["Multiline", ["flip_ratio/.*"]],
 }
 """TensorBoard's tab of custom scalars: what a person wants to see first."""
 

@@ -26,21 +26,24 @@ class Control:
         policy: of the model, or None.
         measure_every: optimizer steps between two measurements of the speed-up; 0: never. Each takes about eight forwards and
             backwards on a batch of the run, and the memory of two more models.
+        own_loss: the model returns its loss, in a mapping, to which the penalty is added.
 
     Raises:
         ValueError: nothing in the model is converted, or the policy is another model's.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy | None = None, *, measure_every: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, policy: Policy | None = None, *, measure_every: int = 0, own_loss: bool = False
+    ) -> None:
         if not any(quantized_layers(model)):
             raise ValueError(f"nothing in this {type(model).__name__} is converted: call fqt.convert before training")
         if policy is not None and policy.model is not model:
             raise ValueError("the policy was made for another model than the one that is trained: make it of this one")
         self.model, self.policy, self.measure_every = model, policy, measure_every
-        self.steps, self.measured = 0, math.nan
+        self.own_loss, self.steps, self.measured = own_loss, 0, math.nan
         self._losses: list[Tensor] = []
         self._batch: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
-        self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._hook()
 
     def add_penalty(self, loss: Tensor) -> None:
         """Adds the policy's penalty to a loss, in place, before its backward; and remembers the loss for the policy."""
@@ -72,20 +75,31 @@ class Control:
         return found
 
     def close(self) -> None:
-        """Takes the hook off the model."""
-        self._hook.remove()
+        """Takes the hooks off the model."""
+        for handle in self._hooks:
+            handle.remove()
+
+    def _hook(self) -> None:
+        self._hooks = [self.model.register_forward_pre_hook(self._see, with_kwargs=True)]
+        if self.own_loss:
+            self._hooks.append(self.model.register_forward_hook(self._after))
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if module.training and self.measure_every and self.steps % self.measure_every == 0 and torch.is_grad_enabled():
             self._batch = (args, kwargs)
 
+    def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if module.training and loss is not None:
+            self.add_penalty(loss)
+
     def _measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
         """Time of a forward and backward of the unconverted model over that of this one, on copies, in turns."""
-        self._hook.remove()  # or the copies would have it
+        self.close()  # or the copies would have the hooks
         try:
             copies = [copy.deepcopy(self.model), revert(copy.deepcopy(self.model))]
         finally:
-            self._hook = self.model.register_forward_pre_hook(self._see, with_kwargs=True)
+            self._hook()
 
         def run(side: nn.Module) -> None:
             torch.stack([tensor.float().square().mean() for tensor in floats_of(side(*args, **kwargs))]).sum().backward()

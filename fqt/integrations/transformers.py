@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fqt.integrations.control import Control
@@ -24,7 +23,7 @@ FILE = "fqt_policy.pt"
 def control(trainer: Trainer, policy: Policy | None = None, *, measure_every: int = 0) -> FQTCallback:
     """Gives a Trainer the callback, before those that log. See `Control` for what is raised."""
     assert trainer.model is not None
-    made = FQTCallback(Control(trainer.model, policy, measure_every=measure_every))  # type: ignore[arg-type]
+    made = FQTCallback(Control(trainer.model, policy, measure_every=measure_every, own_loss=True))  # type: ignore[arg-type]
     trainer.callback_handler.callbacks.insert(0, made)
     return made
 
@@ -40,7 +39,6 @@ class FQTCallback(TrainerCallback):
         self.control = control
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._hook = self.control.model.register_forward_hook(self._after)
         path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE
         if state.global_step and self.control.policy is not None:
             if not path.is_file():
@@ -68,10 +66,4 @@ class FQTCallback(TrainerCallback):
             torch.save(self.control.policy.state_dict(), folder / FILE)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._hook.remove()
         self.control.close()
-
-    def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        loss = output.get("loss") if isinstance(output, dict) else None
-        if module.training and loss is not None:
-            self.control.add_penalty(loss)
