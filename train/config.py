@@ -98,8 +98,12 @@ class Data(_Section):
     """fraction of the training images held out (always the same ones) to choose settings on"""
     limit: int | None = Field(default=None, ge=1)
     """train on this many of the training images (always the same ones); null: all"""
-    augment: Literal["none", "flip", "crop_flip"] = "none"
-    """random changes of the training images"""
+    augment: Literal["none", "flip", "crop_flip", "randaugment"] = "none"
+    """random changes of the training images; randaugment: crop_flip, then torchvision's RandAugment"""
+    mixup: float = Field(default=0.0, ge=0)
+    """alpha of mixup, which blends pairs of training images and their labels; 0: off"""
+    cutmix: float = Field(default=0.0, ge=0)
+    """alpha of cutmix, which pastes a part of one training image into another; 0: off"""
     image_size: int = Field(default=224, ge=8)
     """imagefolder only: height and width after resizing, in pixels"""
     workers: int = Field(default=2, ge=0)
@@ -172,6 +176,10 @@ class Training(_Section):
     """parts a batch is cut into, one forward and backward each, before the optimizer steps"""
     clip_norm: float | None = Field(default=None, gt=0)
     """largest norm of all gradients together; null: no clipping"""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """share of each training label that is spread over all classes"""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """evaluate a moving average of the weights, with this decay a step, such as 0.999; null: the weights themselves"""
     nonfinite: Literal["skip", "stop"] = "skip"
     """at a loss or gradients that are not finite: leave the weights and go on with the next batch, or end the run"""
     nonfinite_limit: int = Field(default=10, ge=1)
@@ -329,6 +337,8 @@ class Config(_Section):
                 raise ValueError(
                     f"precision.policy = {self.precision.policy}: a policy reads whole weights, not with {because}"
                 )
+            if self.training.ema is not None:
+                raise ValueError(f"training.ema = {self.training.ema}: it does not go with {because}; leave one of them out")
             if self.training.compile:
                 raise ValueError(f"training.compile = true: it does not go with {because}; leave one of them out")
         if self.data.batch_size % self.training.accumulate:

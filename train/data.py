@@ -25,8 +25,10 @@ from torch.utils.data.distributed import DistributedSampler
 
 from train.config import Data as DataConfig
 from train.config import home
+from train.regularize import on_pixels
 from train.wording import ConfigError
 
+MeanStd = tuple[Sequence[float], Sequence[float]]
 SPLIT_SEED = 20160620
 """Shuffles the training images before the held-out ones are set aside. Not the run's seed: all runs share one split."""
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -121,6 +123,7 @@ def load(config: DataConfig, *, quiet: bool = True) -> Data:
     """
     name, _, argument = config.name.partition(":")
     unreadable: dict[str, str] = {}
+    mean_std = None
     if name == "imagefolder":
         train, test, shape, classes = _imagefolder(Path(argument), config, unreadable, quiet)
     else:
@@ -147,7 +150,7 @@ def load(config: DataConfig, *, quiet: bool = True) -> Data:
         test,
         (shape[0], shape[1], shape[2]),
         classes,
-        _transform(config, shape[1], shape[2]),
+        _transform(config, shape[1], shape[2], mean_std),
         unreadable,
     )
 
@@ -173,16 +176,21 @@ def _split(count: int, config: DataConfig) -> tuple[list[int], list[int]]:
     return order[:held_out], kept[: config.limit]
 
 
-def _transform(config: DataConfig, height: int, width: int) -> Transform | None:
+def _transform(config: DataConfig, height: int, width: int, mean_std: MeanStd | None) -> Transform | None:
+    """mean_std: of images that are normalized already; None: they are uint8."""
     if config.augment == "none":
         return None
     from torchvision.transforms import v2
 
     if config.augment == "flip":
         return v2.RandomHorizontalFlip()
+    crop = v2.RandomCrop((height, width), padding=height // 8)
     if config.name.startswith("imagefolder:"):
-        return v2.Compose([v2.RandomResizedCrop((height, width), antialias=True), v2.RandomHorizontalFlip()])
-    return v2.Compose([v2.RandomCrop((height, width), padding=height // 8), v2.RandomHorizontalFlip()])
+        crop = v2.RandomResizedCrop((height, width), antialias=True)
+    if config.augment == "crop_flip":
+        return v2.Compose([crop, v2.RandomHorizontalFlip()])
+    transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.RandAugment()])
+    return transform if mean_std is None else on_pixels(transform, *mean_std)
 
 
 def _normalized(x_NCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -191,7 +199,7 @@ def _normalized(x_NCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
     return x.sub_(torch.tensor(mean).view(1, -1, 1, 1)).div_(torch.tensor(std).view(1, -1, 1, 1))
 
 
-Raw = tuple[tuple[Sequence[float], Sequence[float]], Batch, Batch]
+Raw = tuple[MeanStd, Batch, Batch]
 """mean and deviation of each channel; training and test images in uint8, with their labels"""
 
 

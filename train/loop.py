@@ -25,7 +25,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fqt
-from train import checkpoint, data, diagnose, faults, files, measure, messages, models, parallel, pictures, precision, ranks
+from train import (
+    checkpoint,
+    data,
+    diagnose,
+    faults,
+    files,
+    measure,
+    messages,
+    models,
+    parallel,
+    pictures,
+    precision,
+    ranks,
+    regularize,
+)
 from train.config import Config, dump
 from train.monitors import Monitors
 from train.optim import build_optimizer, build_schedule
@@ -123,6 +137,7 @@ class Trainer:
         compares = config.tracking.enabled and config.tracking.baseline_steps > 0 and config.recipe != "fp32"
         self.unconverted = copy.deepcopy(self.model) if compares else None
         convert(self.model, self.recipe, config)
+        self.ema = regularize.averaged(self.model, config.training.ema)
         self.policy = precision.build(config.precision, self.model)  # what it draws, every rank draws
         seed(config.seed + place.rank)  # quantization noise of its own on every rank
 
@@ -236,6 +251,8 @@ class Trainer:
             self.note_skipped(outcome, parts, epoch)
         else:
             self.streak = 0
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
         self.position += 1
         if self.timeline and outcome.decisions:
             self.timeline.note(self.steps)
@@ -307,8 +324,11 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, split: data.Split) -> float:
         """Accuracy on a split; every rank takes its share of it. The training's random numbers stay as they are."""
-        self.place.broadcast(self.model.buffers())  # BatchNorm's running means: rank 0's count, as in the checkpoint
-        self.model.eval()
+        # BatchNorm's running means: rank 0's count, as in the checkpoint
+        self.place.broadcast(self.model.buffers())
+        model = self.model if self.ema is None else regularize.follow(self.ema, self.model)
+        self.place.broadcast(model.buffers())
+        model.eval()
         mine = list(range(self.place.rank, len(split), self.place.world))
         pieces = [mine[start : start + EVALUATION_BATCH] for start in range(0, len(mine), EVALUATION_BATCH)]
         most = -(-len(split) // (self.place.world * EVALUATION_BATCH))  # pieces of rank 0, which has no fewer than any other
@@ -320,7 +340,7 @@ class Trainer:
                 batch = next(batches, None)
                 images = self.blank() if batch is None else self.to_device(*batch)
                 # a rank without images runs along: a sharded model's forward is an operation of all ranks
-                found = int(forward(self.model, *images, autocast=self.config.training.autocast)[1])
+                found = int(forward(model, *images, autocast=self.config.training.autocast)[1])
                 if batch is not None:
                     correct, seen = correct + found, seen + len(images[1])
                 if self.place.any(self.stop.number is not None)[0]:  # the epoch's steps are done, and are kept
@@ -425,9 +445,11 @@ class Trainer:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Parts]:
         """This rank's batches of an epoch from a step on, cut into parts, on the device."""
         augment = self.data.augmentation(self.config.seed, epoch)
-        parts = self.config.training.accumulate
-        for batch in self.data.train.batches(self.chunks(epoch)[start:], augment, whole=True):
-            x_NCHW, y_N = self.to_device(*batch)
+        parts, mix = self.config.training.accumulate, self.config.data.mixup or self.config.data.cutmix
+        of = self.config.data
+        mixed = regularize.Mix(of.mixup, of.cutmix, self.data.classes, self.config.seed, self.place.rank)
+        for step, batch in enumerate(self.data.train.batches(self.chunks(epoch)[start:], augment, whole=True), start):
+            x_NCHW, y_N = self.to_device(*(mixed(*batch, epoch, step) if mix else batch))
             yield list(zip(x_NCHW.chunk(parts), y_N.chunk(parts), strict=True))
 
     def to_device(self, x_NCHW: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -504,6 +526,8 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "ranks": each,
         }
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
         if self.policy and self.timeline:
             state["precision"] = {"policy": self.policy.state_dict(), "timeline": self.timeline.points}
         return state
@@ -541,6 +565,8 @@ class Trainer:
             self.model.load_state_dict(parallel.spread_model(state["model"], self.model))
             self.step.optimizer.load_state_dict(parallel.spread_optimizer(state["optimizer"], self.step.optimizer))
             self.parallel.load_state(own["parallel"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
             self.schedule.load_state_dict(state["schedule"])
             self.epoch, self.position, self.steps = state["epoch"], state["position"], state["steps"]
             self.history, self.seconds, self.best = state["history"], state["seconds"], state["best"]

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
@@ -21,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from fqt.distributed import QuantizedAllReduce, quantized_allreduce_hook
 from fqt.inspect.summary import matrix_weights
 from fqt.layers import STATES
+from fqt.sharded import is_dtensor, is_sharded_class
 from train.config import Distributed
 from train.ranks import Ranks
 
@@ -58,7 +57,7 @@ class Parallel:
 
     def copy(self, model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
         """A whole copy of the run's model, on every rank. build: makes a converted model with other weights."""
-        if not isinstance(model, FSDPModule):
+        if not is_sharded_class(type(model)):
             return copy.deepcopy(model)
         made = build()
         made.load_state_dict(whole(model.state_dict()))
@@ -99,6 +98,8 @@ class Parallel:
 
 def shard(model: nn.Module) -> nn.Module:
     """`fully_shard` of each member of the model's sequences that holds a matrix, and of the rest. Returns the model."""
+    from torch.distributed.fsdp import fully_shard  # not at import: it loads the compiler
+
     for block in blocks(model):
         fully_shard(block)
     fully_shard(model)
@@ -117,15 +118,16 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 def without_sync(module: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
     """What keeps a backward from averaging gradients, since another part of the batch follows."""
-    if isinstance(module, FSDPModule):
+    if is_sharded_class(type(module)):
+        sharded: Any = module
 
         @contextmanager
         def kept() -> Iterator[None]:
-            module.set_requires_gradient_sync(False)
+            sharded.set_requires_gradient_sync(False)
             try:
                 yield
             finally:
-                module.set_requires_gradient_sync(True)
+                sharded.set_requires_gradient_sync(True)
 
         return kept
     return getattr(module, "no_sync", nullcontext)
@@ -133,12 +135,13 @@ def without_sync(module: nn.Module) -> Callable[[], AbstractContextManager[Any]]
 
 def whole(tree: Any) -> Any:
     """Nested values with whole tensors in place of those that are spread over ranks. Every rank has to call it."""
-    return tree_map_only(DTensor, lambda part: part.detach().full_tensor(), tree)
+    return tree_map_only(Tensor, lambda part: part.detach().full_tensor() if is_dtensor(part) else part, tree)
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    part: Any = tensor
+    return part.to_local() if is_dtensor(tensor) else tensor
 
 
 def spread_model(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -161,16 +164,19 @@ def spread_optimizer(state: dict[str, Any], optimizer: Optimizer) -> dict[str, A
 
 
 def _alike(tensor: Tensor, like: Tensor | None) -> Tensor:
-    if not isinstance(like, DTensor):
+    if not is_dtensor(like):
         return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    part: Any = like
+    return distribute_tensor(tensor.to(part.device), part.device_mesh, part.placements, src_data_rank=None)
 
 
 def fingerprints(model: nn.Module) -> dict[str, int]:
     """A checksum of each weight and scale that every rank has whole. BatchNorm's means are not among them: rank 0's count."""
     named = dict(model.named_parameters())
     named |= {name: buffer for name, buffer in model.named_buffers() if f"{STATES}." in name}
-    return {name: _checksum(tensor.detach()) for name, tensor in named.items() if not isinstance(tensor, DTensor)}
+    return {name: _checksum(tensor.detach()) for name, tensor in named.items() if not is_dtensor(tensor)}
 
 
 def _checksum(tensor: Tensor) -> int:

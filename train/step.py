@@ -140,15 +140,21 @@ class Step:
         self, module: nn.Module, part: tuple[Tensor, Tensor], parts: int, penalty: Tensor | None, watch: Stopwatch
     ) -> tuple[Tensor, Tensor]:
         """Adds one part's share to the gradients; returns its loss and how many images it recognized."""
-        loss, correct = forward(module, *part, autocast=self.config.autocast)
+        smoothing = self.config.label_smoothing
+        loss, correct = forward(module, *part, autocast=self.config.autocast, label_smoothing=smoothing)
         watch.mark("forward")
         (loss / parts if penalty is None else loss / parts + penalty).backward()
         watch.mark("backward")
         return loss.detach(), correct
 
 
-def forward(module: nn.Module, x_NCHW: Tensor, y_N: Tensor, *, autocast: bool) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy, and how many images are recognized."""
+def forward(
+    module: nn.Module, x_NCHW: Tensor, y_N: Tensor, *, autocast: bool, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy, and how many images are recognized. y_N: classes, or the share of each, (N, K): then the largest is
+    the class."""
     with torch.autocast(x_NCHW.device.type, torch.bfloat16, enabled=autocast):
         logits_NK = module(x_NCHW)
-    return cross_entropy(logits_NK.float(), y_N), (logits_NK.argmax(1) == y_N).sum()
+    class_N = y_N if y_N.dim() == 1 else y_N.argmax(1)
+    loss = cross_entropy(logits_NK.float(), y_N, label_smoothing=label_smoothing)
+    return loss, (logits_NK.argmax(1) == class_N).sum()
