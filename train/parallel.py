@@ -4,7 +4,6 @@ A checkpoint holds whole tensors, whichever it was: `whole` gathers them, `sprea
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -48,7 +47,6 @@ class Parallel:
         # sums of three ranks and more, and blocks of a few bits, would then be others than in a run that never stopped
         devices = [self.place.device] if self.place.device.type == "cuda" else None
         replica = DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
         if self.config.gradient_bits is None:
             return replica, None
         hook = quantized_allreduce_hook(self.config.gradient_bits, error_feedback=self.config.error_feedback)
