@@ -197,7 +197,9 @@ def _remember(
         count_macs(layer)
     for module in model.modules():
         if beneath(module) is nn.TransformerEncoder and module.use_nested_tensor and any(quantized_layers(module)):
-            module.use_nested_tensor = False  # its layers would be given nested tensors, which only torch's fast path takes
+            module.__dict__["use_nested_tensor"] = (
+                False  # its layers would be given nested tensors, which only torch's fast path takes
+            )
             module.__dict__[_NESTED] = True
 
 

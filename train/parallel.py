@@ -133,7 +133,11 @@ def without_sync(module: nn.Module) -> Callable[[], AbstractContextManager[Any]]
 
 def whole(tree: Any) -> Any:
     """Nested values with whole tensors in place of those that are spread over ranks. Every rank has to call it."""
-    return tree_map_only(Tensor, lambda part: part.detach().full_tensor() if is_dtensor(part) else part, tree)
+
+    def gather(tensor: Any) -> Any:
+        return tensor.detach().full_tensor() if is_dtensor(tensor) else tensor
+
+    return tree_map_only(Tensor, gather, tree)
 
 
 def own_part(tensor: Tensor) -> Tensor:

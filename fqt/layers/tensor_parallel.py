@@ -33,7 +33,7 @@ def multiply_part(x: Any, weight: Any, bias: Any, multiply: Multiply) -> Tensor:
 
     last = x.dim() - 1
     layout = (x.placements, weight.placements) if is_dtensor(weight) else None
-    mesh, shape = x.device_mesh, (*x.shape[:-1], weight.shape[0])
+    mesh, shape = x.device_mesh, torch.Size((*x.shape[:-1], weight.shape[0]))
     stride = torch.empty(shape, device="meta").stride()
     if layout == ((Replicate(),), (Shard(0),)):
         x_part = x.to_local(grad_placements=[Partial()])
