@@ -23,10 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import table, write_json
-from benchmarks.kill_drill import KEYS, RECIPES, ROOT, STEPS_AN_EPOCH, differences, result, steps_logged
-
-WAIT = 600.0
-"""Seconds after which a run that makes no steps is a failure; a busy machine may take minutes to start one."""
+from benchmarks.kill_drill import KEYS, RECIPES, ROOT, STEPS_AN_EPOCH, WAIT, differences, result, steps_logged
 
 
 def agent(output: Path, recipe: str, epochs: int, *flags: str) -> subprocess.Popen[bytes]:
