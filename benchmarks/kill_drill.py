@@ -52,8 +52,8 @@ KEYS += [
     "tracking.baseline_steps=0",
 ]
 KEYS += ["model.name=vgg_small", f"checkpoint.every_steps={EVERY}", "device=cpu", "quiet=true"]
-WAIT = 120.0
-"""Seconds after which a process that does nothing is a failure of the drill."""
+WAIT = 600.0
+"""Seconds after which a process that does nothing is a failure of the drill; a busy machine may take minutes to start one."""
 
 
 class Run:

@@ -12,7 +12,7 @@ from torch import nn
 from fqt.inspect.flow import Ends
 from fqt.inspect.summary import matrix_weights
 from fqt.layers import ADAPTERS, adapter_of
-from fqt.layers.parametrized import at_rest
+from fqt.layers.parametrized import at_rest, beneath
 from fqt.recipe import PLACES, Recipe
 from fqt.recipe_yaml import load_recipe
 from fqt.wording import nearest
@@ -112,7 +112,7 @@ def choose(
 def _float_borrower(name: str, model: nn.Module, chosen: dict[str, Choice]) -> str | None:
     """The module around a layer that multiplies its weight itself as long as it is not converted, which it is not."""
     holder, _, child = name.rpartition(".")
-    adapter = ADAPTERS.get(type(model.get_submodule(holder))) if child else None
+    adapter = ADAPTERS.get(beneath(model.get_submodule(holder))) if child else None
     stays = holder not in chosen or chosen[holder].recipe is None
     return holder if adapter is not None and child in adapter.borrows and stays else None
 

@@ -25,10 +25,12 @@ from fqt.inspect.summary import NOTE, count_macs, forget_macs
 from fqt.inspect.timing import measure
 from fqt.layers import STATES, QuantizedLayer, adapter_of, converted_class, plain_class, quantized_layers
 from fqt.layers.lending import lend, lend_no_more
+from fqt.layers.parametrized import beneath
 from fqt.layers.patched import rebind, stranger
 from fqt.recipe import Recipe
 from fqt.recipe_yaml import load_recipe
 from fqt.report import log_conversion, log_parameters, speeds, why_nothing
+from fqt.sharded import check_convertible, is_dtensor
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: FusedBatchNorm1d,
@@ -122,6 +124,7 @@ def convert(
         )
     layers = {name: module for name, module in model.named_modules() if adapter_of(module) is not None}
     _check_speedup(min_speedup, example)
+    check_convertible(model, example)
     flow = None if example is None else flow_of(model, example)
     ends = ends_by_kind(model) if flow is None else flow.ends()
     choices = choose(model, layers, recipe, ends, skip=skip, only=only, overrides=by_name)
@@ -198,8 +201,10 @@ def _remember(
     for layer in layers.values():
         count_macs(layer)
     for module in model.modules():
-        if type(module) is nn.TransformerEncoder and module.use_nested_tensor and any(quantized_layers(module)):
-            module.use_nested_tensor = False  # its layers would be given nested tensors, which only torch's fast path takes
+        if beneath(module) is nn.TransformerEncoder and module.use_nested_tensor and any(quantized_layers(module)):
+            module.__dict__["use_nested_tensor"] = (
+                False  # its layers would be given nested tensors, which only torch's fast path takes
+            )
             module.__dict__[_NESTED] = True
 
 
@@ -211,6 +216,12 @@ def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None
     assert isinstance(layer, QuantizedLayer)
     layer.__dict__[_LEAF] = "torch.nn"
     layer.recipe = recipe
+    added = layer.states_names(parameters=True)
+    if added and is_dtensor(layer.weight):
+        raise ValueError(
+            f"layer {name!r}: recipe {recipe.name!r} adds the parameters {', '.join(added)}, which fully_shard has not seen, "
+            f"so that no rank would get the others' gradients of them: convert before sharding"
+        )
     if backend:
         layer.backend = backend
         for what, request in layer.requests().items():

@@ -16,6 +16,7 @@ Two codes, both in blocks with a scale and an offset each that travel with them:
 """
 
 import math
+import zlib
 from typing import Any
 
 import torch
@@ -146,16 +147,25 @@ class QuantizedAllReduce:
         """The random signs of a sender's rotation in this call, which all ranks know; None without rotation."""
         if not self.rotate:
             return None
-        generator = torch.Generator().manual_seed(hash((self.seed, self.calls, sender)) % 2**63)
+        # of a 64-bit seed torch's generator reads 32 bits, in which plain sums of the three would come again
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {self.calls} {sender}".encode()))
         return (2 * torch.randint(0, 2, (block,), generator=generator) - 1).to(like)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs of this rank: each rank has its own."""
-        return {"calls": self.calls, "residuals": dict(self.residuals)}
+        sent = {"bytes_sent": self.bytes_sent, "bytes_float": self.bytes_float}
+        return {"calls": self.calls, **sent, "residuals": {index: lost.clone() for index, lost in self.residuals.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken."""
-        self.calls, self.residuals = state["calls"], dict(state["residuals"])
+        """Continues where `state_dict` was taken. Raises ValueError where it is no such state."""
+        counts, residuals = ("calls", "bytes_sent", "bytes_float"), state.get("residuals")
+        if any(type(state.get(name)) is not int for name in counts) or not isinstance(residuals, dict):
+            raise ValueError("this is no state of a quantized all-reduce: its counts or its residuals are missing")
+        if any(not isinstance(lost, Tensor) or lost.dtype != torch.float32 or lost.dim() != 1 for lost in residuals.values()):
+            raise ValueError("the residuals of this quantized all-reduce are no flat float32 tensors")
+        for name in counts:
+            setattr(self, name, state[name])
+        self.residuals = dict(residuals)
 
 
 def payload_bytes(elements: int, bits: int, block: int) -> int:

@@ -30,6 +30,7 @@ from fqt.qtensor import QTensor
 from fqt.quantizers.base import Quantizer
 from fqt.recipe import Recipe
 from fqt.reference import apply_mask, spread
+from fqt.sharded import refuse_dtensor
 
 _log = logging.getLogger("fqt")
 _FORWARD = (("output", "x"), ("output", "w"), ("grad_weight", "x"), ("grad_input", "w"))
@@ -129,6 +130,8 @@ def layer(
     for name, tensor in (("input", x_NPC), ("weight", w_OKI)):
         if not tensor.is_floating_point():
             raise TypeError(f"the {name} is {tensor.dtype}, not a float tensor: convert it, for instance by .float()")
+        if type(tensor) is not Tensor:
+            refuse_dtensor(tensor)
     if x_NPC.device != w_OKI.device:
         raise ValueError(f"the input is on {x_NPC.device}, the weight on {w_OKI.device}: move one of them")
     dtype = _output_dtype(x_NPC)

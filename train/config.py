@@ -17,6 +17,7 @@ from train.catalogue import DATA_OF, is_text_model, known_recipe
 from train.sections import (
     Checkpoint,
     Data,
+    Distributed,
     Model,
     Names,
     Optimizer,
@@ -48,6 +49,7 @@ class Config(Section):
     schedule: Schedule = Schedule()
     training: Training = Training()
     precision: Precision = Precision()
+    distributed: Distributed = Distributed()
     tracking: Tracking = Tracking()
     checkpoint: Checkpoint = Checkpoint()
     seed: int = Field(default=0, ge=0, lt=2**62)
@@ -86,6 +88,16 @@ class Config(Section):
             raise ValueError(f"model.name = {show(self.model.name)}: {task} needs a model of {reads}; see the list of models")
         if self.data.tokenizer == "model" and not self.model.name.startswith("transformers:"):
             raise ValueError(f"data.tokenizer = model: {self.model.name} has none of its own; use characters or bytes")
+        if self.distributed.engine == "fsdp2":
+            because = "distributed.engine fsdp2"
+            if self.precision.policy is not None:
+                raise ValueError(
+                    f"precision.policy = {self.precision.policy}: a policy reads whole weights, not with {because}"
+                )
+            if self.training.ema is not None:
+                raise ValueError(f"training.ema = {self.training.ema}: it does not go with {because}; leave one of them out")
+            if self.training.compile:
+                raise ValueError(f"training.compile = true: it does not go with {because}; leave one of them out")
         if self.data.batch_size % self.training.accumulate:
             raise ValueError(
                 f"training.accumulate = {self.training.accumulate}: it should divide data.batch_size, which is "

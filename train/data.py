@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
+from train.regularize import on_pixels
 from train.sections import Data as DataConfig
 from train.sections import home
 from train.wording import ConfigError
 
+MeanStd = tuple[Sequence[float], Sequence[float]]
 SPLIT_SEED = 20160620
 """Shuffles the training images before the held-out ones are set aside. Not the run's seed: all runs share one split."""
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -136,6 +138,7 @@ def load(config: DataConfig, *, quiet: bool = True) -> Images:
     """
     name, _, argument = config.name.partition(":")
     unreadable: dict[str, str] = {}
+    mean_std = None
     if name == "imagefolder":
         train, test, shape, classes = _imagefolder(Path(argument), config, unreadable, quiet)
     else:
@@ -162,7 +165,7 @@ def load(config: DataConfig, *, quiet: bool = True) -> Images:
         test,
         classes,
         (shape[0], shape[1], shape[2]),
-        _transform(config, shape[1], shape[2]),
+        _transform(config, shape[1], shape[2], mean_std),
         unreadable=unreadable,
     )
 
@@ -188,16 +191,21 @@ def split(count: int, config: DataConfig, what: str) -> tuple[list[int], list[in
     return order[:held_out], kept[: config.limit]
 
 
-def _transform(config: DataConfig, height: int, width: int) -> Transform | None:
+def _transform(config: DataConfig, height: int, width: int, mean_std: MeanStd | None) -> Transform | None:
+    """mean_std: of images that are normalized already; None: they are uint8."""
     if config.augment == "none":
         return None
     from torchvision.transforms import v2
 
     if config.augment == "flip":
         return v2.RandomHorizontalFlip()
+    crop = v2.RandomCrop((height, width), padding=height // 8)
     if config.name.startswith("imagefolder:"):
-        return v2.Compose([v2.RandomResizedCrop((height, width), antialias=True), v2.RandomHorizontalFlip()])
-    return v2.Compose([v2.RandomCrop((height, width), padding=height // 8), v2.RandomHorizontalFlip()])
+        crop = v2.RandomResizedCrop((height, width), antialias=True)
+    if config.augment == "crop_flip":
+        return v2.Compose([crop, v2.RandomHorizontalFlip()])
+    transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.RandAugment()])
+    return transform if mean_std is None else on_pixels(transform, *mean_std)
 
 
 def _normalized(x_NCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -206,7 +214,7 @@ def _normalized(x_NCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
     return x.sub_(torch.tensor(mean).view(1, -1, 1, 1)).div_(torch.tensor(std).view(1, -1, 1, 1))
 
 
-Raw = tuple[tuple[Sequence[float], Sequence[float]], Batch, Batch]
+Raw = tuple[MeanStd, Batch, Batch]
 """mean and deviation of each channel; training and test images in uint8, with their labels"""
 
 

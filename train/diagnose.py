@@ -1,6 +1,5 @@
 """Where in a model the numbers stop being finite: the first layer of the forward, or else of the backward."""
 
-import copy
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from train.step import Parts
 from train.tasks import Task
 
 
-def first_not_finite(model: nn.Module, task: Task, parts: Parts, *, autocast: bool) -> str:
-    """One sentence with the layer, the ranges around it and its recipe, from a forward and backward of a copy."""
-    probe = copy.deepcopy(model).train()
+def first_not_finite(probe: nn.Module, task: Task, parts: Parts, *, autocast: bool) -> str:
+    """One sentence with the layer, the ranges around it and its recipe, from a forward and backward of a copy of the model."""
+    probe.train()
     names = {module: name for name, module in probe.named_modules() if not any(module.children())}
     seen: list[str] = []
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from train import data
+from train import data, regularize
 from train.config import Config
 from train.ranks import Ranks
 from train.step import Parts
@@ -39,9 +39,10 @@ class Feed:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Parts]:
         """This rank's batches of an epoch from a step on, cut into parts, on the device."""
         augment = self.data.augmentation(self.config.seed, epoch)
-        parts = self.config.training.accumulate
-        for batch in self.data.train.batches(self.chunks(epoch)[start:], augment, whole=True):
-            x, y = self.to_device(*batch)
+        parts, of = self.config.training.accumulate, self.config.data
+        mix = regularize.Mix(of.mixup, of.cutmix, self.data.classes, self.config.seed, self.place.rank)
+        for step, batch in enumerate(self.data.train.batches(self.chunks(epoch)[start:], augment, whole=True), start):
+            x, y = self.to_device(*(mix(*batch, epoch, step) if of.mixup or of.cutmix else batch))
             yield list(zip(x.chunk(parts), y.chunk(parts), strict=True))
 
     def example(self) -> Tensor:

@@ -22,9 +22,23 @@ from torch import nn
 from tqdm import tqdm
 
 import fqt
-from train import checkpoint, data, diagnose, faults, files, measure, messages, pictures, precision, ranks
+from train import (
+    checkpoint,
+    data,
+    diagnose,
+    faults,
+    files,
+    measure,
+    messages,
+    parallel,
+    pictures,
+    precision,
+    ranks,
+    regularize,
+)
 from train.config import Config, dump
 from train.feed import Feed
+from train.monitors import Monitors
 from train.optim import build_optimizer, build_schedule
 from train.start import convert, find, load_recipe, load_weights, seed
 from train.state import Progress, RunState
@@ -100,20 +114,21 @@ class Trainer:
         self.feed = Feed(config, self.task, self.data, place)
         self.total_steps = self.feed.steps * config.training.epochs
 
+        self.parallel = parallel.Parallel(config.distributed, place)
         seed(config.seed)  # the same initial weights on every rank
-        self.model = self.task.build(config, self.data)
+        self.model = self.build_model()
         if config.model.weights:
             load_weights(self.model, Path(config.model.weights))
-        self.model.to(place.device)
-        self.model.to(memory_format=self.task.memory_format(config))  # type: ignore[call-overload]
         compares = config.tracking.enabled and config.tracking.baseline_steps > 0 and config.recipe != "fp32"
         self.unconverted = copy.deepcopy(self.model) if compares else None
         self.example = self.feed.example()
         convert(self.model, self.recipe, config, self.task.inputs(self.example))
+        self.ema = regularize.averaged(self.model, config.training.ema)
         self.policy = precision.build(config.precision, self.model)  # what it draws, every rank draws
         seed(config.seed + place.rank)  # quantization noise of its own on every rank
 
-        self.step = self.make_step(self.model, place.wrap(self.model), self.policy, place.all)
+        module, self.parallel.hook = self.parallel.wrap(self.model)
+        self.step = self.make_step(self.model, module, self.policy, place.all)
         self.schedule = build_schedule(
             config.schedule, self.step.optimizer, epochs=config.training.epochs, steps_per_epoch=self.feed.steps
         )
@@ -124,7 +139,7 @@ class Trainer:
             self.timeline = precision.Timeline(self.policy, config.data.batch_size)
         self.state = RunState(
             config, self.recipe, self.task, self.data, place, self.model, self.step.optimizer, self.schedule, self.policy,
-            self.timeline, self.done,
+            self.timeline, self.done, self.parallel, self.ema,
         )  # fmt: skip
         self.folder = found.parent if found else None
         if found and state:
@@ -139,6 +154,7 @@ class Trainer:
             self.folder = self.place.from_main(lambda: self.folder or files.new_folder(config.output, config.name))
         tracked = self.folder if config.tracking.enabled and self.place.main else None
         self.tracker = tracker = Tracker(tracked, resumed_at=resumed_at, metric=self.task.metric)
+        self.monitors = Monitors(config.tracking, self.folder if self.place.main else None)
         summary, modelled = self.describe()
         tracker.config(dump(config))
         tracker.text("summary", str(summary))
@@ -162,6 +178,7 @@ class Trainer:
             last = history[-1]
             tracker.hparams(checkpoint.flat(config.model_dump(mode="json")), messages.final_metrics(last, self.task))
         finally:
+            self.monitors.stop()
             tracker.close()
         seconds = sum(row["seconds"] for row in history)
         times = self.done.time_saved, self.done.measuring
@@ -206,6 +223,7 @@ class Trainer:
         observe = tracking.enabled and tracking.variance_every > 0 and done.steps % tracking.variance_every == 0
         rate = float(self.schedule.get_last_lr()[0])
         epochs_done = (done.steps + 1) / self.feed.steps
+        self.monitors.before(self.model, done.steps)
         outcome = self.step(parts, observe=observe and self.config.recipe != "fp32", epoch=epochs_done)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # the first step was skipped
@@ -215,12 +233,15 @@ class Trainer:
             self.note_skipped(outcome, parts, epoch)
         else:
             done.streak = 0
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
         done.position += 1
         if self.timeline and outcome.decisions:
             self.timeline.note(done.steps)
             tracker.decisions([decision.row() for decision in outcome.decisions])
 
         tracker.scalars(done.steps, messages.gradient_scalars(outcome))
+        tracker.scalars(done.steps, self.monitors.after(self.model, done.steps))
         done.time_saved += (self.ms_fp32 - outcome.ms["step"]) / 1e3 if self.ms_fp32 else 0.0
         done.epoch_sums.update(messages.sums(outcome))
         done.recent_sums.update(messages.sums(outcome))
@@ -229,6 +250,7 @@ class Trainer:
             tracker.scalars(done.steps, messages.step_scalars(sums, rate, self.task))
             if self.ms_fp32:
                 tracker.scalars(done.steps, messages.speed_scalars(sums, self.ms_fp32, done.time_saved, done.measuring))
+            tracker.scalars(done.steps, self.parallel.scalars())
             if self.timeline and self.place.main:
                 spent = (sums[f"{phase}_ms"] / sums["steps"] for phase in ("step", "policy"))
                 tracker.scalars(done.steps, self.timeline.scalars(*spent))
@@ -242,7 +264,7 @@ class Trainer:
         samples = self.place.gather(self.feed.chunks(epoch)[done.position])  # by rank, in the order of the training samples
         self.tracker.skipped({"step": done.steps, "epoch": epoch + 1, "reason": outcome.skipped, "samples": samples})
         if done.streak >= (1 if self.config.training.nonfinite == "stop" else self.config.training.nonfinite_limit):
-            diagnosis = diagnose.first_not_finite(self.model, self.task, parts, autocast=self.config.training.autocast)
+            diagnosis = diagnose.first_not_finite(self.copy(), self.task, parts, autocast=self.config.training.autocast)
             reason = f"{messages.in_a_row(outcome.skipped, done.streak)}, and the weights were left as they were. {diagnosis}"
             raise TrainingError(messages.diverged(reason, done.steps, self.folder, self.saved_step))
         if done.skipped & (done.skipped - 1) == 0:
@@ -258,8 +280,13 @@ class Trainer:
         )
         if failed:
             self.fail_to_write()
+        steps = self.done.steps
+        if self.parallel.due(steps) and (odd := self.parallel.differing(self.model)):
+            what = f"The processes' weights are not the same any more after step {steps}: {odd} differs from rank 0's"
+            raise TrainingError(messages.broken_off(what, self.folder, self.saved_step))
         within = self.done.position < self.feed.steps  # at its end, the epoch's own checkpoint follows
-        due = late or (wanted.every_steps is not None and self.done.steps % wanted.every_steps == 0)
+        due = late or (wanted.every_steps is not None and steps % wanted.every_steps == 0)
+        due |= steps == 1 and self.place.world > 1  # what cannot be gathered or written fails now, not after hours
         if stop or (due and within):
             self.save()
         if stop:
@@ -281,17 +308,23 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, split: data.Split) -> float:
         """The task's metric on a split; every rank takes its share of it. The training's random numbers stay as they are."""
-        self.place.broadcast(self.model.buffers())  # BatchNorm's running means: rank 0's count, as in the checkpoint
-        self.model.eval()
+        # BatchNorm's running means: rank 0's count, as in the checkpoint
+        self.place.broadcast(self.model.buffers())
+        model = self.model if self.ema is None else regularize.follow(self.ema, self.model)
+        self.place.broadcast(model.buffers())
+        model.eval()
         mine = list(range(self.place.rank, len(split), self.place.world))
         pieces = [mine[start : start + EVALUATION_BATCH] for start in range(0, len(mine), EVALUATION_BATCH)]
         most = -(-len(split) // (self.place.world * EVALUATION_BATCH))  # pieces of rank 0, which has no fewer than any other
         loss, correct, items = 0.0, 0, 0
         with measure.undisturbed():
             batches = split.batches(pieces)
-            for _ in range(most):
-                if (batch := next(batches, None)) is not None:
-                    score = self.task.forward(self.model, *self.feed.to_device(*batch), autocast=self.config.training.autocast)
+            quiet = self.config.quiet or not self.place.main
+            for _ in tqdm(range(most), desc="evaluating", unit="batch", leave=False, disable=quiet or None):
+                if (batch := next(batches, None)) is None:
+                    self.task.logits(model, self.example)  # a sharded model's forward is an operation of all ranks
+                else:
+                    score = self.task.forward(model, *self.feed.to_device(*batch), autocast=self.config.training.autocast)
                     loss += score.items * score.loss.item()
                     correct += int(score.correct)
                     items += score.items
@@ -304,13 +337,13 @@ class Trainer:
 
     def describe(self) -> tuple[fqt.Summary, float]:
         """The model's summary and its modelled speed-up."""
-        return measure.describe(self.model, self.task, self.example)
+        return measure.describe(self.model, self.copy(), self.task, self.example)
 
     def compare(self, unconverted: nn.Module) -> measure.Comparison:
         """Speed and memory against the unconverted model, on the run's own first batches."""
         started, count = time.perf_counter(), measure.WARM_UP + self.config.tracking.baseline_steps
         batches = itertools.chain.from_iterable(self.feed.batches(epoch) for epoch in itertools.count())
-        comparison = measure.compare(self.model, unconverted, self.make_replica, itertools.islice(batches, count))
+        comparison = measure.compare(self.copy(), unconverted, self.make_replica, itertools.islice(batches, count))
         self.ms_fp32 = comparison.ms_fp32
         self.done.measuring += time.perf_counter() - started
         return comparison
@@ -351,7 +384,7 @@ class Trainer:
 
     def make_replica(self, model: nn.Module) -> Step:
         """What trains a copy of a model as this run trains its own: with gradients averaged over the ranks."""
-        return self.make_step(model, self.place.wrap(model))
+        return self.make_step(model, self.parallel.wrap(model)[0])
 
     def make_step(
         self,
@@ -363,6 +396,24 @@ class Trainer:
         """What trains a model, with an optimizer of its own."""
         optimizer = build_optimizer(self.config.optimizer, model)
         return Step(model, module or model, optimizer, self.config.training, self.task, policy, agree)
+
+    def build_model(self) -> nn.Module:
+        """The unconverted model, on the device, with weights as torch's generator draws them."""
+        model = self.task.build(self.config, self.data)
+        if self.config.distributed.engine != "fsdp2":  # which has no weights of another memory format
+            model.to(memory_format=self.task.memory_format(self.config))  # type: ignore[call-overload]
+        return model.to(self.place.device)
+
+    def copy(self) -> nn.Module:
+        """A whole copy of the model."""
+
+        def build() -> nn.Module:
+            with measure.undisturbed():
+                model = self.build_model()
+                convert(model, self.recipe, self.config, self.task.inputs(self.example))
+            return model
+
+        return self.parallel.copy(self.model, build)
 
     def over_ranks(self, sums: Counter[str]) -> dict[str, float]:
         """Sums of the ranks added up."""
@@ -393,14 +444,16 @@ class Trainer:
         folder = self.folder
         if not self.config.checkpoint.enabled or folder is None:
             return
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                reason = f"the weights in {name} are not finite any more"
-                raise TrainingError(messages.diverged(reason, done.steps, self.folder, self.saved_step))
+        named = ((name, parallel.own_part(parameter)) for name, parameter in self.model.named_parameters())
+        broken = [name for name in self.place.gather(next((n for n, w in named if not w.isfinite().all()), "")) if name]
+        if broken:
+            reason = f"the weights in {broken[0]} are not finite any more"
+            raise TrainingError(messages.diverged(reason, done.steps, self.folder, self.saved_step))
         each = self.place.gather(self.state.own())
         valid = done.history[-1][f"valid_{self.task.metric}"] if done.history and done.position == 0 else None
         is_best = valid is not None and self.task.goodness(valid) > done.best
         done.best = self.task.goodness(valid) if is_best else done.best
         self.tracker.flush()
-        self.place.from_main(lambda: self.state.write(each, folder, self.saved_step, is_best=is_best))
+        state = self.state.of(each)  # on every rank: each may hold a part
+        self.place.from_main(lambda: self.state.write(state, folder, self.saved_step, is_best=is_best))
         self.saved_step, self.saved_at = done.steps, time.monotonic()

@@ -51,6 +51,8 @@ def _told(arguments: list[str] | None, stop: Stop) -> int:
 
 def _run(options: argparse.Namespace, stop: Stop, speaks: bool) -> None:
     config = configuration.load(options.config, options.set)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # else DDP's C++ part warns on each rank of what train/parallel.py wants
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from train import loop  # imports torch: after the configuration is known to be right
 
     if options.dry_run:

@@ -85,9 +85,9 @@ def saved_bytes(step: Step, x: Tensor, y: Tensor) -> int:
     return saved.bytes
 
 
-def describe(model: nn.Module, task: Task, x: Tensor) -> tuple[fqt.Summary, float]:
-    """The model's summary and its modelled speed-up, after a forward of a copy that tells the sizes."""
-    probe = copy.deepcopy(model).train()
+def describe(model: nn.Module, probe: nn.Module, task: Task, x: Tensor) -> tuple[fqt.Summary, float]:
+    """The model's summary and its modelled speed-up, after a forward of a copy of it, `probe`, that tells the sizes."""
+    probe.train()
     with undisturbed(), torch.no_grad():
         task.logits(probe, x)
     copy_macs(probe, model)  # which a compiled forward would not count

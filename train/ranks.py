@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from train.wording import ConfigError, TrainingError
 
@@ -73,12 +72,6 @@ class Ranks:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as one that averages gradients over the ranks; it starts from rank 0's weights."""
-        if self.world == 1:
-            return model
-        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
-
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Rank 0 does the block before the others: what it downloads, they find."""
@@ -105,7 +98,11 @@ def join(device: str) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, place)
         return
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    store, rank, world = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine, which counts its restarts
+        # the store outlives a restart, and in it the addresses of the processes before
+        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     try:
         yield Ranks(dist.get_rank(), world, place)
     except RuntimeError as error:

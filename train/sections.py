@@ -29,6 +29,7 @@ def refuse_unused(section: BaseModel, because: str, unused: Sequence[str], prefi
 
 
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
+Steps = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
@@ -104,8 +105,12 @@ class Data(Section):
     """fraction of the training images or texts held out (always the same ones) to choose settings on"""
     limit: int | None = Field(default=None, ge=1)
     """train on this many of the training images or texts (always the same ones); null: all"""
-    augment: Literal["none", "flip", "crop_flip"] = "none"
-    """random changes of the training images"""
+    augment: Literal["none", "flip", "crop_flip", "randaugment"] = "none"
+    """random changes of the training images; randaugment: crop_flip, then torchvision's RandAugment"""
+    mixup: float = Field(default=0.0, ge=0)
+    """alpha of mixup, which blends pairs of training images and their labels; 0: off"""
+    cutmix: float = Field(default=0.0, ge=0)
+    """alpha of cutmix, which pastes a part of one training image into another; 0: off"""
     tokenizer: str = "characters"
     """text and tsv only: characters, bytes, the path of a tokenizer.json (package tokenizers), or model: transformers' own"""
     length: int = Field(default=128, ge=2)
@@ -142,7 +147,7 @@ class Data(Section):
         unused = [
             *(() if self.name.startswith("imagefolder:") else FILES),
             *(() if self.name in ("fashion_mnist", "cifar10") else ("path",)),
-            *(("augment",) if texts else TEXTS),
+            *(("augment", "mixup", "cutmix") if texts else TEXTS),
         ]
         refuse_unused(self, f"data.name {self.name}", unused, "data.")
         return self
@@ -197,6 +202,10 @@ class Training(Section):
     """parts a batch is cut into, one forward and backward each, before the optimizer steps"""
     clip_norm: float | None = Field(default=None, gt=0)
     """largest norm of all gradients together; null: no clipping"""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """share of each training label that is spread over all classes"""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """evaluate a moving average of the weights, with this decay a step, such as 0.999; null: the weights themselves"""
     nonfinite: Literal["skip", "stop"] = "skip"
     """at a loss or gradients that are not finite: leave the weights and go on with the next batch, or end the run"""
     nonfinite_limit: int = Field(default=10, ge=1)
@@ -253,11 +262,38 @@ class Tracking(Section):
     """steps between two timings of the unconverted model, each of baseline_steps + 1 of its steps; 0: at the start only"""
     variance_every: int = Field(default=100, ge=0)
     """steps between two measurements of each layer's gradient quantization error; 0: never"""
+    monitor_every: int = Field(default=100, ge=0)
+    """steps between two looks at the quantized weights: flipped signs, saturation, underflow, scales; 0: never"""
+    profile: Steps | None = None
+    """[first, last] step of a trace of torch's profiler, trace_<first>_<last>.json in the run's folder; null: none"""
 
     @model_validator(mode="after")
     def _used(self) -> "Tracking":
+        if self.profile is not None and not (len(self.profile) == 2 and 0 < self.profile[0] <= self.profile[1]):
+            raise ValueError(f"tracking.profile = {list(self.profile)}: it should be two rising steps, e.g. [20, 24]")
+        refuse_unused(self, "tracking.enabled false", () if self.enabled else ("profile",), "tracking.")
         unused = () if self.baseline_steps else ("baseline_every",)
         refuse_unused(self, "tracking.baseline_steps 0", unused, "tracking.")
+        return self
+
+
+class Distributed(Section):
+    engine: Literal["ddp", "fsdp2"] = "ddp"
+    """with torchrun: each process holds the whole model, or a part of every weight (torch's fully_shard)"""
+    gradient_bits: int | None = None
+    """ddp only: bits (1, 2, 4 or 8) in which gradients travel between the processes; null: in float32"""
+    error_feedback: bool = False
+    """with gradient_bits only: add what the encoding lost to the next step's gradients"""
+    compare_every: int = Field(default=100, ge=0)
+    """steps between two comparisons of the processes' weights and scales, which should be the same; 0: never"""
+
+    @model_validator(mode="after")
+    def _used(self) -> "Distributed":
+        if self.gradient_bits not in (None, 1, 2, 4, 8):
+            raise ValueError(f"distributed.gradient_bits = {self.gradient_bits}: it should be 1, 2, 4 or 8, or null")
+        sharded = ("gradient_bits",) if self.engine == "fsdp2" else ()
+        refuse_unused(self, f"distributed.engine {self.engine}", sharded, "distributed.")
+        refuse_unused(self, "distributed.gradient_bits null", () if self.gradient_bits else ("error_feedback",), "distributed.")
         return self
 
 

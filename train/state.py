@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 import fqt
-from train import checkpoint, files, messages
+from train import checkpoint, files, messages, parallel
 from train.config import Config
 from train.data import Data
 from train.precision import Timeline
@@ -67,11 +68,13 @@ class RunState:
     policy: fqt.Policy | None
     timeline: Timeline | None
     progress: Progress
+    parallel: parallel.Parallel
+    ema: AveragedModel | None
 
     def own(self) -> dict[str, Any]:
         """What is each rank's own."""
         sums = {name: dict(getattr(self.progress, name)) for name in checkpoint.SUMS}
-        return {"generators": checkpoint.generators(), **sums}
+        return {"generators": checkpoint.generators(), "parallel": self.parallel.state(), **sums}
 
     def of(self, each: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What a checkpoint holds. each: what every rank has of its own."""
@@ -82,18 +85,19 @@ class RunState:
             "vocabulary": self.data.vocabulary,
             "world": self.place.world,
             **{name: getattr(self.progress, name) for name in PLAIN},
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": parallel.whole(self.model.state_dict()),
+            "optimizer": parallel.whole(self.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
             "ranks": list(each),
         }
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
         if self.policy and self.timeline:
             state["precision"] = {"policy": self.policy.state_dict(), "timeline": self.timeline.points}
         return state
 
-    def write(self, each: Sequence[dict[str, Any]], folder: Path, previous: int | None, *, is_best: bool) -> None:
+    def write(self, state: dict[str, Any], folder: Path, previous: int | None, *, is_best: bool) -> None:
         """Writes last.pt and, if it is the best, best.pt. previous: the step of the checkpoint there. Raises TrainingError."""
-        state = self.of(each)
         try:
             checkpoint.save_last(folder, state, keep=self.config.checkpoint.keep, previous=previous)
             if is_best:
@@ -121,8 +125,11 @@ class RunState:
             )
         try:
             own = state["ranks"][self.place.rank]
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.model.load_state_dict(parallel.spread_model(state["model"], self.model))
+            self.optimizer.load_state_dict(parallel.spread_optimizer(state["optimizer"], self.optimizer))
+            self.parallel.load_state(own["parallel"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
             self.schedule.load_state_dict(state["schedule"])
             for name in PLAIN:
                 setattr(self.progress, name, state[name])

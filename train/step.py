@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 
 import fqt
 from fqt.precision import Decision, Policy
+from train import parallel
 from train.sections import Training
 from train.tasks import Score, Task
 
@@ -64,7 +64,7 @@ class Stopwatch:
 class Step:
     """Forward and backward of each part, clipping, update.
 
-    module: what is called in place of the model: itself, or wrapped for DDP.
+    module: what is called in place of the model: itself, which FSDP2 may have sharded, or wrapped for DDP.
     task: what a batch's loss is.
     policy: what may give the model's layers other recipes after the update; its penalty is added to the loss.
     agree: whether a statement holds on every rank, so that all of them update or none.
@@ -83,7 +83,7 @@ class Step:
         self.model, self.module, self.optimizer, self.config, self.policy = model, module, optimizer, config, policy
         self.task = task
         self._called: nn.Module = torch.compile(module) if config.compile else module  # type: ignore[assignment]
-        self._no_sync = getattr(module, "no_sync", nullcontext)  # DDP's: gradients are averaged with the last part only
+        self._no_sync = parallel.without_sync(module)  # gradients are averaged with the last part only
         self._agree = agree
 
     def __call__(self, parts: Parts, *, observe: bool = False, epoch: float = 0.0) -> Outcome:
@@ -110,7 +110,7 @@ class Step:
 
         loss = torch.stack([score.loss for score in results]).mean().item()
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)  # one pass, which shows whatever is not finite
+        norm = parallel.whole(nn.utils.get_total_norm(gradients))  # one pass, which shows whatever is not finite
         if skipped := self._objection(loss, norm.item()):
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
@@ -142,7 +142,8 @@ class Step:
         self, module: nn.Module, part: tuple[Tensor, Tensor], parts: int, penalty: Tensor | None, watch: Stopwatch
     ) -> Score:
         """Adds one part's share to the gradients; returns its score, without the graph."""
-        score = self.task.forward(module, *part, autocast=self.config.autocast)
+        config = self.config
+        score = self.task.forward(module, *part, autocast=config.autocast, label_smoothing=config.label_smoothing)
         watch.mark("forward")
         (score.loss / parts if penalty is None else score.loss / parts + penalty).backward()
         watch.mark("backward")

@@ -25,6 +25,7 @@ def layout(metric: str) -> dict[str, list[Any]]:
         "time saved, in seconds": ["Multiline", ["speedup/time_saved_s", "speedup/measuring_s"]],
         metric: ["Multiline", [f"{metric}/{part}" for part in ("train", "valid", "test")]],
         "loss": ["Multiline", ["loss/train", "loss/epoch"]],
+        "flipped signs of binary weights, share a step": ["Multiline", ["flip_ratio/.*"]],
     }
 
 

@@ -64,7 +64,8 @@ def sentence(item: Mapping[str, Any], keys: Mapping[str, tuple[str, str]]) -> st
         siblings = {
             key.removeprefix(f"{section}.").partition(".")[0] for key in keys if key.startswith(f"{section}.") or not section
         }
-        close = [key for key in keys if key.rpartition(".")[2] == last] or difflib.get_close_matches(path, keys, n=1)
+        asked = f"{path}.{next(iter(value))}" if isinstance(value, dict) and value else path  # of a section, its first key
+        close = [key for key in keys if key.rpartition(".")[2] == last] or difflib.get_close_matches(asked, keys, n=1)
         return _end(f"{path} = {show(value)}: there is no such key; {nearest(path, sorted(siblings), 'key', close)}")
     if below:
         return _end(f"{path} = {show(value)}: it should be a section with the keys {below}")

@@ -21,6 +21,7 @@ from fqt.inspect.summary import matrix_weights
 from fqt.inspect.trial import feed, floats_of, undisturbed
 from fqt.layers import quantized_layers
 from fqt.ops import PRODUCTS
+from fqt.sharded import is_sharded_class
 
 _ACTIVATIONS = nn.ReLU.__module__
 # what a model's own code may raise where it is given torch.fx's proxies in place of tensors
@@ -177,6 +178,10 @@ def traced_flow(model: nn.Module) -> Flow | None:
     class Tracer(fx.Tracer):
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             return module_qualified_name in holders or super().is_leaf_module(m, module_qualified_name)
+
+        def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+            # past the hooks of fully_shard, which would begin a real forward
+            return super().call_module(m, m.forward if is_sharded_class(type(m)) else forward, args, kwargs)
 
     try:
         with warnings.catch_warnings(action="ignore"):

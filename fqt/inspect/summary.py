@@ -18,6 +18,7 @@ from fqt.layers.parametrized import at_rest
 from fqt.ops import PRODUCTS
 from fqt.recipe import MAX_PRODUCT_BITS
 from fqt.rows import Kernel
+from fqt.sharded import gathered, summoned, unsharded
 
 _MACS = "_fqt_macs"
 NOTE = "_fqt_note"
@@ -95,20 +96,27 @@ def summary(model: nn.Module) -> Summary:
 
     Multiply-adds are known once a converted model has run a forward. A converted layer that was not called then stands as
     float: a model that reads a layer's weight itself, for a function of torch, computes past it.
+
+    Of a sharded model (FSDP, tensor parallel) a layer at a time is gathered, so every rank has to call this.
     """
+    with summoned(model):
+        return Summary(_rows(model))
+
+
+def _rows(model: nn.Module) -> list[Row]:
     rows = []
     ran = any(_MACS in layer.__dict__ for _, layer in quantized_layers(model))
     for name, module in model.named_modules():
         weights = matrix_weights(module)
         if isinstance(module, QuantizedLayer) and (_MACS in module.__dict__ or not ran):
-            with at_rest(module):
+            with at_rest(module), gathered(module):
                 rows.append(_quantized_row(name, module))
         elif weights:
             float_product = "float x float"
             rows.append(
                 Row(
                     name=name,
-                    kind=type(module).__name__,
+                    kind=unsharded(type(module)).__name__,
                     output=float_product,
                     grad_input=float_product,
                     grad_weight=float_product,
@@ -122,7 +130,7 @@ def summary(model: nn.Module) -> Summary:
                     kept=dict.fromkeys(PRODUCTS, 1.0),
                 )
             )
-    return Summary(rows)
+    return rows
 
 
 def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
@@ -147,7 +155,7 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
         reasons.insert(0, f"backend {layer.backend!r} was named")
     return Row(
         name=name,
-        kind=type(layer).__name__,
+        kind=unsharded(type(layer)).__name__,
         output=recipe.describe("output"),
         grad_input=recipe.describe("grad_input"),
         grad_weight=recipe.describe("grad_weight"),

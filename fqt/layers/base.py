@@ -29,6 +29,7 @@ from fqt.layers.parametrized import at_rest, beneath, derived_from, former
 from fqt.operand import LEFT_RIGHT, States
 from fqt.qtensor import QTensor
 from fqt.recipe import Recipe
+from fqt.sharded import gathered, sharded_alike, unsharded
 
 STATES = "quantizers"
 """The submodule of a layer that holds parameters and buffers of its operands' stages."""
@@ -61,8 +62,14 @@ class QuantizedLayer(nn.Module):
     watcher: Callable[[Tensor], None] | None = None  # given the gradient of the output, in a layer that is `changing`
     changing = False  # whether its recipe may be another at any step, see `let_recipe_change`
 
+    unshard: Callable | None = None
+    """None in a layer that `fully_shard` was not called on by itself: FSDPModule's method stands before this."""
+
     def forward(self, input: Tensor) -> Tensor:
-        return _uncompiled(self, input) if self.changing and _uncompiled is not None else self.compute(input)
+        output = _uncompiled(self, input) if self.changing and _uncompiled is not None else self.compute(input)
+        if self.unshard is not None and type(output) is Tensor and output._is_view():
+            return output.clone()  # off a view an activation in place would cut FSDP's hook
+        return output
 
     # --- the adapter ---
 
@@ -145,8 +152,10 @@ class QuantizedLayer(nn.Module):
         for operand in recipe.operands():
             of_operand = nn.ModuleDict()
             for stage in operand.quantizer.stages:
-                kept = before[operand.name][stage.word] if _has(before, operand.name, stage.word) else None  # type: ignore[index]
-                state = kept if kept is not None else stage.state(operand.letter, self)
+                state = before[operand.name][stage.word] if _has(before, operand.name, stage.word) else None  # type: ignore[index]
+                if state is None:
+                    with gathered(self):
+                        state = stage.state(operand.letter, self)
                 if state is not None:
                     of_operand[stage.word] = state.to(self.weight.device)
             if len(of_operand):
@@ -180,7 +189,7 @@ class QuantizedLayer(nn.Module):
         operand = self.recipe.operand("output", "w")
         if operand is None:
             return None
-        with torch.no_grad(), at_rest(self):
+        with torch.no_grad(), at_rest(self), gathered(self):
             w_OKI = operand.transformed(self.weight_OKI(), self.states)
             key = torch.zeros((), dtype=torch.int64, device=w_OKI.device) if operand.random else None
             return operand.encode(
@@ -191,8 +200,9 @@ class QuantizedLayer(nn.Module):
         """How many of the weights that a mask of torch.nn.utils.prune holds at zero are something else as codes."""
         if not any(name.endswith("weight_mask") for name in self._buffers) or self.weight.is_meta:
             return 0
-        q = self.quantized_weight()
-        return 0 if q is None else int(((self.weight_OKI() == 0) & (q.decode() != 0)).sum())
+        with gathered(self):
+            q = self.quantized_weight()
+            return 0 if q is None else int(((self.weight_OKI() == 0) & (q.decode() != 0)).sum())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A class that was made for a plain class found by its path is made again, where it is unpickled."""
@@ -270,8 +280,9 @@ def converted_class(layer: nn.Module) -> type[nn.Module]:
 
 
 def plain_class(layer: QuantizedLayer) -> type[nn.Module] | None:
-    """The class that a converted layer had; None where it has become something else since."""
-    return layer.plain if type(layer) is quantized_class(layer.plain) else former(layer)
+    """The class that a converted layer had, sharded if it is now; None where it has become something else since."""
+    found = layer.plain if unsharded(type(layer)) is quantized_class(layer.plain) else former(layer)
+    return None if found is None else sharded_alike(type(layer), found)
 
 
 def quantized_class(plain: type[nn.Module]) -> type[QuantizedLayer]:

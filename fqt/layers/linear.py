@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from fqt import functional
 from fqt.layers.base import QuantizedLayer, register_layer
+from fqt.layers.tensor_parallel import multiply_part
+from fqt.sharded import is_dtensor
 
 
 @register_layer(nn.Linear)
@@ -15,10 +17,15 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     options = ("in_features", "out_features")
 
     def compute(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor and is_dtensor(input):
+            return multiply_part(input, self.weight, self.bias, self._multiply)
+        return self._multiply(input, self.weight, self.bias)
+
+    def _multiply(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(
             input,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.recipe,
             training=self.training,
             states=self.states,

@@ -12,26 +12,31 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.utils import parametrize
 
+from fqt.sharded import sharded_alike, unsharded
+
 _FORMER = "_fqt_former"
 
 
 def beneath(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, that beneath its parametrization if it has one."""
-    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+    """The class of a module, that beneath `fully_shard`'s and beneath its parametrization if it has such."""
+    kind = unsharded(type(module))
+    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
 
 
 def derived_from(module: nn.Module, base: type[nn.Module]) -> type[nn.Module]:
-    """`base`, or of a parametrized module a class like its own that is derived from `base`."""
-    if not parametrize.is_parametrized(module):
-        return base
-    body = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__", "__module__")}
-    return type(f"Parametrized{base.__name__}", (base,), body | {_FORMER: type(module)})
+    """`base`, or of a parametrized or sharded module a class like its own that is derived from `base`."""
+    if parametrize.is_parametrized(module):
+        kind = unsharded(type(module))
+        body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__", "__module__")}
+        base = type(f"Parametrized{base.__name__}", (base,), body | {_FORMER: kind})
+    return sharded_alike(type(module), base)
 
 
 def former(module: nn.Module) -> type[nn.Module] | None:
     """The class that `derived_from` was given, of a module whose parametrizations are those of then; None of any other."""
-    found = vars(type(module)).get(_FORMER)
-    return found if found is not None and _properties(found) == _properties(type(module)) else None
+    kind = unsharded(type(module))
+    found = vars(kind).get(_FORMER)
+    return found if found is not None and _properties(found) == _properties(kind) else None
 
 
 def _properties(kind: type[nn.Module]) -> set[str]:

@@ -31,6 +31,7 @@ from fqt.layers import QuantizedLayer, let_recipe_change, quantized_layers
 from fqt.ops import PRODUCTS
 from fqt.precision.formats import from_plain, to_plain
 from fqt.recipe import Recipe
+from fqt.sharded import is_dtensor
 from fqt.wording import nearest
 
 Input = float | int | str
@@ -104,7 +105,11 @@ class Policy:
         Args:
             loss: the training loss of this rank, with its penalty.
             epoch: epochs done, with their fraction; only policies that go by epochs read it.
+
+        Raises:
+            ValueError: the weights are spread over ranks.
         """
+        check_whole(self.layers)
         self.steps += 1
         (mean,) = self.agreed([float(loss.detach() if isinstance(loss, Tensor) else loss)])
         started = time.perf_counter()
@@ -220,6 +225,15 @@ def build_policy(name: str, model: nn.Module, /, **options: object) -> Policy:
         return POLICIES[name](model, **options)
     except TypeError as error:
         raise ValueError(f"precision policy {name!r}: {error}") from error
+
+
+def check_whole(layers: Mapping[str, QuantizedLayer]) -> None:
+    """ValueError where a layer's weight is spread over ranks: policies read whole weights and gradients."""
+    for name, layer in layers.items():
+        if is_dtensor(layer.weight):
+            raise ValueError(
+                f"layer {name!r} is sharded, and a precision policy reads whole weights and gradients: train it with DDP"
+            )
 
 
 def check_number(name: str, value: object, low: float, high: float, *, integer: bool = False) -> None:

@@ -9,7 +9,23 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from benchmarks import accuracy, adapt, cases, gradients, kernels, kill_drill, layers, lm, pareto, readme, runs, saved, step
+from benchmarks import (
+    accuracy,
+    adapt,
+    allreduce,
+    cases,
+    gradients,
+    kernels,
+    kill_drill,
+    layers,
+    leaks,
+    lm,
+    pareto,
+    readme,
+    runs,
+    saved,
+    step,
+)  # fmt: skip
 from fqt import ops, reference
 from fqt.cpu import library
 from fqt.ops import Kernel
@@ -55,6 +71,25 @@ def test_kill_drill_sees_a_difference():
     assert kill_drill.differences(a, b) == [".model.w", ".log.0.loss"]
     assert kill_drill.differences(a, a) == []
     assert kill_drill.differences([1], [1, 2], "history") == ["history"]
+
+
+def test_leaks(monkeypatch, tmp_path, capsys):
+    (row,) = rows(monkeypatch, tmp_path, leaks.main, "--recipes", "int8")
+    assert row["steps"] == 100 and row["files at 4/4"] <= row["files at 1/4"] and row["threads at 4/4"] <= row["threads at 1/4"]
+    assert "| int8" in capsys.readouterr().out
+
+
+def test_allreduce_counts_differences_in_standard_errors():
+    job = {"config": "c", "error_feedback": False, "epochs": 1, "limit": 0, "data": "d", "loss": 1.0, "times_fewer": 7.7}
+    runs = [
+        {**job, "gradient_bits": bits, "seed": seed, "test_accuracy": accuracy}
+        for bits, accuracies in ((0, (0.5, 0.7)), (4, (0.4, 0.6)))
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    in_float, low = allreduce.summarized(runs)
+    assert (in_float["bits"], in_float["seeds"], in_float["standard_errors"]) == (32, 2, 0)
+    assert low["difference"] == pytest.approx(-0.1)
+    assert low["standard_errors"] == pytest.approx(-0.1 / (0.02 / 2 + 0.02 / 2) ** 0.5)
 
 
 def test_gradients(monkeypatch, tmp_path, capsys):

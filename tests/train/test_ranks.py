@@ -21,7 +21,7 @@ PROGRAM = f"""
 import torch
 import fqt
 from fqt.quantizers import build
-from train import config, loop, ranks, stop
+from train import checkpoint, config, loop, ranks, stop
 from train.wording import TrainingError
 
 PRODUCTS = ("output", "grad_input", "grad_weight")
@@ -79,20 +79,68 @@ def agreed(place):
         found["stopped"] = str(end)
     return found
 
+ENGINES = {{
+    "ddp": [],
+    "fsdp2": ["distributed.engine=fsdp2"],
+    "bits": ["distributed.gradient_bits=4", "distributed.error_feedback=true", "training.clip_norm=1.0"],
+}}
+
+def untimed(state):
+    ranks = [{{key: rank[key] for key in ("generators", "parallel")}} for rank in state["ranks"]]
+    return {{**{{key: state[key] for key in ("model", "optimizer", "schedule")}}, "ranks": ranks}}
+
+def engines(place):
+    # each trained through, and again from the checkpoint that is tried after the first step
+    found = {{}}
+    for name, keys in ENGINES.items():
+        keys = [*{DIGITS!r}, "training.accumulate=2", "model.name=mlp_small", "tracking.enabled=false", "quiet=true", *keys]
+        wanted = config.load("int8", [*keys, f"name={{name}}"])
+        result = loop.Trainer(wanted, place).train()
+        through = checkpoint.load(result.folder / checkpoint.NAME)
+        place.any(False)  # nobody writes what another still reads
+        resumed = loop.Trainer(wanted, place, result.folder / "step_000000001.pt")
+        began = resumed.steps
+        resumed.train()
+        again = checkpoint.load(result.folder / checkpoint.NAME)
+        found[name] = {{"through": untimed(through), "again": untimed(again), "began": began,
+                        "sent": resumed.parallel.scalars()}}
+    return found
+
+def drifted(place):
+    keys = [*{DIGITS!r}, "model.name=mlp_small", "tracking.enabled=false", "quiet=true", "distributed.compare_every=2"]
+    trainer = loop.Trainer(config.load("int8", [*keys, "name=drifted"]), place)
+    step = trainer.step
+    def drifting(*args, **named):
+        outcome = step(*args, **named)
+        if trainer.steps == 1:
+            with torch.no_grad():
+                trainer.model[4].weight[3, 5] += 1e-6 * place.rank
+        return outcome
+    trainer.step = drifting
+    drifting.optimizer = step.optimizer
+    try:
+        trainer.train()
+    except TrainingError as error:
+        return str(error)
+
 with ranks.join("cpu") as place:
-    torch.save((trained(place), decided(place), staged(place), agreed(place)), f"rank{{place.rank}}.pt")
+    parts = (trained(place), decided(place), staged(place), agreed(place), engines(place), drifted(place))
+    torch.save(parts, f"rank{{place.rank}}.pt")
 """
 
 
 @dataclass(frozen=True)
 class TwoRanks:
     """What each rank ended with: of a plain run, of one with a precision policy, of layers with a learned step and a running
-    range; what they agreed on; what they printed, where they ran."""
+    range; what they agreed on; runs of each engine, through and resumed; why a run ended whose weights drifted apart; what they
+    printed, where they ran."""
 
     trained: list[dict]
     decided: list[dict]
     staged: list[dict]
     agreed: list[dict]
+    engines: list[dict]
+    drifted: list[str]
     printed: str
     folder: Path
 
@@ -174,3 +222,38 @@ def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(two_ranks):
     assert said.startswith("stopped by SIGTERM after step 1 of 4; the same command with --resume runs/stopped/")
     (run,) = (two_ranks.folder / "runs" / "stopped").iterdir()
     assert torch.load(run / "last.pt", weights_only=True)["position"] == 1
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "bits"])
+def test_a_resumed_run_of_each_engine_ends_like_one_that_never_stopped(two_ranks, engine):
+    for rank in two_ranks.engines:
+        found = rank[engine]
+        assert found["began"] == 1
+        assert_same(found["through"], found["again"])
+
+
+def test_fsdp2_ends_like_ddp(two_ranks):
+    """With the same whole tensors in its checkpoint, but for how the fused Adam rounds the last elements of a tensor."""
+    ddp, fsdp2 = (two_ranks.engines[0][engine]["through"] for engine in ("ddp", "fsdp2"))
+    assert ddp["model"].keys() == fsdp2["model"].keys()
+    assert all(torch.allclose(value, fsdp2["model"][name], rtol=1e-5) for name, value in ddp["model"].items())
+    for index, moments in ddp["optimizer"]["state"].items():
+        found = fsdp2["optimizer"]["state"][index]
+        assert all(torch.allclose(value, found[name], rtol=1e-4, atol=1e-12) for name, value in moments.items())
+
+
+def test_gradients_in_few_bits_send_less_and_keep_their_residual(two_ranks):
+    first, second = (rank["bits"] for rank in two_ranks.engines)
+    assert 7 < first["sent"]["distributed/times_fewer"] < 8
+    lost = [state["parallel"]["residuals"] for state in first["through"]["ranks"]]
+    assert lost[0].keys() == lost[1].keys() and all(float(part.abs().sum()) > 0 for rank in lost for part in rank.values())
+    assert not torch.equal(lost[0][0], lost[1][0]), "each rank has its own"
+    assert_same(first["through"]["model"], second["through"]["model"])
+
+
+def test_weights_that_drift_apart_end_the_run_with_their_name(two_ranks):
+    (said,) = set(two_ranks.drifted)
+    assert said.startswith(
+        "The processes' weights are not the same any more after step 2: 4.weight on rank 1 differs from rank 0's. runs/drifted/"
+    )
+    assert said.endswith("last.pt holds the state after step 1.")

@@ -55,12 +55,13 @@ class Task(ABC):
         output: Any = feed(module, self.inputs(x))
         return output if isinstance(output, Tensor) else output.logits  # of transformers' models
 
-    def forward(self, module: nn.Module, x: Tensor, y: Tensor, *, autocast: bool) -> Score:
-        """The score of a batch."""
+    def forward(self, module: nn.Module, x: Tensor, y: Tensor, *, autocast: bool, label_smoothing: float = 0.0) -> Score:
+        """The score of a batch. y: classes, or the share of each, (N, K): then the largest is the class."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             logits = self.logits(module, x)
-        logits, y = logits.reshape(-1, logits.shape[-1]).float(), y.flatten()
-        return Score(cross_entropy(logits, y), (logits.argmax(1) == y).sum(), len(y))
+        logits, y = logits.reshape(-1, logits.shape[-1]).float(), y if y.is_floating_point() else y.flatten()
+        right = y.argmax(1) if y.is_floating_point() else y
+        return Score(cross_entropy(logits, y, label_smoothing=label_smoothing), (logits.argmax(1) == right).sum(), len(y))
 
     def quality(self, loss: float, correct: float, items: float) -> float:
         """The metric, of a mean loss and of so many right ones among the items; not a number of no item."""
