@@ -98,10 +98,11 @@ def join(device: str) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, place)
         return
-    store, rank, world = next(dist.rendezvous("env://"))
+    store, rank, world = next(dist.rendezvous("env://"))  # type: ignore[reportPrivateImportUsage]
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine, which counts its restarts
         # the store outlives a restart, and in it the addresses of the processes before
-        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        start = f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        store = dist.PrefixStore(start, store)  # type: ignore[reportPrivateImportUsage]
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     try:
         yield Ranks(dist.get_rank(), world, place)
