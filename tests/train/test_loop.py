@@ -169,11 +169,11 @@ def test_the_diagnosis_names_the_first_layer(make, recipe):
         trainer = loop.Trainer(make(recipe=recipe), place)
     parts = next(trainer.feed.batches(0))
     name, state = second_conv(trainer.model), torch.get_rng_state()
-    assert diagnose.first_not_finite(trainer.model, trainer.task, parts, autocast=False).startswith(
+    assert diagnose.first_not_finite(trainer.copy(), trainer.task, parts, autocast=False).startswith(
         "A repetition of the last such batch gave"
     )
     trainer.model.get_submodule(name).weight.data[0] = math.nan
-    sentence = diagnose.first_not_finite(trainer.model, trainer.task, parts, autocast=False)
+    sentence = diagnose.first_not_finite(trainer.copy(), trainer.task, parts, autocast=False)
     kind = "Conv2d" if recipe == "fp32" else "QuantConv2d, recipe fqt_1bit"
     assert sentence.startswith(f"First not finite is the output of layer {name} ({kind}); input ")
     assert re.search(r"weight -?[\d.]+ to [\d.]+ \(\d+ not finite\)", sentence)
@@ -198,7 +198,7 @@ def test_the_diagnosis_names_where_a_gradient_breaks(make):
             return Break.apply(x)
 
     trainer.model.insert(3, Breaking())
-    sentence = diagnose.first_not_finite(trainer.model, trainer.task, next(trainer.feed.batches(0)), autocast=False)
+    sentence = diagnose.first_not_finite(trainer.copy(), trainer.task, next(trainer.feed.batches(0)), autocast=False)
     assert sentence.startswith("First not finite is the gradient that arrives at layer 2 (ReLU): ")
 
 

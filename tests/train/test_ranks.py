@@ -112,7 +112,7 @@ def drifted(place):
     step = trainer.step
     def drifting(*args, **named):
         outcome = step(*args, **named)
-        if trainer.steps == 1:
+        if trainer.done.steps == 1:
             with torch.no_grad():
                 trainer.model[4].weight[3, 5] += 1e-6 * place.rank
         return outcome

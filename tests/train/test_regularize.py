@@ -8,7 +8,7 @@ import fqt
 from tests.train.helpers import assert_same
 from train import checkpoint, loop
 from train.regularize import Mix, averaged, follow, on_pixels
-from train.step import forward
+from train.tasks import TASKS
 
 
 def batch(count: int = 32):
@@ -33,12 +33,13 @@ def test_mixed_labels_are_those_of_the_mixed_images(mixup, cutmix):
 
 def test_smoothed_and_mixed_labels_in_the_loss():
     model, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), batch(8)
-    hard, hits = forward(model, x, y, autocast=False)
+    forward = TASKS["classify"].forward
+    hard = forward(model, x, y, autocast=False)
     shares = nn.functional.one_hot(y, 4).float()
-    soft, same_hits = forward(model, x, shares, autocast=False)
-    assert soft.item() == pytest.approx(hard.item()) and torch.equal(hits, same_hits)
-    smoothed, _ = forward(model, x, y, autocast=False, label_smoothing=0.2)
-    by_hand, _ = forward(model, x, 0.8 * shares + 0.05, autocast=False)
+    soft = forward(model, x, shares, autocast=False)
+    assert soft.loss.item() == pytest.approx(hard.loss.item()) and torch.equal(hard.correct, soft.correct)
+    smoothed = forward(model, x, y, autocast=False, label_smoothing=0.2).loss
+    by_hand = forward(model, x, 0.8 * shares + 0.05, autocast=False).loss
     assert smoothed.item() == pytest.approx(by_hand.item())
 
 
