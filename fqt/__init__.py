@@ -8,6 +8,7 @@ backward. This page is the whole public face.
 
 from fqt.convert import convert, revert
 from fqt.formats import Format, Grid, Grouping, register_grid
+from fqt.freeze import freeze
 from fqt.inspect.bisect import bisect
 from fqt.inspect.diff import diff
 from fqt.inspect.memory import Memory, memory
@@ -61,6 +62,7 @@ __all__ = [
     "convert",
     "count_saved_bytes",
     "diff",
+    "freeze",
     "load_recipe",
     "memory",
     "modelled_speedup",
