@@ -98,10 +98,10 @@ def convert(
         The model.
 
     Raises:
-        ValueError: the model is converted already, or frozen, a pattern matches no layer, or nothing is left to convert; a layer has a
-            `forward` set on the instance that would not reach the converted one, or is pruned and its zeros would get codes
-            that are not zero; the named backend is unknown or cannot serve a layer; `min_speedup` is not a positive number, or
-            comes without `example`.
+        ValueError: the model is converted already, or frozen, a pattern matches no layer, or nothing is left to convert; a
+            layer has a `forward` set on the instance that would not reach the converted one, or is pruned and its zeros would
+            get codes that are not zero; the named backend is unknown or cannot serve a layer; `min_speedup` is not a positive
+            number, or comes without `example`.
         TypeError: `model` is not a module, `skip` or `only` is not strings, or `overrides` is not such a mapping.
 
     An error leaves the model as it was.
@@ -276,8 +276,8 @@ def revert(model: nn.Module) -> nn.Module:
     Parameters and buffers of quantizers (a learned step, a running range) go with them; the log names them.
 
     Raises:
-        ValueError: nothing in the model is converted, or it is frozen, or a layer has become something else since, or has got a `forward` set
-            on the instance that goes on calling the one of now.
+        ValueError: nothing in the model is converted, or it is frozen, or a layer has become something else since, or has got a
+            `forward` set on the instance that goes on calling the one of now.
     """
     layers = dict(quantized_layers(model))
     if not layers:

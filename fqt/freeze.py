@@ -28,11 +28,11 @@ _log = logging.getLogger("fqt")
 def freeze(model: nn.Module) -> nn.Module:
     """A copy of a converted model for inference, in evaluation, with packed weights. The model itself is left as it is.
 
-    Its outputs are those of `model.eval()` under `torch.no_grad()`, bit for bit, wherever the same kernels serve. It is a module
-    as any other: `.to()`, copies, torch.compile, torch.export, state dicts (`layer.packed.0.codes`), several threads at once.
-    Parametrizations, masks and norms of a packed weight (torch.nn.utils) are part of its codes. Layers that stayed float stay as
-    they are, and so do weights that the recipe keeps float. Gradients pass to inputs, multiplied in float by the codes, and no
-    parameter asks for one; `.train()` is refused.
+    Its outputs are those of `model.eval()` under `torch.no_grad()`, bit for bit, wherever the same kernels serve. It is a
+    module like any other: `.to()`, copies, torch.compile, torch.export, state dicts (`layer.packed.0.codes`), threads.
+    Parametrizations, masks and norms of a packed weight (torch.nn.utils) are part of its codes. Layers that stayed float, and
+    weights that the recipe keeps float, stay as they are. Gradients pass to inputs, multiplied in float by the codes; no
+    parameter asks for one, and `.train()` is refused.
 
     A converted layer that the forwards since the conversion did not call, because the module around it reads its weight, keeps
     that weight in float. Where none has run yet this cannot be known, and such a module reads NaN: run one first.
@@ -84,7 +84,7 @@ def _bake(name: str, layer: QuantizedLayer) -> None:
     if parametrize.is_parametrized(layer):
         # not by torch's remove_parametrizations: that changes the class, which the copy shares with the model
         computed = {of: getattr(layer, of).detach().clone() for of in layer.parametrizations}  # type: ignore[union-attr]
-        layer.__class__ = beneath(layer)
+        layer.__class__ = beneath(layer)  # type: ignore[assignment]
         del layer._modules["parametrizations"]
         for of, value in computed.items():
             layer.register_parameter(of, nn.Parameter(value))
