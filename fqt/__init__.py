@@ -32,6 +32,7 @@ from fqt.quantizers.stages import (
 )
 from fqt.recipe import Product, Recipe, Rule
 from fqt.recipe_yaml import load_recipe, recipes
+from fqt.saving import load, save
 
 __all__ = [
     "AdaPT",
@@ -63,6 +64,7 @@ __all__ = [
     "count_saved_bytes",
     "diff",
     "freeze",
+    "load",
     "load_recipe",
     "memory",
     "modelled_speedup",
@@ -80,6 +82,7 @@ __all__ = [
     "register_policy",
     "register_transform",
     "revert",
+    "save",
     "summary",
 ]
 __version__ = "0.1.0"

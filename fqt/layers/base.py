@@ -258,6 +258,14 @@ class QuantizedLayer(nn.Module):
                 asked[product] = ops.Request(device, formats, self.window(), self.backend)
         return asked
 
+    def check_backend(self, name: str) -> None:
+        """Raise ValueError, with the layer's name, where a kernel that it asks for is refused."""
+        for what, request in self.requests().items():
+            try:
+                ops.select(what.split()[0], request)
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}, {what}: {error}") from error
+
     def lost_zeros(self) -> int:
         """How many of the weights that a mask of torch.nn.utils.prune holds at zero are something else as codes."""
         if not any(name.endswith("weight_mask") for name in self._buffers) or self.weight.is_meta:
