@@ -20,7 +20,7 @@ _NOT_NEGATIVE = ("relu", "hardtanh", "sigmoid", "softmax", "abs", "square")
 def fresh_activation(name: str) -> nn.Module:
     """A module of a class of torch.nn, by name. ValueError unless it is one that needs no arguments and has no parameters."""
     kind = getattr(nn, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)) or kind is nn.Module:
         raise ValueError(f"{name!r} is no module of torch.nn{nearest(name, dir(nn))}")
     try:
         fresh = kind()

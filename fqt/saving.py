@@ -207,7 +207,7 @@ def _shape(model: nn.Module, contents: Contents, backend: str) -> None:
 def _recipe(number: int, plain: Mapping[str, Any]) -> Recipe:
     try:
         return from_plain(dict(plain))
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise FileError(f"recipes[{number}] is no recipe ({type(error).__name__}: {str(error)[:300]})") from error
 
 

@@ -172,8 +172,8 @@ def test_readers_find_one_file_or_the_other_while_it_is_written(tmp_path: Path) 
     models = [fqt.convert(nn.Linear(6, 4), everywhere("int8")) for _ in range(2)]
     expected = [saved(model, path, x) for model in models]
     with ThreadPoolExecutor(4) as pool:
-        writing = pool.submit(lambda: [fqt.save(models[i % 2], path) for i in range(20)])
-        outputs = list(pool.map(lambda _: fqt.load(path, nn.Linear(6, 4))(x), range(40)))
+        writing = pool.submit(lambda: [fqt.save(models[i % 2], path) for i in range(8)])
+        outputs = list(pool.map(lambda _: fqt.load(path, nn.Linear(6, 4))(x), range(16)))
         writing.result()
     assert all(any(same(y, other) for other in expected) for y in outputs)
 
@@ -195,8 +195,8 @@ def test_strides_and_ties_and_a_compiled_model(tmp_path: Path) -> None:
     model[10].weight = nn.Parameter(torch.randn(9, 5).t())
     x = torch.randn(2, 3, 12, 12)
     fqt.save(torch.compile(model), tmp_path / "m")
-    with torch.no_grad():
-        assert same(fqt.load(tmp_path / "m", chain())(x), model.eval()(x))
+    with torch.no_grad():  # a float layer adds up in another order where its weight lies otherwise
+        torch.testing.assert_close(fqt.load(tmp_path / "m", chain())(x), model.eval()(x))
     model = fqt.convert(Linears(), everywhere("xnor"))
     fqt.save(model, tmp_path / "m")
     with safe_open(tmp_path / "m", "pt") as file:
@@ -223,7 +223,7 @@ def test_strides_and_ties_and_a_compiled_model(tmp_path: Path) -> None:
         (lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.LayerNorm(4)), "tensor '2.bias' is in this one alone"),
         (lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4, bias=False)), "tensor '1.bias' is in the file alone"),
         (
-            lambda: fqt.convert(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), "int8"),
+            lambda: fqt.convert(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), everywhere("int8")),
             "this Sequential is converted: give the",
         ),
     ],
@@ -419,7 +419,7 @@ def _tensor(name: str, tensor: Tensor) -> Callable[[dict, dict], None]:
         (_set("layers", "3", 0, "os.system"), "its layer '3' is a os.system, this one a torch.nn.modules.conv.Conv2d"),
         (_set("recipes", 0, "output", 1, "bits", 9), r"recipes\[0\] is no recipe"),
         (_set("recipes", 0, "output", 1, "grid", []), r"recipes\[0\] is no recipe"),
-        (_set("exchanged", "2", "Module"), "does not fit this Sequential"),
+        (_set("exchanged", "2", "Module"), "does not fit this Sequential: 'Module' is no module of torch.nn"),
         (_set("exchanged", "2", "Bilinear"), "a Bilinear cannot be made"),
         (_set("tied", "5.bias", "nothing"), "tensor '5.bias' is tied to 'nothing', which is not stored"),
         (
