@@ -8,6 +8,7 @@ backward. This page is the whole public face.
 
 from fqt.convert import convert, revert
 from fqt.formats import Format, Grid, Grouping, register_grid
+from fqt.freeze import freeze
 from fqt.inspect.bisect import bisect
 from fqt.inspect.diff import diff
 from fqt.inspect.flow import modelled_speedup
@@ -32,6 +33,7 @@ from fqt.quantizers.stages import (
 )
 from fqt.recipe import Product, Recipe, Rule
 from fqt.recipe_yaml import load_recipe, recipes
+from fqt.saving import load, save
 
 __all__ = [
     "AdaPT",
@@ -62,6 +64,8 @@ __all__ = [
     "convert",
     "count_saved_bytes",
     "diff",
+    "freeze",
+    "load",
     "load_recipe",
     "memory",
     "modelled_speedup",
@@ -79,6 +83,7 @@ __all__ = [
     "register_policy",
     "register_transform",
     "revert",
+    "save",
     "summary",
 ]
 __version__ = "0.1.0"

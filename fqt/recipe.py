@@ -298,6 +298,12 @@ class Recipe:
             formats.append(replace(format, axes="") if self.place(product, letter, kind) == "folded" else format)
         return tuple(formats)
 
+    def frozen(self) -> Recipe:
+        """This recipe for evaluation alone, without rules: its output, and an input's gradient in float, by the same codes."""
+        codes = {letter for letter in "xw" if self._operands["output", letter] is not None and not self.output.transform}
+        grad_input, grad_weight = (Product("float", "saved" if letter in codes else "float") for letter in "wx")
+        return replace(self, grad_input=grad_input, grad_weight=grad_weight, rules=(), replace=())
+
     def everywhere(self) -> Recipe:
         """This recipe for every layer, the first and the last included: without its rules, but for those of `<conv>`, which say
         for what kind of layer it is not meant."""

@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 import fqt
+from fqt.files import write_atomically
 from train import (
     checkpoint,
     data,
@@ -432,7 +433,7 @@ class Trainer:
         self.tracker.scalars(self.done.steps, {"data/unreadable": len(left_out)})
         if self.folder and self.place.main:
             text = "".join(f"{path}\t{why}\n" for path, why in sorted(left_out.items()))
-            files.write_atomically(self.folder / messages.UNREADABLE, lambda file: file.write(text.encode()))
+            write_atomically(self.folder / messages.UNREADABLE, lambda file: file.write(text.encode()))
         self.say(messages.unreadable(left_out, self.folder))
 
     def save(self) -> None:

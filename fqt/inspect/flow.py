@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from fqt.inspect.flops import low_bit, register_flops
 from fqt.inspect.summary import matrix_weights
 from fqt.inspect.trial import feed, floats_of, undisturbed
-from fqt.layers import quantized_layers
+from fqt.layers import quantized_layers, refuse_frozen
 from fqt.ops import PRODUCTS
 from fqt.sharded import is_sharded_class
 
@@ -143,6 +143,7 @@ def modelled_speedup(model: nn.Module, example: object) -> float:
         model: converted, or not (1.0).
         example: an input of the model: a tensor, a tuple of arguments or a mapping of keyword arguments.
     """
+    refuse_frozen(model, "modelled_speedup")
     flops, layers = _flops(model, example), dict(quantized_layers(model))
     root, total = type(model).__name__, sum(flops["Global"].values())
     if not total:

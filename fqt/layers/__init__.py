@@ -5,19 +5,21 @@ import pkgutil
 
 from fqt.layers.base import (
     ADAPTERS,
+    PACKED,
     STATES,
     QuantizedLayer,
     adapter_of,
     converted_class,
     is_subclass,
-    let_recipe_change,
     plain_class,
     plain_classes,
     quantized_class,
     quantized_layers,
     refusal,
+    refuse_frozen,
     register_layer,
 )
+from fqt.layers.changing import let_recipe_change
 from fqt.layers.conv import QuantConv2d
 from fqt.layers.linear import QuantLinear
 
@@ -26,6 +28,7 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "ADAPTERS",
+    "PACKED",
     "STATES",
     "QuantConv2d",
     "QuantLinear",
@@ -39,5 +42,6 @@ __all__ = [
     "quantized_class",
     "quantized_layers",
     "refusal",
+    "refuse_frozen",
     "register_layer",
 ]

@@ -10,6 +10,7 @@ falls on one output frame is added in float.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fqt import functional
 from fqt.geometry import Geometry
 from fqt.layers.base import QuantizedLayer, register_layer
+from fqt.packed import Weight
 
 _OPTIONS = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups", "dilation", "padding_mode",
@@ -42,18 +44,23 @@ class Phase:
     count: int
 
 
+def taps_of(start: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[int, ...]:
+    """The taps of the window that the outputs from `start` on see, in the order in which the convolution reads the input."""
+    return tuple(tap for tap in reversed(range(kernel)) if (start + padding - tap * dilation) % stride == 0)
+
+
 def phases(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> list[Phase]:
     """The phases of an axis of `size` inputs and `out` outputs."""
     found = []
     common = math.gcd(stride, dilation)
     for start in range(min(stride, out)):
-        taps = [tap for tap in range(kernel) if (start + padding - tap * dilation) % stride == 0]
+        taps = taps_of(start, kernel, stride, padding, dilation)
         count = -(-(out - start) // stride)
         step = dilation // common
         # the last tap reads the first input: output m sees input m + offset of the last tap, and so on
-        before = -(start + padding - taps[-1] * dilation) // stride if taps else 0
+        before = -(start + padding - taps[0] * dilation) // stride if taps else 0
         behind = count - size - before + step * (len(taps) - 1)
-        found.append(Phase(start, tuple(reversed(taps)), step, before, behind, count))
+        found.append(Phase(start, taps, step, before, behind, count))
     return found
 
 
@@ -87,12 +94,13 @@ class _Transposed(QuantizedLayer):
         axes = len(self.kernel_size)
         batched = input if input.dim() == axes + 2 else input.unsqueeze(0)
         sizes = [self._output(axis, batched.shape[2 + axis], more[axis]) for axis in range(axes)]
+        weights = list(self.weights())
         if axes == 3:
-            y = self._frames(batched, sizes)
+            y = self._frames(batched, weights, sizes)
         elif axes == 2:
-            y = self._pixels(batched, self.weight, self.bias, sizes)
+            y = self._pixels(batched, weights, self.bias, sizes)
         else:
-            y = self._pixels(batched.unsqueeze(2), self.weight.unsqueeze(2), self.bias, sizes).squeeze(2)
+            y = self._pixels(batched.unsqueeze(2), weights, self.bias, sizes).squeeze(2)
         return y if batched is input else y.squeeze(0)
 
     def _output(self, axis: int, size: int, more: int) -> int:
@@ -109,10 +117,10 @@ class _Transposed(QuantizedLayer):
         """Kernel, stride, padding and dilation of an axis."""
         return self.kernel_size[axis], self.stride[axis], self.padding[axis], self.dilation[axis]
 
-    def _frames(self, x: Tensor, sizes: list[int]) -> Tensor:
+    def _frames(self, x: Tensor, weights: Sequence[Weight], sizes: list[int]) -> Tensor:
         """Three axes: the frames that a step of the window reaches, as samples of their own."""
         steps, stride, padding, dilation = self._along(0)
-        weight = self.weight  # once: a parametrization computes it
+        count = len(self._taps())
         y: Tensor | None = None
         for step in range(steps):
             offset = step * dilation - padding
@@ -120,7 +128,8 @@ class _Transposed(QuantizedLayer):
             if not seen:
                 continue
             frames = x[:, :, seen[0] : seen[-1] + 1].transpose(1, 2)
-            part = self._pixels(frames.flatten(0, 1), weight[:, :, step], None, sizes[1:]).unflatten(0, frames.shape[:2])
+            of_step = weights[step * count : (step + 1) * count]
+            part = self._pixels(frames.flatten(0, 1), of_step, None, sizes[1:]).unflatten(0, frames.shape[:2])
             if y is None:
                 y = part.new_zeros(x.shape[0], sizes[0], *part.shape[2:])
             y[:, seen[0] * stride + offset : seen[-1] * stride + offset + 1 : stride] += part
@@ -128,7 +137,7 @@ class _Transposed(QuantizedLayer):
         y = y.transpose(1, 2)
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1, 1)
 
-    def _pixels(self, x: Tensor, w: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
+    def _pixels(self, x: Tensor, weights: Sequence[Weight], bias: Tensor | None, sizes: list[int]) -> Tensor:
         """Two axes, or one of which the first is one pixel; the last axes of the layer are these."""
         flat, axes = len(sizes) == 1, len(self.kernel_size)
         along = []
@@ -136,29 +145,27 @@ class _Transposed(QuantizedLayer):
             axis = axes - len(sizes) + number
             along.append((phases(x.shape[axis - axes], out, *self._along(axis)), out, self.stride[axis]))
         rows, columns = along if not flat else [([Phase(0, (0,), 1, 0, 0, 1)], 1, 1), *along]
-        # (I, O / groups, kh, kw) as (O, I / groups, kh, kw)
-        w = w.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        by_phase = dict(zip(self._taps(), weights, strict=True))
         y: Tensor | None = None
         for row in rows[0]:
             for column in columns[0]:
-                part = self._phase(x, w, bias, row, column)
+                part = self._phase(x, by_phase.get((row.start, column.start)), bias, row, column)
                 if y is None:
                     y = part.new_empty(*part.shape[:2], rows[1], columns[1])
                 y[:, :, row.start :: rows[2], column.start :: columns[2]] = part
         assert y is not None
         return y
 
-    def _phase(self, x: Tensor, w: Tensor, bias: Tensor | None, row: Phase, column: Phase) -> Tensor:
-        if not row.taps or not column.taps:
-            empty = x.new_zeros(x.shape[0], w.shape[0], row.count, column.count)
+    def _phase(self, x: Tensor, w: Weight | None, bias: Tensor | None, row: Phase, column: Phase) -> Tensor:
+        if w is None:
+            empty = x.new_zeros(x.shape[0], self.out_channels, row.count, column.count)
             return empty if bias is None else empty + bias.to(empty.dtype).view(1, -1, 1, 1)
         for axis, phase in ((2, row), (3, column)):
             away = (max(-phase.before, 0), max(-phase.behind, 0))
             x = x.narrow(axis, away[0], x.shape[axis] - sum(away)) if any(away) else x
-        taps = w[:, :, list(row.taps)][:, :, :, list(column.taps)]
         return functional.conv2d(
             x,
-            taps,
+            w,
             bias,
             self.recipe,
             padding=(max(row.before, 0), max(row.behind, 0), max(column.before, 0), max(column.behind, 0)),
@@ -168,6 +175,23 @@ class _Transposed(QuantizedLayer):
             states=self.states,
             backend=self.backend,
         )
+
+    def _taps(self) -> dict[tuple[int, int], tuple[list[int], list[int]]]:
+        """First output row and column of each phase that sees taps -> these, along the last two axes."""
+        along = [{0: [0]}] if len(self.kernel_size) == 1 else []
+        for axis in range(max(0, len(self.kernel_size) - 2), len(self.kernel_size)):
+            kernel, stride, padding, dilation = self._along(axis)
+            seen = {start: list(taps_of(start, kernel, stride, padding, dilation)) for start in range(stride)}
+            along.append({start: taps for start, taps in seen.items() if taps})
+        rows, columns = along
+        return {(row, column): (rows[row], columns[column]) for row in rows for column in columns}
+
+    def split(self, weight: Tensor) -> list[Tensor]:
+        """By steps of a third axis, then by phases: (I, O / groups, kh, kw) as (O, I / groups, taps, taps)."""
+        w = weight.unsqueeze(2) if len(self.kernel_size) == 1 else weight
+        w = w.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        steps = w.unbind(2) if len(self.kernel_size) == 3 else [w]
+        return [step[:, :, rows][:, :, :, columns] for step in steps for rows, columns in self._taps().values()]
 
     def weight_OKI(self) -> Tensor:
         return self.weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(2).transpose(1, 2)

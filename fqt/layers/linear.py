@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fqt import functional
 from fqt.layers.base import QuantizedLayer, register_layer
 from fqt.layers.tensor_parallel import multiply_part
+from fqt.packed import Weight
 from fqt.sharded import is_dtensor
 
 
@@ -19,9 +20,9 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     def compute(self, input: Tensor) -> Tensor:
         if type(input) is not Tensor and is_dtensor(input):
             return multiply_part(input, self.weight, self.bias, self._multiply)
-        return self._multiply(input, self.weight, self.bias)
+        return self._multiply(input, self.weights()[0], self.bias)
 
-    def _multiply(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _multiply(self, input: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         return functional.linear(
             input,
             weight,
