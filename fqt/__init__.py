@@ -7,6 +7,7 @@ backward. This page is the whole public face.
 """
 
 from fqt.convert import convert, revert
+from fqt.export import Exported, export
 from fqt.formats import Format, Grid, Grouping, register_grid
 from fqt.inspect.bisect import bisect
 from fqt.inspect.diff import diff
@@ -36,6 +37,7 @@ __all__ = [
     "AdaPT",
     "Calibration",
     "Estimator",
+    "Exported",
     "Format",
     "Grid",
     "Grouping",
@@ -61,6 +63,7 @@ __all__ = [
     "convert",
     "count_saved_bytes",
     "diff",
+    "export",
     "load_recipe",
     "memory",
     "modelled_speedup",
