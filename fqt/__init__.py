@@ -9,6 +9,7 @@ backward. This page is the whole public face.
 from fqt.convert import convert, revert
 from fqt.export import Exported, export
 from fqt.formats import Format, Grid, Grouping, register_grid
+from fqt.freeze import freeze
 from fqt.inspect.bisect import bisect
 from fqt.inspect.diff import diff
 from fqt.inspect.memory import Memory, memory
@@ -64,6 +65,7 @@ __all__ = [
     "count_saved_bytes",
     "diff",
     "export",
+    "freeze",
     "load_recipe",
     "memory",
     "modelled_speedup",

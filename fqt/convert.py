@@ -21,7 +21,7 @@ from fqt.fusion.modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedMaxPool2
 from fqt.inspect.flow import flow_of, traced_flow, uncalled
 from fqt.inspect.summary import NOTE, count_macs, forget_macs
 from fqt.inspect.timing import measure
-from fqt.layers import STATES, QuantizedLayer, adapter_of, converted_class, plain_class, quantized_layers
+from fqt.layers import STATES, QuantizedLayer, adapter_of, converted_class, plain_class, quantized_layers, refuse_frozen
 from fqt.layers.lending import lend, lend_no_more
 from fqt.layers.patched import rebind, stranger
 from fqt.recipe import Recipe
@@ -98,7 +98,7 @@ def convert(
         The model.
 
     Raises:
-        ValueError: the model is converted already, a pattern matches no layer, or nothing is left to convert; a layer has a
+        ValueError: the model is converted already, or frozen, a pattern matches no layer, or nothing is left to convert; a layer has a
             `forward` set on the instance that would not reach the converted one, or is pruned and its zeros would get codes
             that are not zero; the named backend is unknown or cannot serve a layer; `min_speedup` is not a positive number, or
             comes without `example`.
@@ -111,6 +111,7 @@ def convert(
         raise TypeError(f"convert takes a torch.nn.Module, not {what}")
     recipe, backend = load_recipe(recipe), ops.named_backend(backend)
     skip, only, by_name = patterns("skip", skip), patterns("only", only), load_overrides(overrides)
+    refuse_frozen(model, "fqt.convert")
     converted = [name for name, _ in quantized_layers(model)]
     if converted:
         raise ValueError(
@@ -158,7 +159,7 @@ def convert(
             _quantize(name, layers[name], layer_recipe, backend)
     except ValueError:
         for name in chosen:
-            _make_plain(layers[name])
+            make_plain(layers[name])
         raise
     for name in uncalled(model, flow):
         lend(model.get_submodule(name.rpartition(".")[0]))
@@ -222,7 +223,7 @@ def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None
         )
 
 
-def _make_plain(layer: nn.Module) -> None:
+def make_plain(layer: nn.Module) -> None:
     """Undo `_quantize`, where it was done."""
     if isinstance(layer, QuantizedLayer):
         del layer.__dict__["recipe"]
@@ -275,12 +276,13 @@ def revert(model: nn.Module) -> nn.Module:
     Parameters and buffers of quantizers (a learned step, a running range) go with them; the log names them.
 
     Raises:
-        ValueError: nothing in the model is converted, or a layer has become something else since, or has got a `forward` set
+        ValueError: nothing in the model is converted, or it is frozen, or a layer has become something else since, or has got a `forward` set
             on the instance that goes on calling the one of now.
     """
     layers = dict(quantized_layers(model))
     if not layers:
         raise ValueError(f"nothing in this {type(model).__name__} is converted: there is nothing to revert")
+    refuse_frozen(model, "fqt.revert")
     for name, layer in layers.items():
         if plain_class(layer) is None:
             raise ValueError(
@@ -295,7 +297,7 @@ def revert(model: nn.Module) -> nn.Module:
             )
     states = [f"{name}.{state}" for name, layer in layers.items() for state in layer.states_names()]
     for module in list(model.modules()):
-        _make_plain(module)
+        make_plain(module)
         forget_macs(module)
         module.__dict__.pop(NOTE, None)
         if type(module) in _UNFUSED:

@@ -270,6 +270,11 @@ class Format:
         """Number of groups of a tensor of logical `shape`."""
         return self.grouping.groups(shape)
 
+    def nbytes(self, shape: Shape3) -> int:
+        """Bytes of a tensor of logical `shape`: codes, scales and offsets."""
+        codes = math.prod(self.packed_shape(shape)) * max(self.storage_bits, 8) // 8
+        return codes + self.groups(shape) * (8 if self.offset else 4)
+
     def packed_shape(self, shape: Shape3) -> Shape3:
         """Shape of the stored codes: uint8 bytes up to 8 bits, else int16 or int32, one a code.
 

@@ -1,5 +1,7 @@
 """`linear` and `conv2d`: what torch's functions of these names compute, by a recipe. They only bring the geometry.
 
+The weight is a float tensor, or a `PackedWeight`, whose codes were made before; the recipe's quantizer of it is then not asked.
+
 Shapes: x (N, ..., I) or (N, I, H, W); canonical x_NPC, w_OKI, g_NPO as in `fqt.formats`.
 """
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from fqt.geometry import Geometry
 from fqt.operand import States
+from fqt.packed import Weight, canonical
 from fqt.products import Accumulated, Taken, layer
 from fqt.recipe import Recipe
 
@@ -33,7 +36,7 @@ class Fusion(Protocol):
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     recipe: Recipe,
     *,
@@ -69,7 +72,7 @@ def linear(
     taken = None if fusion is None else fusion.take(x, recipe)
     x_NPC = x.reshape(n, positions, x.shape[-1]) if taken is None else taken.x_NPC
     gives = fusion is not None and fusion.gives(x, recipe)
-    y_NPO = layer(x_NPC, weight.unsqueeze(1), bias, recipe, None, training, states, taken, gives, backend)
+    y_NPO = layer(x_NPC, canonical(weight), bias, recipe, None, training, states, taken, gives, backend)
     if isinstance(y_NPO, Accumulated):
         assert fusion is not None
         return fusion.give(y_NPO, None, False)
@@ -78,7 +81,7 @@ def linear(
 
 def conv2d(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     recipe: Recipe,
     *,
@@ -127,8 +130,7 @@ def conv2d(
     x_NPC = x_NCHW.flatten(2).transpose(1, 2) if taken is None else taken.x_NPC
     last = channels_last(x_NCHW) if taken is None else taken.channels_last
     gives = fusion is not None and fusion.gives(x, recipe)
-    w_OKI = weight.flatten(2).transpose(1, 2)
-    y_NPO = layer(x_NPC, w_OKI, bias, recipe, geometry, training, states, taken, gives, backend)
+    y_NPO = layer(x_NPC, canonical(weight), bias, recipe, geometry, training, states, taken, gives, backend)
     if isinstance(y_NPO, Accumulated):
         assert fusion is not None
         return fusion.give(y_NPO, (out_height, out_width), last)

@@ -111,7 +111,7 @@ class _Call:
 
 def layer(
     x_NPC: Tensor,
-    w_OKI: Tensor,
+    weight: Tensor | QTensor,
     bias: Tensor | None,
     recipe: Recipe,
     geometry: Geometry | None,
@@ -121,14 +121,25 @@ def layer(
     gives: bool,
     backend: str,
 ) -> Tensor | Accumulated:
-    """y (N, P', O); or with `gives`, where sums fit 16 bits, a placeholder and the accumulators behind it."""
+    """y (N, P', O); or with `gives`, where sums fit 16 bits, a placeholder and the accumulators behind it.
+
+    The weight is (O, K, I) floats, or codes that were made before: of these the backward only goes to x, and nothing is drawn.
+    """
+    packed = weight if isinstance(weight, QTensor) else None
+    w_OKI = weight if isinstance(weight, Tensor) else placeholder(weight.codes, weight.shape)
     for name, tensor in (("input", x_NPC), ("weight", w_OKI)):
         if not tensor.is_floating_point():
             raise TypeError(f"the {name} is {tensor.dtype}, not a float tensor: convert it, for instance by .float()")
     if x_NPC.device != w_OKI.device:
         raise ValueError(f"the input is on {x_NPC.device}, the weight on {w_OKI.device}: move one of them")
     dtype = _output_dtype(x_NPC)
-    key = calls.key_for(x_NPC) if recipe.random and (training or torch.is_grad_enabled()) else None
+    draws = packed is None and recipe.random and (training or torch.is_grad_enabled())
+    key = calls.key_for(x_NPC) if draws else None
+    if packed is not None and not recipe.saved("grad_input", "w") and x_NPC.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"no gradient passes a frozen layer whose weight was packed after {recipe.output.transform}: call it under "
+            f"torch.no_grad(), or the model that it was frozen from"
+        )
     x_shape = (x_NPC.shape[0], x_NPC.shape[1], x_NPC.shape[2])
     w_shape = (w_OKI.shape[0], w_OKI.shape[1], w_OKI.shape[2])
     plain = {"x": x_NPC, "w": w_OKI}
@@ -143,6 +154,9 @@ def layer(
             if taken is not None and letter == "x":
                 flat += taken.encoded.q.parts()
                 masks["x"] = taken.encoded.mask
+                continue
+            if packed is not None and letter == "w":
+                flat += packed.parts()
                 continue
             values[letter] = operand.transformed(plain[letter], states)
             value = values[letter].detach()

@@ -298,6 +298,14 @@ class Recipe:
             formats.append(replace(format, axes="") if self.place(product, letter, kind) == "folded" else format)
         return tuple(formats)
 
+    def frozen(self) -> Recipe:
+        """This recipe for evaluation alone, without rules: its output, and an input's gradient in float, by the same codes."""
+        saved = {
+            letter: "float" if self._operands["output", letter] is None or self.output.transform else "saved" for letter in "xw"
+        }
+        grad_input, grad_weight = (Product("float", saved[letter]) for letter in "wx")
+        return replace(self, grad_input=grad_input, grad_weight=grad_weight, rules=(), replace=())
+
     def everywhere(self) -> Recipe:
         """This recipe for every layer, the first and the last included: without its rules, but for those of `<conv>`, which say
         for what kind of layer it is not meant."""

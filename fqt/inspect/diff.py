@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fqt.convert import revert
 from fqt.inspect.table import aligned
 from fqt.inspect.trial import feed, floats_of, undisturbed
-from fqt.layers import QuantizedLayer, quantized_layers
+from fqt.layers import QuantizedLayer, quantized_layers, refuse_frozen
 
 PRODUCTS = ("output", "grad_input", "grad_weight")
 
@@ -104,6 +104,7 @@ def diff(model: nn.Module, input: object, *, loss: Callable[..., Tensor] | None 
     """
     if not any(quantized_layers(model)):
         raise ValueError(f"nothing in this {type(model).__name__} is converted: call fqt.convert first")
+    refuse_frozen(model, "fqt.diff")
     probe = copy.deepcopy(model)
     calls: dict[str, list[tuple[Tensor, list[Tensor]]]] = {name: [] for name, _ in quantized_layers(probe)}
 

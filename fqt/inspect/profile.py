@@ -9,7 +9,7 @@ from torch import nn
 
 from fqt.convert import convert
 from fqt.inspect.timing import Profile, measure
-from fqt.layers import quantized_layers
+from fqt.layers import quantized_layers, refuse_frozen
 from fqt.recipe import Recipe
 
 
@@ -37,5 +37,6 @@ def copied(model: nn.Module, recipe: str | Path | Recipe | None) -> nn.Module:
     """A converted copy: of a converted model, or of another by a recipe. ValueError if neither."""
     if recipe is None and not any(quantized_layers(model)):
         raise ValueError(f"nothing in this {type(model).__name__} is converted: pass recipe=..., or convert it first")
+    refuse_frozen(model, "what looks at training")
     trial = copy.deepcopy(model)
     return trial if recipe is None else convert(trial, recipe)

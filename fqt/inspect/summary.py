@@ -14,9 +14,10 @@ from torch.nn.utils import parametrize
 from fqt import ops
 from fqt.cpu import integers
 from fqt.inspect.table import aligned
-from fqt.layers import QuantizedLayer, adapter_of, is_subclass, quantized_layers, refusal
+from fqt.layers import QuantizedLayer, adapter_of, is_subclass, quantized_layers, refusal, refuse_frozen
 from fqt.layers.parametrized import at_rest
 from fqt.ops import PRODUCTS
+from fqt.packed import logical_shape
 from fqt.recipe import MAX_PRODUCT_BITS
 from fqt.rows import Kernel
 
@@ -30,7 +31,8 @@ class Row:
     """A layer that holds a weight.
 
     Attributes:
-        output, grad_input, grad_weight: operands of the product, "float x float" if it is not quantized.
+        output, grad_input, grad_weight: operands of the product, "float x float" if it is not quantized; of a frozen layer
+            the first alone.
         parameters: numbers, bias included.
         madds: multiply-adds of one sample's forward; None before the model's first forward after its conversion.
         packed_bytes: of the weight as the forward reads it, scales included; of the float weight in a float layer.
@@ -98,10 +100,10 @@ def summary(model: nn.Module) -> Summary:
     float: a model that reads a layer's weight itself, for a function of torch, computes past it.
     """
     rows = []
-    ran = any(_MACS in layer.__dict__ for _, layer in quantized_layers(model))
+    any_ran = ran(model)
     for name, module in model.named_modules():
         weights = matrix_weights(module)
-        if isinstance(module, QuantizedLayer) and (_MACS in module.__dict__ or not ran):
+        if isinstance(module, QuantizedLayer) and (ran(module) or not any_ran):
             with at_rest(module):
                 rows.append(_quantized_row(name, module))
         elif weights:
@@ -128,17 +130,8 @@ def summary(model: nn.Module) -> Summary:
 
 def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
     recipe, served = layer.recipe, backends(layer)
-    weight = layer.weight
-    format = recipe.format("output", "w")
-    if format is None:
-        nbytes = weight.numel() * weight.element_size()
-    else:
-        o, k, i = layer.weight_OKI().shape
-        shape = (o, k, i)
-        codes = 1
-        for size in format.packed_shape(shape):
-            codes *= size
-        nbytes = codes * max(format.storage_bits, 8) // 8 + format.groups(shape) * (8 if format.offset else 4)
+    weight, format = layer.weight, recipe.format("output", "w")
+    nbytes = weight.nbytes if format is None else sum(format.nbytes(logical_shape(part.shape)) for part in layer.weights())
     names = list(dict.fromkeys(by.backend for by in served.values()))
     reasons = [*_arithmetic(layer, served), *dict.fromkeys(by.note for by in served.values() if by.note)]
     lost = layer.lost_zeros()
@@ -146,13 +139,15 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> Row:
         reasons.insert(0, f"{lost} pruned weights are not zero as codes")
     if layer.backend:
         reasons.insert(0, f"backend {layer.backend!r} was named")
+    if layer.frozen:
+        reasons.insert(0, "frozen")
     return Row(
         name=name,
         kind=type(layer).__name__,
         output=recipe.describe("output"),
-        grad_input=recipe.describe("grad_input"),
-        grad_weight=recipe.describe("grad_weight"),
-        parameters=_parameters(layer),
+        grad_input="" if layer.frozen else recipe.describe("grad_input"),
+        grad_weight="" if layer.frozen else recipe.describe("grad_weight"),
+        parameters=_parameters(layer) + (weight.numel() if layer.weight_name in vars(layer) else 0),
         madds=layer.__dict__.get(_MACS),
         packed_bytes=nbytes,
         backend="+".join(names) or "torch",
@@ -174,10 +169,10 @@ def _arithmetic(layer: QuantizedLayer, served: dict[str, Served]) -> list[str]:
     elif any(bits > 8 for bits in widths) and recipe.low_bit("output"):
         how = "as 16-bit integers, added up in 64 bits" if variant == "int16" else "in float64"
         said.append(f"words of 9 to 16 bits: their codes are multiplied {how}, which is exact")
-    w = layer.quantized_weight() if variant else None
-    busy = None if w is None else integers.busy_rows(w, layer.window())
-    if w is not None and busy is not None:
-        said.append(f"{w.shape[0] - busy.numel()} of {w.shape[0]} output channels are zero and left out")
+    for w in layer.quantized_weights() if variant else ():
+        busy = integers.busy_rows(w, layer.window())
+        if busy is not None:
+            said.append(f"{w.shape[0] - busy.numel()} of {w.shape[0]} output channels are zero and left out")
     return said
 
 
@@ -273,11 +268,21 @@ def copy_macs(counted: nn.Module, model: nn.Module) -> None:
             other.__dict__[_MACS] = one.__dict__[_MACS]
 
 
-def forget_macs(module: nn.Module) -> None:
-    """Undo `count_macs`."""
+def ran(model: nn.Module) -> bool:
+    """Whether a converted layer within a model, or one that is it, has run an eager forward since its conversion."""
+    return any(_MACS in layer.__dict__ for _, layer in quantized_layers(model))
+
+
+def count_no_more(module: nn.Module) -> None:
+    """Undo `count_macs`, but for the number that is known."""
     for number, hook in list(module._forward_hooks.items()):
         if hook is _remember_macs:
             del module._forward_hooks[number]
+
+
+def forget_macs(module: nn.Module) -> None:
+    """Undo `count_macs`."""
+    count_no_more(module)
     module.__dict__.pop(_MACS, None)
 
 
@@ -287,6 +292,7 @@ def modelled_speedup(model: nn.Module) -> float:
     Raises:
         ValueError: the model has not run a forward since its conversion.
     """
+    refuse_frozen(model, "modelled_speedup")
     rows: Iterable[Row] = summary(model).rows
     counted = [(row, row.madds) for row in rows if row.madds is not None]
     if not counted:

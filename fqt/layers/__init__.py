@@ -5,6 +5,7 @@ import pkgutil
 
 from fqt.layers.base import (
     ADAPTERS,
+    PACKED,
     STATES,
     QuantizedLayer,
     adapter_of,
@@ -16,6 +17,7 @@ from fqt.layers.base import (
     quantized_class,
     quantized_layers,
     refusal,
+    refuse_frozen,
     register_layer,
 )
 from fqt.layers.conv import QuantConv2d
@@ -26,6 +28,7 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "ADAPTERS",
+    "PACKED",
     "STATES",
     "QuantConv2d",
     "QuantLinear",
@@ -39,5 +42,6 @@ __all__ = [
     "quantized_class",
     "quantized_layers",
     "refusal",
+    "refuse_frozen",
     "register_layer",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fqt import functional
 from fqt.layers.base import QuantizedLayer, register_layer
 from fqt.layers.linear import QuantLinear
+from fqt.packed import Weight
 
 # of an attention's output; called where the attention is converted
 register_layer("torch.nn.modules.linear.NonDynamicallyQuantizableLinear")(QuantLinear)
@@ -24,6 +25,7 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
 
     options = ("embed_dim", "num_heads", "dropout", "add_zero_attn", "batch_first")
     borrows = ("out_proj",)
+    weight_name = "in_proj_weight"
 
     @classmethod
     def refuses(cls, plain: nn.Module) -> str:
@@ -65,8 +67,8 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         inputs = [
             x if batched and self.batch_first else x.transpose(0, 1) if batched else x.unsqueeze(0) for x in (query, key, value)
         ]
-        w_OI = self.in_proj_weight  # once: a parametrization computes it
-        q, k, v = (self._projected(x, w_OI, part) for part, x in enumerate(inputs))
+        weights = self.weights()  # once: a parametrization computes it
+        q, k, v = (self._projected(x, weights[part], part) for part, x in enumerate(inputs))
         n, length, heads = q.shape[0], q.shape[1], self.num_heads
         if self.bias_k is not None and self.bias_v is not None:
             k, v = torch.cat([k, self.bias_k.expand(n, 1, -1)], 1), torch.cat([v, self.bias_v.expand(n, 1, -1)], 1)
@@ -94,12 +96,15 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             weights = weights if batched else weights.squeeze(0)
         return (y if batched and self.batch_first else y.transpose(0, 1) if batched else y.squeeze(0)), weights
 
-    def _projected(self, x_NPC: Tensor, w_OI: Tensor, part: int) -> Tensor:
+    def _projected(self, x_NPC: Tensor, w_OI: Weight, part: int) -> Tensor:
         """The projection of the query (0), key (1) or value (2)."""
         rows = slice(part * self.embed_dim, (part + 1) * self.embed_dim)
         bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
         options = {"training": self.training, "states": self.states, "backend": self.backend}
-        return functional.linear(x_NPC, w_OI[rows], bias, self.recipe, **options)  # type: ignore[arg-type]
+        return functional.linear(x_NPC, w_OI, bias, self.recipe, **options)  # type: ignore[arg-type]
+
+    def split(self, weight: Tensor) -> list[Tensor]:
+        return list(weight.split(self.embed_dim))
 
     def weight_OKI(self) -> Tensor:
         return self.in_proj_weight.unsqueeze(1)

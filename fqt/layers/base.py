@@ -6,17 +6,17 @@ A kind of layer is one class in one file:
     class QuantLinear(QuantizedLayer, nn.Linear):
         kind = "linear"
 
-        def compute(self, input): ...          its forward, by `fqt.functional.linear` or `conv2d`
+        def compute(self, input): ...          its forward, by `fqt.functional.linear` or `conv2d` with `self.weights()`
         def weight_OKI(self): ...              its weight as (output channel, tap, input channel), a differentiable view
 
-and, where the defaults do not fit, `window`, `canonical`, `multiply_adds` and `like`. Nothing else in the library asks which
+and, where the defaults do not fit, `split`, `window`, `canonical`, `multiply_adds` and `like`. Nothing else in the library asks which
 class a layer is. These methods use the plain layer's attributes alone: they are asked of layers that are not converted too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -27,11 +27,14 @@ from fqt.functional import Fusion
 from fqt.geometry import Geometry
 from fqt.layers.parametrized import at_rest, beneath, derived_from, former
 from fqt.operand import LEFT_RIGHT, States
+from fqt.packed import PackedWeight, Weight, canonical, joined
 from fqt.qtensor import QTensor
 from fqt.recipe import Recipe
 
 STATES = "quantizers"
 """The submodule of a layer that holds parameters and buffers of its operands' stages."""
+PACKED = "packed"
+"""The submodule of a frozen layer that holds its packed weights, in the order of `split`."""
 
 
 class QuantizedLayer(nn.Module):
@@ -44,6 +47,7 @@ class QuantizedLayer(nn.Module):
         images: whether its input may be channels_last.
         borrows: names of layers within it whose weights its plain class multiplies itself, so that they are called only where
             it is converted.
+        weight_name: of the parameter that `weight` is.
     """
 
     kind: ClassVar[str] = "linear"
@@ -51,6 +55,7 @@ class QuantizedLayer(nn.Module):
     options: ClassVar[tuple[str, ...]] = ()
     images: ClassVar[bool] = False
     borrows: ClassVar[tuple[str, ...]] = ()
+    weight_name: ClassVar[str] = "weight"
     weight: Tensor
     bias: Tensor | None
     fusion: Fusion | None = None
@@ -79,6 +84,15 @@ class QuantizedLayer(nn.Module):
         """The weight as (O, K, I): output channel, tap, input channel of a group. A differentiable view of it."""
         raise NotImplementedError
 
+    def split(self, weight: Tensor) -> Sequence[Tensor]:
+        """The layer's weight, or a tensor of its shape, as what `fqt.functional` is given: a view for each of the products
+        that `compute` is made of."""
+        return [weight]
+
+    def multiplied(self) -> Tensor:
+        """The weight as `compute` multiplies by it, where that is another than it is kept; differentiable."""
+        return self.weight
+
     def window(self) -> Geometry | None:
         """The convolution's geometry over an image of unknown size (0 x 0), by which kernels are chosen before a forward; None
         for a linear layer."""
@@ -100,6 +114,71 @@ class QuantizedLayer(nn.Module):
         """A new layer of class `kind`, of this layer's sizes."""
         return kind(**{name: getattr(self, name) for name in self.options}, bias=self.bias is not None)
 
+    # --- the weight ---
+
+    @property
+    def frozen(self) -> bool:
+        """Whether `fqt.freeze` made it: `weight` is then a placeholder that holds NaN, unless the recipe keeps it float."""
+        return PACKED in self._modules
+
+    def weights(self) -> Sequence[Weight]:
+        """What `compute` multiplies by: `split`, or in a frozen layer the packed weights in the order of it."""
+        packed: Sequence[PackedWeight] = self._modules.get(PACKED) or ()  # type: ignore[assignment]
+        return packed if packed else self.split(self.multiplied())
+
+    def quantized_weights(self) -> list[QTensor]:
+        """The codes that an evaluation multiplies by, one tensor (O, K, I) for each of `weights`; empty if they are float."""
+        operand = self.recipe.operand("output", "w")
+        if operand is None:
+            return []
+        with torch.no_grad(), at_rest(self):
+            found = []
+            for weight in map(canonical, self.weights()):
+                if not isinstance(weight, QTensor):
+                    w_OKI = operand.transformed(weight, self.states)
+                    key = torch.zeros((), dtype=torch.int64, device=w_OKI.device) if operand.random else None
+                    weight = operand.encode(
+                        w_OKI, key=key, training=False, geometry=self.window(), states=self.states, backend=self.backend
+                    ).q
+                found.append(weight)
+            return found
+
+    def quantized_weight(self) -> QTensor | None:
+        """The weight's codes as an evaluation computes with them, logical (O, K, I); None if the recipe keeps it float.
+
+        A layer of several products has a scale for each output channel and tap.
+        """
+        parts = self.quantized_weights()
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        with torch.no_grad():
+            # a twin whose weight counts its elements, so that views of it tell which they hold
+            kind, weight = quantized_class(self.plain), self.weight
+            number = torch.arange(weight.numel(), device=weight.device).view(weight.shape)
+            twin = kind.__new__(kind)  # type: ignore[call-arg]
+            twin.__dict__.update(self.__dict__, _parameters={}, **{self.weight_name: number})
+            return joined(parts, [canonical(part) for part in self.split(number)], twin.weight_OKI())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
+        super()._apply(fn, recurse)
+        if self.weight_name in self.__dict__ and self.frozen:
+            before: Tensor = self.__dict__[self.weight_name]
+            self.put_placeholder(fn(before[(0,) * before.dim()]), before.shape)
+        return self
+
+    def put_placeholder(self, like: Tensor, shape: Sequence[int]) -> None:
+        """Have something stand as the weight that tells its shape, dtype and device, and holds NaN, of which one is stored."""
+        self.__dict__[self.weight_name] = like.detach().new_full((), torch.nan).expand(*shape)
+
+    def train(self, mode: bool = True) -> QuantizedLayer:
+        """As nn.Module's. RuntimeError for a frozen layer, which only evaluates."""
+        if mode and self.frozen:
+            raise RuntimeError(
+                f"this {type(self).__name__} is frozen: it has no float weight to train. Train the model that it was frozen "
+                f"from, or one of fqt.load(..., trainable=True); .eval() puts the modules in front of it back"
+            )
+        return super().train(mode)
+
     # --- the recipe ---
 
     @property
@@ -120,6 +199,8 @@ class QuantizedLayer(nn.Module):
         if not isinstance(recipe, Recipe):
             raise TypeError(f"a layer's recipe is a fqt.Recipe, not {recipe!r}: see fqt.load_recipe")
         recipe.check(self.kind)
+        if self.frozen:
+            raise ValueError(f"this {type(self).__name__} is frozen: its codes are of recipe {self.recipe.name!r} for good")
         before = self.__dict__.get("recipe")
         self.__dict__["recipe"] = recipe
         if before is None or before.stages != recipe.stages:
@@ -157,7 +238,7 @@ class QuantizedLayer(nn.Module):
     def extra_repr(self) -> str:
         recipe = self.__dict__.get("recipe")
         backend = f", backend={self.backend}" if self.backend else ""
-        return f"{super().extra_repr()}, recipe={recipe.name if recipe else None}{backend}"
+        return f"{super().extra_repr()}, recipe={recipe.name if recipe else None}{', frozen' * self.frozen}{backend}"
 
     def requests(self) -> dict[str, ops.Request]:
         """What the layer asks of kernels: each product that runs in low bits, and "quantize output.x" and so on, or
@@ -167,7 +248,7 @@ class QuantizedLayer(nn.Module):
         for product, letters in LEFT_RIGHT.items():
             for letter in letters:
                 operand = self.recipe.operand(product, letter)
-                if operand is not None and not operand.saved:
+                if operand is not None and not operand.saved and not (self.frozen and letter == "w"):
                     operator = "quantize" if isinstance(operand.quantizer.calibrate, str) else "encode"
                     asked[f"{operator} {product}.{letter}"] = ops.Request(device, (operand.format,), backend=self.backend)
             if self.recipe.low_bit(product):
@@ -175,24 +256,12 @@ class QuantizedLayer(nn.Module):
                 asked[product] = ops.Request(device, formats, self.window(), self.backend)
         return asked
 
-    def quantized_weight(self) -> QTensor | None:
-        """The weight's codes as an evaluation computes with them, logical (O, K, I); None if the recipe keeps it float."""
-        operand = self.recipe.operand("output", "w")
-        if operand is None:
-            return None
-        with torch.no_grad(), at_rest(self):
-            w_OKI = operand.transformed(self.weight_OKI(), self.states)
-            key = torch.zeros((), dtype=torch.int64, device=w_OKI.device) if operand.random else None
-            return operand.encode(
-                w_OKI, key=key, training=False, geometry=self.window(), states=self.states, backend=self.backend
-            ).q
-
     def lost_zeros(self) -> int:
         """How many of the weights that a mask of torch.nn.utils.prune holds at zero are something else as codes."""
         if not any(name.endswith("weight_mask") for name in self._buffers) or self.weight.is_meta:
             return 0
-        q = self.quantized_weight()
-        return 0 if q is None else int(((self.weight_OKI() == 0) & (q.decode() != 0)).sum())
+        pairs = zip(map(canonical, self.weights()), self.quantized_weights(), strict=False)
+        return sum(int(((weight == 0) & (q.decode() != 0)).sum()) for weight, q in pairs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A class that was made for a plain class found by its path is made again, where it is unpickled."""
@@ -323,6 +392,16 @@ def let_recipe_change(layer: QuantizedLayer) -> None:
         reason = "a precision policy may give this layer another recipe at any step; compile without fullgraph=True"
         _uncompiled = torch.compiler.disable(_compute, reason=reason)  # type: ignore[assignment]
     layer.__dict__["changing"] = True
+
+
+def refuse_frozen(model: nn.Module, what: str) -> None:
+    """Raise ValueError for a frozen model. what: that which takes one that trains."""
+    name = next((name for name, layer in quantized_layers(model) if layer.frozen), None)
+    if name is not None:
+        raise ValueError(
+            f"this {type(model).__name__} is frozen (layer {name!r}): {what} takes a model with float weights, that which it "
+            f"was frozen from, or one of fqt.load(..., trainable=True)"
+        )
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:

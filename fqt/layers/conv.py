@@ -27,7 +27,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         if self.padding_mode != "zeros" and (left or right or top or bottom):
             input = pad(input, [left, right, top, bottom], self.padding_mode)
             left = right = top = bottom = 0
-        return convolve(self, input, self.weight, (top, bottom, left, right))
+        return convolve(self, input, (top, bottom, left, right))
 
     def weight_OKI(self) -> Tensor:
         return self.weight.flatten(2).transpose(1, 2)
@@ -51,11 +51,11 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return output.shape[-1] * output.shape[-2] * self.weight.numel()
 
 
-def convolve(layer: QuantConv2d, x: Tensor, weight: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
-    """The layer's convolution of x, with a weight and zeros around x that may be others than its own."""
+def convolve(layer: QuantConv2d, x: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+    """The layer's convolution of x, with zeros around x that may be others than its own."""
     return functional.conv2d(
         x,
-        weight,
+        *layer.weights(),
         layer.bias,
         layer.recipe,
         stride=(layer.stride[0], layer.stride[1]),

@@ -23,7 +23,7 @@ class QuantConv1d(QuantizedLayer, nn.Conv1d):
             input, left, right = pad(input, [left, right], self.padding_mode), 0, 0
         return functional.conv2d(
             input.unsqueeze(-2),
-            self.weight.unsqueeze(-2),
+            *self.weights(),
             self.bias,
             self.recipe,
             stride=(1, self.stride[0]),
@@ -34,6 +34,9 @@ class QuantConv1d(QuantizedLayer, nn.Conv1d):
             states=self.states,
             backend=self.backend,
         ).squeeze(-2)
+
+    def split(self, weight: Tensor) -> list[Tensor]:
+        return [weight.unsqueeze(-2)]
 
     def weight_OKI(self) -> Tensor:
         return self.weight.transpose(1, 2)

@@ -14,6 +14,7 @@ from fqt import functional
 from fqt.geometry import Geometry
 from fqt.layers.base import QuantizedLayer, register_layer
 from fqt.layers.conv import CONV_OPTIONS, pad, padding_of
+from fqt.packed import Weight
 
 
 @register_layer(nn.Conv3d)
@@ -39,7 +40,7 @@ class QuantConv3d(QuantizedLayer, nn.Conv3d):
                 f"conv3d: a window of {steps} frames (dilation {dilation}) does not fit {depth} padded by {front + back}: "
                 f"give more frames, or more padding"
             )
-        weight = self.weight  # once: a parametrization computes it
+        weights = self.weights()  # once: a parametrization computes it
         y: Tensor | None = None
         for step in range(steps):
             seen = [frame for frame in range(out) if 0 <= frame * stride - front + step * dilation < depth]
@@ -47,7 +48,7 @@ class QuantConv3d(QuantizedLayer, nn.Conv3d):
                 continue
             start = seen[0] * stride - front + step * dilation
             frames = x[:, :, start : start + (len(seen) - 1) * stride + 1 : stride]
-            part = self._frames(frames, weight[:, :, step], sides)
+            part = self._frames(frames, weights[step], sides)
             if y is None:
                 y = part.new_zeros(part.shape[0], out, *part.shape[2:])
             y[:, seen[0] : seen[-1] + 1] += part
@@ -56,7 +57,7 @@ class QuantConv3d(QuantizedLayer, nn.Conv3d):
         y = y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1, 1)
         return y if input.dim() == 5 else y.squeeze(0)
 
-    def _frames(self, x_NIFHW: Tensor, w_OIHW: Tensor, sides: list[int]) -> Tensor:
+    def _frames(self, x_NIFHW: Tensor, w_OIHW: Weight, sides: list[int]) -> Tensor:
         """The convolution of each frame with one step of the window, (N, F, O, H', W')."""
         y = functional.conv2d(
             x_NIFHW.transpose(1, 2).flatten(0, 1),
@@ -72,6 +73,9 @@ class QuantConv3d(QuantizedLayer, nn.Conv3d):
             backend=self.backend,
         )
         return y.unflatten(0, (x_NIFHW.shape[0], x_NIFHW.shape[2]))
+
+    def split(self, weight: Tensor) -> list[Tensor]:
+        return list(weight.unbind(2))
 
     def weight_OKI(self) -> Tensor:
         return self.weight.flatten(2).transpose(1, 2)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fqt import functional
 from fqt.geometry import Geometry
 from fqt.layers.base import QuantizedLayer, register_layer
+from fqt.packed import Weight
 
 _OPTIONS = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups", "dilation", "padding_mode",
@@ -41,18 +42,23 @@ class Phase:
     count: int
 
 
+def taps_of(start: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[int, ...]:
+    """The taps of the window that the outputs from `start` on see, in the order in which the convolution reads the input."""
+    return tuple(tap for tap in reversed(range(kernel)) if (start + padding - tap * dilation) % stride == 0)
+
+
 def phases(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> list[Phase]:
     """The phases of an axis of `size` inputs and `out` outputs."""
     found = []
     common = math.gcd(stride, dilation)
     for start in range(min(stride, out)):
-        taps = [tap for tap in range(kernel) if (start + padding - tap * dilation) % stride == 0]
+        taps = taps_of(start, kernel, stride, padding, dilation)
         count = -(-(out - start) // stride)
         step = dilation // common
         # the last tap reads the first input: output m sees input m + offset of the last tap, and so on
-        before = -(start + padding - taps[-1] * dilation) // stride if taps else 0
+        before = -(start + padding - taps[0] * dilation) // stride if taps else 0
         behind = count - size - before + step * (len(taps) - 1)
-        found.append(Phase(start, tuple(reversed(taps)), step, before, behind, count))
+        found.append(Phase(start, taps, step, before, behind, count))
     return found
 
 
@@ -87,7 +93,7 @@ class _Transposed(QuantizedLayer):
         batched = input if input.dim() == axes + 2 else input.unsqueeze(0)
         flat = axes == 1
         x = batched.unsqueeze(2) if flat else batched
-        w = self.weight.unsqueeze(2) if flat else self.weight
+        weights = dict(zip(self._taps(), self.weights(), strict=True))
         along = []
         for axis in range(axes):
             kernel, stride, padding, dilation = (
@@ -101,12 +107,10 @@ class _Transposed(QuantizedLayer):
                 )
             along.append((phases(size, out, kernel, stride, padding, dilation), out, stride))
         rows, columns = along if not flat else [([Phase(0, (0,), 1, 0, 0, 1)], 1, 1), *along]
-        # (I, O / groups, kh, kw) as (O, I / groups, kh, kw)
-        w = w.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
         y: Tensor | None = None
         for row in rows[0]:
             for column in columns[0]:
-                part = self._phase(x, w, row, column)
+                part = self._phase(x, weights.get((row.start, column.start)), row, column)
                 if y is None:
                     y = part.new_empty(*part.shape[:2], rows[1], columns[1])
                 y[:, :, row.start :: rows[2], column.start :: columns[2]] = part
@@ -114,17 +118,16 @@ class _Transposed(QuantizedLayer):
         y = y.squeeze(2) if flat else y
         return y if batched is input else y.squeeze(0)
 
-    def _phase(self, x: Tensor, w: Tensor, row: Phase, column: Phase) -> Tensor:
-        if not row.taps or not column.taps:
-            empty = x.new_zeros(x.shape[0], w.shape[0], row.count, column.count)
+    def _phase(self, x: Tensor, w: Weight | None, row: Phase, column: Phase) -> Tensor:
+        if w is None:
+            empty = x.new_zeros(x.shape[0], self.out_channels, row.count, column.count)
             return empty if self.bias is None else empty + self.bias.to(empty.dtype).view(1, -1, 1, 1)
         for axis, phase in ((2, row), (3, column)):
             away = (max(-phase.before, 0), max(-phase.behind, 0))
             x = x.narrow(axis, away[0], x.shape[axis] - sum(away)) if any(away) else x
-        taps = w[:, :, list(row.taps)][:, :, :, list(column.taps)]
         return functional.conv2d(
             x,
-            taps,
+            w,
             self.bias,
             self.recipe,
             padding=(max(row.before, 0), max(row.behind, 0), max(column.before, 0), max(column.behind, 0)),
@@ -134,6 +137,21 @@ class _Transposed(QuantizedLayer):
             states=self.states,
             backend=self.backend,
         )
+
+    def _taps(self) -> dict[tuple[int, int], tuple[list[int], list[int]]]:
+        """First output row and column of each phase that sees taps -> these, along both axes."""
+        along = [{0: [0]}] if len(self.kernel_size) == 1 else []
+        for kernel, stride, padding, dilation in zip(self.kernel_size, self.stride, self.padding, self.dilation, strict=True):
+            seen = {start: list(taps_of(start, kernel, stride, padding, dilation)) for start in range(stride)}
+            along.append({start: taps for start, taps in seen.items() if taps})
+        rows, columns = along
+        return {(row, column): (rows[row], columns[column]) for row in rows for column in columns}
+
+    def split(self, weight: Tensor) -> list[Tensor]:
+        """By phases: (I, O / groups, kh, kw) as (O, I / groups, taps, taps)."""
+        w = weight.unsqueeze(2) if len(self.kernel_size) == 1 else weight
+        w = w.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return [w[:, :, rows][:, :, :, columns] for rows, columns in self._taps().values()]
 
     def weight_OKI(self) -> Tensor:
         return self.weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(2).transpose(1, 2)

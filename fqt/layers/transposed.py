@@ -21,7 +21,7 @@ class TransposedLinear(QuantizedLayer):
     def compute(self, input: Tensor) -> Tensor:
         return functional.linear(
             input,
-            self.weight.T,
+            *self.weights(),
             self.bias,
             self.recipe,
             training=self.training,
@@ -29,6 +29,9 @@ class TransposedLinear(QuantizedLayer):
             fusion=self.fusion,
             backend=self.backend,
         )
+
+    def split(self, weight: Tensor) -> list[Tensor]:
+        return [weight.T]
 
     def weight_OKI(self) -> Tensor:
         return self.weight.T.unsqueeze(1)

@@ -31,7 +31,7 @@ class SameConv2d(QuantConv2d):
     """A convolution whose output has ceil(size / stride) pixels, the odd one of the padding behind."""
 
     def compute(self, input: Tensor) -> Tensor:
-        return convolve(self, input, self.weight, same_padding(self, input))
+        return convolve(self, input, same_padding(self, input))
 
     def like(self, kind: type[nn.Module]) -> nn.Module:
         return _like(self, kind, 0)
@@ -44,7 +44,10 @@ class StandardizedConv2d(QuantConv2d):
 
     def compute(self, input: Tensor) -> Tensor:
         (top, bottom), (left, right) = padding_of(self)
-        return convolve(self, input, standardized(self), (top, bottom, left, right))
+        return convolve(self, input, (top, bottom, left, right))
+
+    def multiplied(self) -> Tensor:
+        return standardized(self)
 
     def weight_OKI(self) -> Tensor:
         return standardized(self).flatten(2).transpose(1, 2)
@@ -61,7 +64,7 @@ class StandardizedSameConv2d(StandardizedConv2d):
     same_pad: bool
 
     def compute(self, input: Tensor) -> Tensor:
-        return convolve(self, input, standardized(self), same_padding(self, input)) if self.same_pad else super().compute(input)
+        return convolve(self, input, same_padding(self, input)) if self.same_pad else super().compute(input)
 
     def like(self, kind: type[nn.Module]) -> nn.Module:
         return _like(self, kind, "same" if self.same_pad else self.padding)

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fqt.layers import QuantizedLayer, let_recipe_change, quantized_layers
+from fqt.layers import QuantizedLayer, let_recipe_change, quantized_layers, refuse_frozen
 from fqt.ops import PRODUCTS
 from fqt.precision.formats import from_plain, to_plain
 from fqt.recipe import Recipe
@@ -85,6 +85,7 @@ class Policy:
             raise ValueError(
                 f"nothing in this {type(model).__name__} is converted, so {type(self).__name__} has no layer to decide for"
             )
+        refuse_frozen(model, "a precision policy")
         self.steps, self.milliseconds = 0, 0.0
         for layer in self.layers.values():
             let_recipe_change(layer)
