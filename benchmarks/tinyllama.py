@@ -3,15 +3,15 @@
     python -m benchmarks.tinyllama TEXT [--steps 300] [--json F] [--folder runs/tinyllama]
     python -m benchmarks.tinyllama TEXT --quick      a few steps of a tiny model; a smoke test, not evidence
 
-For each recipe a LlamaForCausalLM over a byte-level BPE of the text is trained, every layer of its blocks converted, then exported
-to GGUF, and the same held-out text is read by both: perplexity, the share of positions at which both would go on with the same
-token, and for how many tokens greedy continuations of the same prompts agree. "bitnet" has ternary weights (TQ2_0), "signs" those
-of signs with a scale for each output channel (Q1_0); both take 8-bit activations by token.
+For each recipe a LlamaForCausalLM over a byte-level BPE of the text is trained, every layer of its blocks converted, then
+exported to GGUF, and the same held-out text is read by both: perplexity, the share of positions at which both would go on with
+the same token, and for how many tokens greedy continuations of the same prompts agree. "bitnet" has ternary weights (TQ2_0),
+"signs" those of signs with a scale for each output channel (Q1_0); both take 8-bit activations by token.
 
-Where `llama_cpp` cannot be imported, or cannot read a file, the file's dequantized weights are run in a float model instead, which
-rounds no activation; the table says which. llama.cpp itself rounds activations to 8 bits in blocks of 256 (TQ2_0) or 32 (Q1_0)
-channels where the model has one scale a token, and keeps its cache of keys and values in half precision: differences of that size
-are the runtime's own.
+Where `llama_cpp` cannot be imported, or cannot read a file, the file's dequantized weights are run in a float model instead,
+which rounds no activation; the table says which. llama.cpp itself rounds activations to 8 bits in blocks of 256 (TQ2_0) or 32
+(Q1_0) channels where the model has one scale a token, and keeps its cache of keys and values in half precision: differences of
+that size are the runtime's own.
 """
 
 from __future__ import annotations
@@ -218,7 +218,8 @@ def compare(ours: Logits, theirs: Logits, windows: Sequence[Tensor], *, prompt: 
     perplexity, their_perplexity = (math.exp(loss / count) for loss in losses)
     return {
         "perplexity": perplexity, "their_perplexity": their_perplexity, "difference": their_perplexity / perplexity - 1,
-        "same_token": same / count, "same_continuation": sum(agreed) / len(agreed), "of": more, "largest_logit_difference": largest,
+        "same_token": same / count, "same_continuation": sum(agreed) / len(agreed), "of": more,
+        "largest_logit_difference": largest,
     }  # fmt: skip
 
 
@@ -273,12 +274,11 @@ def main() -> None:
     if args.quick:
         size, windows, prompt, more = Size(tokens=300, width=256, blocks=1, steps=3, batch=2), 2, 4, 4
     args.folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        measure(args.text, name, size, args.folder, windows=windows, prompt=prompt, more=more) for name in args.recipes
-    ]
+    rows = [measure(args.text, name, size, args.folder, windows=windows, prompt=prompt, more=more) for name in args.recipes]
     print(
         table(
-            ["recipe", "other runtime", "perplexity", "there", "difference", "same token", "same continuation", "MB", "float32, MB"],
+            ["recipe", "other runtime", "perplexity", "there", "difference", "same token", "same continuation", "MB",
+             "float32, MB"],
             [
                 [row["recipe"], row["runtime"], f"{row['perplexity']:.3f}", f"{row['their_perplexity']:.3f}",
                  f"{row['difference']:+.2%}", f"{row['same_token']:.1%}", f"{row['same_continuation']:.1f} of {row['of']}",

@@ -25,7 +25,7 @@ from fqt.export.result import Exported
 from fqt.export.weights import Entry, entries
 
 
-def export(model: nn.Module, path: Path, tokenizer: object | None) -> Exported:
+def export(model: nn.Module, path: Path, tokenizer: object | None = None) -> Exported:
     """Write `path`; see `fqt.export`."""
     if type(model).__name__ not in ARCHITECTURES and tokenizer is not None:
         raise ValueError(

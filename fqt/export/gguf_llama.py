@@ -95,12 +95,12 @@ class Language:
         return [f"the model's layers take {taken}; llama.cpp rounds activations to 8 bits with a scale for each 32 or 256"]
 
     def name_of(self, entry: Entry) -> str | None:
-        """An entry's name in the file; None for the head of a model whose embedding is its head.
+        """An entry's name in the file; None for a float head that is the embedding, which stands for both.
 
         Raises:
             ValueError: llama.cpp has no such tensor.
         """
-        if entry.name == "lm_head.weight" and self.config.tie_word_embeddings:
+        if entry.name == "lm_head.weight" and self.config.tie_word_embeddings and entry.q is None:
             return None
         name = self.names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
         if name is None:

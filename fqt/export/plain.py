@@ -1,7 +1,7 @@
 """A frozen model's graph with plain torch operations in place of fqt's operators: what any exporter of torch can translate.
 
-torch.export gives a graph in which a converted layer is `fqt.quantize` (or `fqt.encode`, where a registered calibration finds the
-scales) of its input, and `fqt.output` of its codes and the packed weight. Here
+torch.export gives a graph in which a converted layer is `fqt.quantize` (or `fqt.encode`, where a registered calibration finds
+the scales) of its input, and `fqt.output` of its codes and the packed weight. Here
 
     codes       stay numbers, never packed: integers in float32
     a product   of codes without offsets multiplies the integers and then the scales, in the order of `fqt.reference`, so it is
@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
-from fqt.reference import calibrate_groups, decode, spread, unpack
+from fqt.reference import calibrate_groups, decode, unpack
 
 _QUANTIZE, _ENCODE = torch.ops.fqt.quantize.default, torch.ops.fqt.encode.default
 _OUTPUT, _DECODE = torch.ops.fqt.output.default, torch.ops.fqt.decode.default
@@ -105,7 +105,7 @@ class Weight:
             return w_OKI.transpose(1, 2).reshape(q.shape[0], q.shape[2], *geometry.kernel).contiguous()
 
         axis, (low, high) = 1 if geometry is None else 0, q.format.code_range
-        small = not q.format.is_float and (-128 <= low and high <= 127 or 0 <= low and high <= 255)
+        small = not q.format.is_float and ((low >= -128 and high <= 127) or (low == 0 and high <= 255))
         if not small or q.format.axes not in ("", "O") or q.format.block or not bool(q.scale.isfinite().all()):
             return Weight(placed(decode(q)), None, None, axis)
         codes = placed(unpack(q.codes, q.format, q.shape)).to(torch.int8 if high <= 127 else torch.uint8)
@@ -119,13 +119,16 @@ class Multiply(nn.Module):
     Args:
         weight: its constants.
         geometry: of a convolution; None for a linear layer.
+        format: of the activation's codes.
+
+    Attributes:
         values: whether values are multiplied in place of codes: an operand has an offset, or scales along the sum.
     """
 
-    def __init__(self, weight: Weight, geometry: Geometry | None, values: bool) -> None:
+    def __init__(self, weight: Weight, geometry: Geometry | None, format: Format) -> None:
         super().__init__()
-        self.geometry, self.axis = geometry, weight.axis
-        self.values = values or weight.scale is None or weight.offset is not None
+        self.geometry, self.axis, self.format = geometry, weight.axis, format
+        self.values = format.offset or bool(format.block) or weight.scale is None or weight.offset is not None
         for name in ("codes", "scale", "offset"):
             self.register_buffer(name, getattr(weight, name))
         self.codes: Tensor
@@ -137,8 +140,12 @@ class Multiply(nn.Module):
             y = self.product(codes * scale + offset, self._value())
         else:
             assert self.scale is not None
-            y = self.product(codes, self.floats()) * scale * self.scale
+            y = self.sums(codes) * scale * self.scale
         return y + bias[0].float() if bias else y
+
+    def sums(self, codes: Tensor) -> Tensor:
+        """The integers that the scales multiply, as float32."""
+        return self.product(codes, self.floats())
 
     def floats(self) -> Tensor:
         """The weight's codes as floats."""
@@ -149,12 +156,16 @@ class Multiply(nn.Module):
         window = self.geometry
         if window is None:
             return x_NPC @ w
-        x = x_NPC.transpose(1, 2).unflatten(2, (window.height, window.width))
         top, bottom, left, right = window.padding
         even = top == bottom and left == right
-        x = x if even else F.pad(x, [left, right, top, bottom])
+        x = self.images(x_NPC) if even else F.pad(self.images(x_NPC), [left, right, top, bottom])
         padding = (top, left) if even else (0, 0)
         return F.conv2d(x, w, None, window.stride, padding, window.dilation, window.groups).flatten(2).transpose(1, 2)
+
+    def images(self, x_NPC: Tensor) -> Tensor:
+        """(N, C, H, W)."""
+        assert self.geometry is not None
+        return x_NPC.transpose(1, 2).unflatten(2, (self.geometry.height, self.geometry.width))
 
     def _value(self) -> Tensor:
         if self.scale is None:
@@ -206,10 +217,9 @@ def plain_graph(frozen: fx.GraphModule, multiply: type[Multiply] = Multiply) -> 
             a, a_format, _, b, b_format, b_shape, bias, geometry = node.args[:8]
             left, window = Format.parse(a_format), Geometry.unflatten(geometry)
             weight = Weight.of(_constant(frozen, b, b_format, b_shape), window)
-            values = left.offset or bool(left.block)
             with graph.inserting_before(node):
                 operands = encoded(a, left)
-            new = call(multiply(weight, window, values), node, [*operands, *([] if bias is None else [bias])])
+            new = call(multiply(weight, window, left), node, [*operands, *([] if bias is None else [bias])])
         elif node.target is _DECODE:
             parts, name, shape = node.args
             if parts[0].op == "get_attr":
@@ -231,6 +241,8 @@ def plain_graph(frozen: fx.GraphModule, multiply: type[Multiply] = Multiply) -> 
         raise ValueError(f"{', '.join(sorted(set(left_over)))}: not what a frozen model computes with; fqt.freeze it first")
     frozen.delete_all_unused_submodules()
     frozen.recompile()
+    for module in frozen.modules():
+        module.training = False  # torch.export's modules refuse eval()
     return frozen
 
 

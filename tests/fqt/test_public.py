@@ -103,7 +103,7 @@ ALLOWED = {"fqt", "torch", "numpy", "yaml", "tqdm"} | set(sys.stdlib_module_name
 OPTIONAL = {
     "triton_kernels": {"triton"},
     "cuda_kernels": {"cuda", "triton"},
-    "export": {"gguf"},
+    "export": {"gguf", "ml_dtypes", "onnx_ir", "onnxruntime", "transformers"},
 }
 
 

@@ -150,6 +150,30 @@ def test_what_exceeds_half_precision_is_written_wider(tmp_path):
     assert np.array_equal(tensor.data, model[0].quantized_weight().decode()[:, 0].numpy())
 
 
+def test_a_frozen_model_gives_the_same_file(tmp_path):
+    torch.manual_seed(0)
+    parts = {"attend": nn.MultiheadAttention(32, 2), "up": nn.ConvTranspose2d(32, 32, 3, stride=2), "out": nn.Linear(32, 9)}
+    model = nn.ModuleDict(parts)
+    fqt.convert(model, fqt.load_recipe("int4").everywhere())
+    frozen = fqt.freeze(model)
+    files = [fqt.export(one, tmp_path / f"{name}.gguf").path for name, one in (("trained", model), ("frozen", frozen))]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    found = read(files[1])
+    assert found.keys() == model.state_dict().keys()
+    q = frozen["attend"].quantized_weight()
+    assert torch.equal(torch.from_numpy(values(found["attend.in_proj_weight"])), in_half(q)[:, 0])
+
+
+def test_a_tied_weight_is_a_float_where_it_is_read_as_one(tmp_path):
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 32), "head": nn.Linear(32, 5)})
+    model["embed"].weight = model["head"].weight
+    fqt.convert(model, fqt.load_recipe("int8").everywhere())
+    fqt.export(model, tmp_path / "m.gguf")
+    found = read(tmp_path / "m.gguf")
+    assert [found[name].tensor_type for name in ("embed.weight", "head.weight")] == [KINDS.F16, KINDS.Q8_0]
+    assert np.array_equal(found["embed.weight"].data, model["embed"].weight.detach().half().numpy())
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------------------
 
 
@@ -174,13 +198,7 @@ def test_refusals_name_the_thing_and_the_remedy_and_keep_the_old_file(tmp_path):
     refused(linear("int8", 32), path, "a Sequential is written as bare tensors, which have no tokenizer", tokenizer=object())
     computed = nn.Sequential(parametrizations.weight_norm(nn.Linear(32, 3)))
     fqt.convert(computed, fqt.load_recipe("int8").everywhere())
-    refused(computed, path, "layer '0' computes its weight by a parametrization.*remove_parametrizations")
-    tied = nn.ModuleDict({"embed": nn.Embedding(5, 32), "head": nn.Linear(32, 5)})
-    tied["embed"].weight = tied["head"].weight
-    fqt.convert(tied, fqt.load_recipe("int8").everywhere())
-    refused(
-        tied, path, "'embed.weight' and the quantized weight 'head.weight' are one tensor.*untie them, or keep 'head' float"
-    )
+    refused(computed, path, "layer '0' computes its weight by a parametrization.*fqt.freeze.*remove_parametrizations")
 
 
 def test_a_path_that_cannot_be_written_says_so(tmp_path):
