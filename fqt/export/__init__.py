@@ -45,17 +45,17 @@ def export(
     opset: int | None = None,
     tolerance: float | None = None,
 ) -> Exported:
-    """Write a converted model, frozen or not, for another runtime. The suffix of `path` says for which; a folder needs `format`.
+    """Write a converted model, frozen or not, for another runtime. The suffix of `path` says which; a folder needs `format`.
 
-    `.gguf`: for llama.cpp. transformers' LlamaForCausalLM, and Mistral's, Qwen2's and Qwen3's, with metadata and tokenizer; any
-    other module as bare tensors. Quantized weights keep their codes, ternary ones in 2 bits, those of signs in 1.
+    `.gguf`: for llama.cpp. transformers' LlamaForCausalLM, and Mistral's, Qwen2's and Qwen3's, with metadata and tokenizer;
+    any other module as bare tensors. Quantized weights keep their codes, ternary ones in 2 bits, those of signs in 1.
 
-    `.onnx`: standard operators, of which onnxruntime computes what the model does; it is run on the example where it is installed,
-    and the differences stand in the file's metadata (`fqt.largest_difference` and so on). A model that is not frozen is frozen
-    for it, in a copy.
+    `.onnx`: standard operators, of which onnxruntime computes what the model does; it is run on the example where it is
+    installed, and the differences stand in the file's metadata (`fqt.largest_difference` and so on). A model that is not frozen
+    is frozen for it, in a copy.
 
-    A folder: for transformers, `format="transformers"` the float model with decoded weights, for every recipe; `format="bitnet"`
-    with its own BitNet layers, for recipe "bitnet".
+    A folder: for transformers, `format="transformers"` the float model with decoded weights, for every recipe;
+    `format="bitnet"` with its own BitNet layers, for recipe "bitnet".
 
     Args:
         model: it is not changed.
@@ -73,8 +73,8 @@ def export(
 
     Raises:
         ModuleNotFoundError: a package is missing, with the command that installs it.
-        ValueError: an unknown suffix or format, an argument without effect, something of the model that the file cannot hold, or
-            results out of tolerance; by name and with the remedy.
+        ValueError: an unknown suffix or format, an argument without effect, something of the model that the file cannot hold,
+            or results out of tolerance; by name and with the remedy.
         FileExistsError: the folder exists.
     """
     path = Path(path)

@@ -1,7 +1,7 @@
 """ONNX: a frozen model as standard operators, compared with the model by onnxruntime before the file is kept.
 
-A weight is an initializer of its codes, 4-bit where these fit (2-bit from opset 25 on, which added the type), else 8-bit, behind
-a DequantizeLinear. Activations are encoded by the quantizer's own arithmetic: ranges by sample or token are found at run time,
+A weight is an initializer of its codes, 4-bit where these fit (2-bit from opset 25 on, which added the type), else 8-bit,
+behind a DequantizeLinear. Activations are encoded by the quantizer's own arithmetic: ranges by sample or token are found at run time,
 and sign(0) is +1. `multiply` says how a product is made:
 
     "float"     MatMul or Conv of the codes as floats, exact while float32 holds the sums, then the scales: the smallest files
@@ -195,8 +195,8 @@ def compare(model: nn.Module, path: Path, example: Any) -> dict[str, object]:
     """What onnxruntime makes of the example, and of its first half, against the model.
 
     Returns:
-        "largest_difference" of any output; "relative_difference", ||theirs - ours|| / ||ours|| over all outputs; "top1_agreement",
-        the share of positions at which the first output is largest in the same place of its last axis.
+        "largest_difference" of any output; "relative_difference", ||theirs - ours|| / ||ours|| over all outputs;
+        "top1_agreement", the share of positions at which the first output is largest in the same place of its last axis.
     """
     import onnxruntime
 
