@@ -43,8 +43,8 @@ def export(model: nn.Module, path: Path, format: str, tokenizer: Any = None, exa
     if format == "bitnet":
         state = {name: value for entry in given for name, value in _bitnet(entry, dtype).items()}
         notes = (
-            "scales are divided by where fqt multiplies by them: a product differs by rounding, and where that flips the code of "
-            "an activation behind it, by a step of that",
+            "scales are divided by where fqt multiplies by them: a product differs by rounding, and where that flips an "
+            "activation's code behind it, by a step of that",
         )
         quantization: dict[str, Any] | None = _configuration(model)
     else:
@@ -95,8 +95,9 @@ def _bitnet(entry: Entry, dtype: torch.dtype) -> dict[str, Tensor]:
     rows = entry.q.shape[0]
     if rows % _A_BYTE:
         raise ValueError(
-            f"weight {entry.name!r} has {rows} rows, and transformers packs those of {_A_BYTE} quarters together: give the "
-            f"layer a multiple of {_A_BYTE} outputs, or keep it float by fqt.convert(..., skip={entry.name.rpartition('.')[0]!r})"
+            f"weight {entry.name!r} has {rows} rows, and transformers packs those of {_A_BYTE} quarters together: give "
+            f"the layer a multiple of {_A_BYTE} outputs, or keep it float by "
+            f"fqt.convert(..., skip={entry.name.rpartition('.')[0]!r})"
         )
     quarters = (unpack(entry.q.codes, entry.q.format, entry.q.shape)[:, 0].cpu() + 1).to(torch.uint8).chunk(_A_BYTE)
     packed = sum((quarter << 2 * i for i, quarter in enumerate(quarters)), torch.zeros_like(quarters[0]))

@@ -1,8 +1,8 @@
 """ONNX: a frozen model as standard operators, compared with the model by onnxruntime before the file is kept.
 
 A weight is an initializer of its codes, 4-bit where these fit (2-bit from opset 25 on, which added the type), else 8-bit,
-behind a DequantizeLinear. Activations are encoded by the quantizer's own arithmetic: ranges by sample or token are found at run time,
-and sign(0) is +1. `multiply` says how a product is made:
+behind a DequantizeLinear. Activations are encoded by the quantizer's own arithmetic: ranges by sample or token are found at run
+time, and sign(0) is +1. `multiply` says how a product is made:
 
     "float"     MatMul or Conv of the codes as floats, exact while float32 holds the sums, then the scales: the smallest files
     "integer"   MatMulInteger or ConvInteger of 8-bit codes, then the scales: exact, a byte a weight
@@ -95,7 +95,7 @@ class NBits(Dequantized):
             return super().forward(codes, scale, offset, *bias)
         scales_leave = not self.format.offset and not self.format.block
         x = codes if scales_leave else codes * scale + offset
-        attributes = {"K": self.terms, "N": self.outputs, "bits": self.bits, "block_size": self.block}
+        attributes: dict[str, Any] = {"K": self.terms, "N": self.outputs, "bits": self.bits, "block_size": self.block}
         shape = (*x.shape[:2], self.outputs)
         name = "com.microsoft::MatMulNBits"
         y = torch.onnx.ops.symbolic(name, (x, self.codes, self.scale), attributes, dtype=torch.float32, shape=shape, version=1)
@@ -176,7 +176,7 @@ def _narrow(model: ir.Model, opset: int) -> dict[str, int]:
         if value.dtype not in (ir.DataType.INT8, ir.DataType.UINT8) or value.const_value is None:
             continue
         if all(node.op_type == "DequantizeLinear" for node in value.consumers()):
-            numbers = value.const_value.numpy()
+            numbers: Any = value.const_value.numpy()
             low, high = (int(numbers.min()), int(numbers.max())) if numbers.size else (0, 0)
             for first, least, most, dtype, kind in _NARROW:
                 if opset >= first and least <= low and high <= most:

@@ -207,8 +207,8 @@ def plain_graph(frozen: fx.GraphModule, multiply: type[Multiply] = Multiply) -> 
                 given = [scale, inverse, *([offset] if format.offset else [])]
                 done[source] = call(Encode(format, "", (0, 0)), source, [source.args[0], *given])
             else:
-                calibrate, (low, high) = source.args[6], source.args[7]  # type: ignore[misc]
-                done[source] = call(Encode(format, str(calibrate), (low, high)), source, [source.args[0]])
+                calibrate, limits = str(source.args[6]), tuple(source.args[7])  # type: ignore[arg-type]
+                done[source] = call(Encode(format, calibrate, limits), source, [source.args[0]])  # type: ignore[arg-type]
         return [_item(graph, done[source], i) for i in range(3)]
 
     done: dict[fx.Node, fx.Node] = {}
