@@ -33,6 +33,7 @@ from fqt.quantizers.stages import (
 )
 from fqt.recipe import Product, Recipe, Rule
 from fqt.recipe_yaml import load_recipe, recipes
+from fqt.saving import load, save
 
 __all__ = [
     "AdaPT",
@@ -66,6 +67,7 @@ __all__ = [
     "diff",
     "export",
     "freeze",
+    "load",
     "load_recipe",
     "memory",
     "modelled_speedup",
@@ -83,6 +85,7 @@ __all__ = [
     "register_policy",
     "register_transform",
     "revert",
+    "save",
     "summary",
 ]
 __version__ = "0.1.0"

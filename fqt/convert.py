@@ -28,12 +28,12 @@ from fqt.recipe import Recipe
 from fqt.recipe_yaml import load_recipe
 from fqt.report import log_conversion, log_parameters, speeds, why_nothing
 
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: FusedBatchNorm1d,
     nn.BatchNorm2d: FusedBatchNorm2d,
     nn.MaxPool2d: FusedMaxPool2d,
 }
-_UNFUSED = {fused: plain for plain, fused in _FUSED.items()}
+_UNFUSED = {fused: plain for plain, fused in FUSED.items()}
 _LEAF = "__module__"
 """torch.fx asks an instance for the module of its class, and traces into all that is not of torch.nn. What conversion changes
 was a leaf, or has a forward that cannot be traced, so it answers "torch.nn"."""
@@ -98,10 +98,10 @@ def convert(
         The model.
 
     Raises:
-        ValueError: the model is converted already, or frozen, a pattern matches no layer, or nothing is left to convert; a layer has a
-            `forward` set on the instance that would not reach the converted one, or is pruned and its zeros would get codes
-            that are not zero; the named backend is unknown or cannot serve a layer; `min_speedup` is not a positive number, or
-            comes without `example`.
+        ValueError: the model is converted already, or frozen, a pattern matches no layer, or nothing is left to convert; a
+            layer has a `forward` set on the instance that would not reach the converted one, or is pruned and its zeros would
+            get codes that are not zero; the named backend is unknown or cannot serve a layer; `min_speedup` is not a positive
+            number, or comes without `example`.
         TypeError: `model` is not a module, `skip` or `only` is not strings, or `overrides` is not such a mapping.
 
     An error leaves the model as it was.
@@ -156,7 +156,7 @@ def convert(
 
     try:
         for name, layer_recipe in chosen.items():
-            _quantize(name, layers[name], layer_recipe, backend)
+            quantize_layer(name, layers[name], layer_recipe, backend)
     except ValueError:
         for name in chosen:
             make_plain(layers[name])
@@ -170,7 +170,7 @@ def convert(
     for name, fresh in exchanged.items():
         exchange(model.get_submodule(name), fresh)
     if fuse and any(accumulates(layer.recipe) for _, layer in quantized_layers(model)):
-        _fuse(model, backend)
+        fuse_model(model, backend)
     log_parameters(model, recipe)
     log_conversion(
         model, recipe, chosen, choices, flow, exchanged, kept, slow, backend=backend, min_speedup=min_speedup, example=example
@@ -193,13 +193,18 @@ def _remember(
             )
     for layer in layers.values():
         count_macs(layer)
+    take_no_nested(model)
+
+
+def take_no_nested(model: nn.Module) -> None:
+    """Have TransformerEncoders around converted layers give them no nested tensors, which only torch's fast path takes."""
     for module in model.modules():
         if type(module) is nn.TransformerEncoder and module.use_nested_tensor and any(quantized_layers(module)):
-            module.use_nested_tensor = False  # its layers would be given nested tensors, which only torch's fast path takes
+            module.use_nested_tensor = False
             module.__dict__[_NESTED] = True
 
 
-def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None:
+def quantize_layer(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None:
     """Convert a layer. ValueError where a backend is named that does not serve all that the layer asks of kernels, or
     where the codes do not keep a pruned layer's mask."""
     plain, layer.__class__ = type(layer), converted_class(layer)
@@ -209,11 +214,7 @@ def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None
     layer.recipe = recipe
     if backend:
         layer.backend = backend
-        for what, request in layer.requests().items():
-            try:
-                ops.select(what.split()[0], request)
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}, {what}: {error}") from error
+        layer.check_backend(name)
     lost = layer.lost_zeros()
     if lost:
         quantizer = recipe.quantizer("output", "w")
@@ -224,7 +225,7 @@ def _quantize(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None
 
 
 def make_plain(layer: nn.Module) -> None:
-    """Undo `_quantize`, where it was done."""
+    """Undo `quantize_layer`, where it was done."""
     if isinstance(layer, QuantizedLayer):
         del layer.__dict__["recipe"]
         layer.__dict__.pop("backend", None)
@@ -251,20 +252,20 @@ def _slower(model: nn.Module, chosen: dict[str, Recipe], backend: str, min_speed
     """Layer name -> measured speed-up, of the chosen layers below `min_speedup`. One that `example` does not reach is none."""
     trial = copy.deepcopy(model)
     for name, recipe in chosen.items():
-        _quantize(name, trial.get_submodule(name), recipe, backend)
+        quantize_layer(name, trial.get_submodule(name), recipe, backend)
     speedups = measure(trial, example, seconds=0.1).speedups()
     return {name: speedup for name, speedup in speedups.items() if speedup < min_speedup}
 
 
-def _fuse(model: nn.Module, backend: str) -> None:
+def fuse_model(model: nn.Module, backend: str) -> None:
     """Let layers, BatchNorms and poolings hand each other what they did not compute yet."""
     if not any(type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) for module in model.modules()):
         return
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
             module.__dict__["fusion"] = Between
-        elif type(module) in _FUSED:
-            module.__class__ = _FUSED[type(module)]
+        elif type(module) in FUSED:
+            module.__class__ = FUSED[type(module)]
             module.__dict__[_LEAF] = "torch.nn"
             if backend and not isinstance(module, FusedMaxPool2d):
                 module.__dict__["backend"] = backend
@@ -276,8 +277,8 @@ def revert(model: nn.Module) -> nn.Module:
     Parameters and buffers of quantizers (a learned step, a running range) go with them; the log names them.
 
     Raises:
-        ValueError: nothing in the model is converted, or it is frozen, or a layer has become something else since, or has got a `forward` set
-            on the instance that goes on calling the one of now.
+        ValueError: nothing in the model is converted, or it is frozen, or a layer has become something else since, or has got a
+            `forward` set on the instance that goes on calling the one of now.
     """
     layers = dict(quantized_layers(model))
     if not layers:

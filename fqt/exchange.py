@@ -17,21 +17,35 @@ _REPLACED = "_fqt_replaced"
 _NOT_NEGATIVE = ("relu", "hardtanh", "sigmoid", "softmax", "abs", "square")
 
 
+def fresh_activation(name: str) -> nn.Module:
+    """A module of a class of torch.nn, by name. ValueError unless it is one that needs no arguments and has no parameters."""
+    kind = getattr(nn, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)) or kind is nn.Module:
+        raise ValueError(f"{name!r} is no module of torch.nn{nearest(name, dir(nn))}")
+    try:
+        fresh = kind()
+    except TypeError as error:
+        raise ValueError(f"a {name} cannot be made: {error}; choose an activation") from error
+    if fresh.state_dict():
+        raise ValueError(f"{name!r} has parameters; choose one without")
+    return fresh
+
+
+def exchanged_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that `exchange` gave a module, None if it did not."""
+    return type(module) if _REPLACED in module.__dict__ else None
+
+
 def exchanges(recipe: Recipe) -> dict[type[nn.Module], nn.Module]:
     """The recipe's `replace`: class -> a fresh module of the class that takes its place. ValueError if there is none."""
     exchange = {}
     for old, new in recipe.replace:
-        for name in (old, new):
-            if not (isinstance(getattr(nn, name, None), type) and issubclass(getattr(nn, name), nn.Module)):
-                raise ValueError(
-                    f"recipe {recipe.name!r}: replace names {name!r}, which is no module of torch.nn{nearest(name, dir(nn))}"
-                )
+        if not isinstance(getattr(nn, old, None), type):
+            raise ValueError(f"recipe {recipe.name!r}: replace: {old!r} is no module of torch.nn{nearest(old, dir(nn))}")
         try:
-            fresh = getattr(nn, new)()
-        except TypeError as error:
-            raise ValueError(f"recipe {recipe.name!r}: replace cannot make a {new}: {error}; choose an activation") from error
-        if fresh.state_dict():
-            raise ValueError(f"recipe {recipe.name!r}: replace names {new!r}, which has parameters; choose one without")
+            fresh = fresh_activation(new)
+        except ValueError as error:
+            raise ValueError(f"recipe {recipe.name!r}: replace: {error}") from error
         exchange[getattr(nn, old)] = fresh
     return exchange
 

@@ -22,17 +22,19 @@ from fqt.layers import PACKED, STATES, QuantizedLayer, quantized_layers
 from fqt.layers.parametrized import beneath
 from fqt.packed import PackedWeight
 
+TRAINED_BY = "trained_by"
+"""Attribute of a frozen layer: the recipe that it was trained by, gradients included."""
 _log = logging.getLogger("fqt")
 
 
 def freeze(model: nn.Module) -> nn.Module:
     """A copy of a converted model for inference, in evaluation, with packed weights. The model itself is left as it is.
 
-    Its outputs are those of `model.eval()` under `torch.no_grad()`, bit for bit, wherever the same kernels serve. It is a module
-    as any other: `.to()`, copies, torch.compile, torch.export, state dicts (`layer.packed.0.codes`), several threads at once.
-    Parametrizations, masks and norms of a packed weight (torch.nn.utils) are part of its codes. Layers that stayed float stay as
-    they are, and so do weights that the recipe keeps float. Gradients pass to inputs, multiplied in float by the codes, and no
-    parameter asks for one; `.train()` is refused.
+    Its outputs are those of `model.eval()` under `torch.no_grad()`, bit for bit, wherever the same kernels serve. It is a
+    module like any other: `.to()`, copies, torch.compile, torch.export, state dicts (`layer.packed.0.codes`), threads.
+    Parametrizations, masks and norms of a packed weight (torch.nn.utils) are part of its codes. Layers that stayed float, and
+    weights that the recipe keeps float, stay as they are. Gradients pass to inputs, multiplied in float by the codes; no
+    parameter asks for one, and `.train()` is refused.
 
     A converted layer that the forwards since the conversion did not call, because the module around it reads its weight, keeps
     that weight in float. Where none has run yet this cannot be known, and such a module reads NaN: run one first.
@@ -46,7 +48,7 @@ def freeze(model: nn.Module) -> nn.Module:
         raise ValueError(f"nothing in this {type(model).__name__} is converted: fqt.convert it first, then train it")
     if any(layer.frozen for layer in layers.values()):
         raise ValueError(f"this {type(model).__name__} is frozen already: use it as it is, or copy.deepcopy it")
-    frozen = copy.deepcopy(model, _not_copied(model)).eval()
+    frozen = copy.deepcopy(model, not_copied(model)).eval()
     copies = dict(quantized_layers(frozen))
     idle = {name for name, layer in copies.items() if ran(frozen) and not ran(layer)}
     for name in idle:
@@ -54,7 +56,7 @@ def freeze(model: nn.Module) -> nn.Module:
         make_plain(layer)
         layer.__dict__[NOTE] = "not called before it was frozen: its weight stays float, for whatever reads it"
     for name, layer in copies.items():
-        _bake(name, layer)
+        bake(name, layer)
     before, after = _pack_all(copies)
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)
@@ -66,7 +68,7 @@ def freeze(model: nn.Module) -> nn.Module:
     return frozen
 
 
-def _not_copied(model: nn.Module) -> dict[int, Any]:
+def not_copied(model: nn.Module) -> dict[int, Any]:
     """What stands in the copy for parts that deepcopy refuses or that belong to training: a memo for it."""
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -79,12 +81,12 @@ def _not_copied(model: nn.Module) -> dict[int, Any]:
     return memo
 
 
-def _bake(name: str, layer: QuantizedLayer) -> None:
+def bake(name: str, layer: QuantizedLayer) -> None:
     """Make parameters of what is computed before every forward."""
     if parametrize.is_parametrized(layer):
         # not by torch's remove_parametrizations: that changes the class, which the copy shares with the model
         computed = {of: getattr(layer, of).detach().clone() for of in layer.parametrizations}  # type: ignore[union-attr]
-        layer.__class__ = beneath(layer)
+        layer.__class__ = beneath(layer)  # type: ignore[assignment]
         del layer._modules["parametrizations"]
         for of, value in computed.items():
             layer.register_parameter(of, nn.Parameter(value))
@@ -117,7 +119,7 @@ def _pack_all(layers: dict[str, QuantizedLayer]) -> tuple[int, int]:
         alike = (owners[name], alone, type(layer), layer.window(), layer.recipe.output, layer.backend)
         if alike not in made:
             made[alike] = _packed(layer)
-        _exchange(layer, made[alike])
+        exchange_weight(layer, made[alike])
     kept = {id(layer.weight): layer.weight.nbytes for layer in layers.values() if layer.weight_name in layer._parameters}
     return before, sum(kept.values()) + sum(buffer.nbytes for weights in made.values() for buffer in weights.buffers())
 
@@ -133,8 +135,9 @@ def _packed(layer: QuantizedLayer) -> nn.ModuleList:
         return nn.ModuleList(map(PackedWeight, layer.quantized_weights(), shapes)).eval()
 
 
-def _exchange(layer: QuantizedLayer, weights: nn.ModuleList) -> None:
-    """Put them in the place of the float weight, and leave away what evaluation does not read."""
+def exchange_weight(layer: QuantizedLayer, weights: nn.ModuleList) -> None:
+    """Put packed weights in the place of a layer's float weight, and leave away what evaluation does not read."""
+    layer.__dict__[TRAINED_BY] = layer.recipe
     layer.recipe = layer.recipe.frozen()
     for name in ("changing", "watcher"):
         layer.__dict__.pop(name, None)

@@ -300,10 +300,8 @@ class Recipe:
 
     def frozen(self) -> Recipe:
         """This recipe for evaluation alone, without rules: its output, and an input's gradient in float, by the same codes."""
-        saved = {
-            letter: "float" if self._operands["output", letter] is None or self.output.transform else "saved" for letter in "xw"
-        }
-        grad_input, grad_weight = (Product("float", saved[letter]) for letter in "wx")
+        codes = {letter for letter in "xw" if self._operands["output", letter] is not None and not self.output.transform}
+        grad_input, grad_weight = (Product("float", "saved" if letter in codes else "float") for letter in "wx")
         return replace(self, grad_input=grad_input, grad_weight=grad_weight, rules=(), replace=())
 
     def everywhere(self) -> Recipe:

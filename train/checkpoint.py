@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import fqt
-from train import files
+from fqt.files import write_atomically
 from train.config import Config
 from train.wording import ConfigError, show
 
@@ -59,7 +59,7 @@ def save(path: Path, state: dict[str, Any], *, aside: Path | None = None) -> Non
             raise
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, write, aside=aside)
+    write_atomically(path, write, aside=aside)
 
 
 def save_last(folder: Path, state: dict[str, Any], *, keep: int, previous: int | None) -> None:

@@ -1,46 +1,14 @@
-"""What a run writes is whole or not there, and goes where nobody else writes."""
+"""What a run writes goes where nobody else writes."""
 
 import itertools
 import os
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
 
 from train.wording import ConfigError, TrainingError
 
 PROBE = 2**20
 """Bytes that have to fit where a run will write."""
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, aside: Path | None = None) -> None:
-    """Replaces a file in one step: whoever opens `path` finds the old file or the new one, never a part of it.
-
-    write: fills the file. aside: where the old file goes once the new one is on the disk, instead of being overwritten.
-    Where the process is killed, `<path>.part` may stay; the next writing takes its place.
-    """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if aside is not None and path.is_file():
-            os.replace(path, aside)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a renaming survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_writable(output: str) -> None:

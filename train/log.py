@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train import files
+from fqt.files import write_atomically
 
 LINES = "metrics.jsonl"
 """File name, in a run's folder, of the scalars: an object a line."""
@@ -49,7 +49,7 @@ def cut(path: Path, last: int, step_of: Callable[[str], int]) -> None:
         return
     written = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     text = "".join(line for line in written if line.endswith("\n") and _is_kept(line, last, step_of))
-    files.write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _is_kept(line: str, last: int, step_of: Callable[[str], int]) -> bool:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fqt
+from fqt.files import write_atomically
 from train import checkpoint, data, diagnose, faults, files, measure, messages, models, pictures, precision, ranks
 from train.config import Config, dump
 from train.optim import build_optimizer, build_schedule
@@ -419,7 +420,7 @@ class Trainer:
         self.tracker.scalars(self.steps, {"data/unreadable": len(left_out)})
         if self.folder and self.place.main:
             text = "".join(f"{path}\t{why}\n" for path, why in sorted(left_out.items()))
-            files.write_atomically(self.folder / messages.UNREADABLE, lambda file: file.write(text.encode()))
+            write_atomically(self.folder / messages.UNREADABLE, lambda file: file.write(text.encode()))
         self.say(messages.unreadable(left_out, self.folder))
 
     def save(self) -> None:

@@ -20,6 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from fqt.files import write_atomically
 from train import files, log
 from train.config import home, key_table
 from train.wording import ConfigError, show
@@ -217,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
             table.add_row(*(row[name] for name in TERMINAL))
         Console().print(table)
         text = page(runs)
-        files.write_atomically(output, lambda file: file.write(text.encode()))
+        write_atomically(output, lambda file: file.write(text.encode()))
     except ConfigError as error:
         message = str(error)
     except ModuleNotFoundError as error:

@@ -11,7 +11,6 @@ from fqt.layers.base import (
     adapter_of,
     converted_class,
     is_subclass,
-    let_recipe_change,
     plain_class,
     plain_classes,
     quantized_class,
@@ -20,6 +19,7 @@ from fqt.layers.base import (
     refuse_frozen,
     register_layer,
 )
+from fqt.layers.changing import let_recipe_change
 from fqt.layers.conv import QuantConv2d
 from fqt.layers.linear import QuantLinear
 

@@ -9,8 +9,9 @@ A kind of layer is one class in one file:
         def compute(self, input): ...          its forward, by `fqt.functional.linear` or `conv2d` with `self.weights()`
         def weight_OKI(self): ...              its weight as (output channel, tap, input channel), a differentiable view
 
-and, where the defaults do not fit, `split`, `window`, `canonical`, `multiply_adds` and `like`. Nothing else in the library asks which
-class a layer is. These methods use the plain layer's attributes alone: they are asked of layers that are not converted too.
+and, where the defaults do not fit, `split`, `window`, `canonical`, `multiply_adds` and `like`. Nothing else in the library
+asks which class a layer is. These methods use the plain layer's attributes alone: they are asked of layers that are not
+converted too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from fqt import ops
 from fqt.functional import Fusion
 from fqt.geometry import Geometry
+from fqt.layers import changing
 from fqt.layers.parametrized import at_rest, beneath, derived_from, former
 from fqt.operand import LEFT_RIGHT, States
 from fqt.packed import PackedWeight, Weight, canonical, joined
@@ -67,7 +69,7 @@ class QuantizedLayer(nn.Module):
     changing = False  # whether its recipe may be another at any step, see `let_recipe_change`
 
     def forward(self, input: Tensor) -> Tensor:
-        return _uncompiled(self, input) if self.changing and _uncompiled is not None else self.compute(input)
+        return changing.compute(self, input) if self.changing else self.compute(input)
 
     # --- the adapter ---
 
@@ -151,7 +153,7 @@ class QuantizedLayer(nn.Module):
         parts = self.quantized_weights()
         if len(parts) < 2:
             return parts[0] if parts else None
-        with torch.no_grad():
+        with torch.no_grad(), at_rest(self):
             # a twin whose weight counts its elements, so that views of it tell which they hold
             kind, weight = quantized_class(self.plain), self.weight
             number = torch.arange(weight.numel(), device=weight.device).view(weight.shape)
@@ -255,6 +257,14 @@ class QuantizedLayer(nn.Module):
                 formats = self.recipe.multiplied(product, self.kind)
                 asked[product] = ops.Request(device, formats, self.window(), self.backend)
         return asked
+
+    def check_backend(self, name: str) -> None:
+        """Raise ValueError, with the layer's name, where a kernel that it asks for is refused."""
+        for what, request in self.requests().items():
+            try:
+                ops.select(what.split()[0], request)
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}, {what}: {error}") from error
 
     def lost_zeros(self) -> int:
         """How many of the weights that a mask of torch.nn.utils.prune holds at zero are something else as codes."""
@@ -363,35 +373,6 @@ def plain_classes() -> list[str]:
 def _revive(plain: type[nn.Module]) -> QuantizedLayer:
     made = quantized_class(plain)
     return made.__new__(made)  # type: ignore[call-arg]
-
-
-# --- recipes that change ---------------------------------------------------------------------------------------------
-
-
-def _compute(layer: QuantizedLayer, input: Tensor) -> Tensor:
-    output = layer.compute(input)
-    if layer.watcher is None or not output.requires_grad:
-        return output
-    output = output.clone()  # no view, off which an activation in place would cut the hook
-    output.register_hook(layer.watcher)
-    return output
-
-
-_uncompiled: Callable[[QuantizedLayer, Tensor], Tensor] | None = None
-
-
-def let_recipe_change(layer: QuantizedLayer) -> None:
-    """Keep torch.compile out of a layer whose recipe a precision policy exchanges while the model trains.
-
-    A recipe is a constant of a compiled graph: with L layers of a few formats each, every decision would compile the whole
-    model once more. So the graph breaks at such a layer, whose work is done by operators that compiling leaves alone anyway,
-    and a new recipe compiles nothing. fullgraph=True is refused, with this reason.
-    """
-    global _uncompiled
-    if _uncompiled is None:  # not at import: it imports the compiler
-        reason = "a precision policy may give this layer another recipe at any step; compile without fullgraph=True"
-        _uncompiled = torch.compiler.disable(_compute, reason=reason)  # type: ignore[assignment]
-    layer.__dict__["changing"] = True
 
 
 def refuse_frozen(model: nn.Module, what: str) -> None:

@@ -55,7 +55,7 @@ def convolve(layer: QuantConv2d, x: Tensor, padding: tuple[int, int, int, int]) 
     """The layer's convolution of x, with zeros around x that may be others than its own."""
     return functional.conv2d(
         x,
-        *layer.weights(),
+        layer.weights()[0],
         layer.bias,
         layer.recipe,
         stride=(layer.stride[0], layer.stride[1]),

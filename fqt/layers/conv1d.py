@@ -23,7 +23,7 @@ class QuantConv1d(QuantizedLayer, nn.Conv1d):
             input, left, right = pad(input, [left, right], self.padding_mode), 0, 0
         return functional.conv2d(
             input.unsqueeze(-2),
-            *self.weights(),
+            self.weights()[0],
             self.bias,
             self.recipe,
             stride=(1, self.stride[0]),

@@ -55,6 +55,11 @@ class _Lender(nn.Module):
         return (_revive, (self.plain,), *super().__reduce_ex__(protocol)[2:])
 
 
+def is_lender(module: nn.Module) -> bool:
+    """Whether `lend` was done."""
+    return isinstance(module, _Lender)
+
+
 def lend(module: nn.Module) -> None:
     """Give a module such a class, where it has none yet."""
     if not isinstance(module, _Lender):

@@ -17,7 +17,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     def compute(self, input: Tensor) -> Tensor:
         return functional.linear(
             input,
-            *self.weights(),
+            self.weights()[0],
             self.bias,
             self.recipe,
             training=self.training,

@@ -21,7 +21,7 @@ class TransposedLinear(QuantizedLayer):
     def compute(self, input: Tensor) -> Tensor:
         return functional.linear(
             input,
-            *self.weights(),
+            self.weights()[0],
             self.bias,
             self.recipe,
             training=self.training,

@@ -97,6 +97,12 @@ class LSQ(Calibration, Estimator):
         scale = torch.where(rows_GE.isfinite().all(), step, torch.nan).reshape(1)
         return Scales(scale, torch.where(scale.isnan(), 0.0, torch.ones_like(step) / step))
 
+    def resume(self, state: nn.Module, q: QTensor) -> None:
+        assert isinstance(state, LearnedStep)
+        with torch.no_grad():
+            state.step.copy_(q.scale[0])
+        state.started = True
+
     def save(self, x: Tensor, q: QTensor, state: nn.Module | None) -> tuple[Tensor, ...]:
         assert isinstance(state, LearnedStep)
         return x, q.scale, state.step.detach().clone()

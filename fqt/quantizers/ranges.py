@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fqt.formats import Format
-from fqt.qtensor import Scales
+from fqt.qtensor import QTensor, Scales
 from fqt.quantizers.stages import Calibration, register_calibration
 from fqt.reference import calibrate_groups
 
@@ -96,3 +96,7 @@ class MovingAverage(Calibration):
             state.average.copy_(torch.where(finite, moved, average))
         span = torch.where(state.average > 0, state.average.float(), seen)
         return symmetric(torch.where(finite, span, torch.nan).reshape(1), format)
+
+    def resume(self, state: nn.Module, q: QTensor) -> None:
+        assert isinstance(state, Average)
+        state.average.copy_(q.scale[0] * q.format.code_range[1])

@@ -82,6 +82,9 @@ class Calibration(Stage):
         """
         raise NotImplementedError
 
+    def resume(self, state: nn.Module, q: QTensor) -> None:
+        """Have the state of a weight, just made, go on from the scale of these codes of it."""
+
 
 @dataclass(frozen=True)
 class Estimator(Stage):

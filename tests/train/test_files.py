@@ -1,8 +1,5 @@
 """Where a run writes: a folder of its own, found writable, however many start at once, and `~` means the home folder."""
 
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -53,18 +50,6 @@ def test_a_check_leaves_nothing(tmp_path):
     Path("a").mkdir()
     files.check_writable("a/b")
     assert [path.name for path in tmp_path.rglob("*")] == ["a"]
-
-
-def test_a_part_that_a_killed_run_left_is_overwritten(tmp_path):
-    program = (
-        "import os, pathlib; from train import files; os.fsync = lambda _: os._exit(9);"
-        f"files.write_atomically(pathlib.Path({str(tmp_path / 'x')!r}), lambda file: file.write(b'long and new'))"
-    )
-    (tmp_path / "x").write_text("old")
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 9
-    assert ((tmp_path / "x").read_text(), (tmp_path / "x.part").exists()) == ("old", True)
-    files.write_atomically(tmp_path / "x", lambda file: file.write(b"new"))
-    assert ((tmp_path / "x").read_text(), os.listdir(tmp_path)) == ("new", ["x"])
 
 
 @pytest.fixture

@@ -1,0 +1,42 @@
+"""Layers whose recipe a precision policy exchanges while the model trains: torch.compile is kept out of them.
+
+A recipe is a constant of a compiled graph: with L layers of a few formats each, every decision would compile the whole model
+once more. So the graph breaks at such a layer, whose work is done by operators that compiling leaves alone anyway, and a new
+recipe compiles nothing. fullgraph=True is refused, with this reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fqt.layers.base import QuantizedLayer
+
+_uncompiled: Callable[[QuantizedLayer, Tensor], Tensor] | None = None
+
+
+def compute(layer: QuantizedLayer, input: Tensor) -> Tensor:
+    """The layer's forward, past the compiler, the gradient of its output shown to its watcher."""
+    return (_uncompiled or _watched)(layer, input)
+
+
+def _watched(layer: QuantizedLayer, input: Tensor) -> Tensor:
+    output = layer.compute(input)
+    if layer.watcher is None or not output.requires_grad:
+        return output
+    output = output.clone()  # no view, off which an activation in place would cut the hook
+    output.register_hook(layer.watcher)
+    return output
+
+
+def let_recipe_change(layer: QuantizedLayer) -> None:
+    """Keep torch.compile out of a layer, see the module's text."""
+    global _uncompiled
+    if _uncompiled is None:  # not at import: it imports the compiler
+        reason = "a precision policy may give this layer another recipe at any step; compile without fullgraph=True"
+        _uncompiled = torch.compiler.disable(_watched, reason=reason)  # type: ignore[assignment]
+    layer.__dict__["changing"] = True
