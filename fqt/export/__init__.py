@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from fqt.export.result import Exported
+from fqt.files import sync_folder
 
 __all__ = ["Exported", "export"]
 
@@ -140,5 +141,6 @@ def _written(path: Path, *, folder: bool) -> Iterator[Path]:
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
         os.replace(made, path)
+        sync_folder(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

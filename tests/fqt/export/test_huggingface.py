@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import fqt
+from benchmarks.tinyllama import tokenizer_of
+from fqt.cli import main
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fqt[export]'")
 pytest.importorskip("accelerate", reason="transformers' BitNet needs accelerate: pip install 'fqt[export]'")
@@ -100,3 +102,26 @@ def test_refusals_name_the_layer_and_the_remedy(tmp_path):
     (tmp_path / "m").mkdir()
     with pytest.raises(FileExistsError, match=r"m' exists: choose another folder, or remove it first"):
         fqt.export(llama(), tmp_path / "m", format="bitnet")
+
+
+def test_the_shell_exports_and_generates(tmp_path, capsys):
+    text = "To be, or not to be, that is the question.\n" * 20
+    tokenizer = tokenizer_of(text, 290)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=290, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    model = fqt.convert(transformers.LlamaForCausalLM(config), "bitnet").eval()
+    file = str(tmp_path / "m.safetensors")
+    fqt.save(model, file, factory="transformers:LlamaForCausalLM", arguments=config.to_diff_dict())
+    folder = str(tmp_path / "tokenizer")
+    assert main(["export", file, str(tmp_path / "m.gguf"), "--tokenizer", folder]) == 0
+    assert "m.gguf: " in capsys.readouterr().out and (tmp_path / "m.gguf").stat().st_size > 10_000
+    assert main(["generate", file, "--tokenizer", folder, "--prompt", "To be", "--tokens", "5"]) == 0
+    given = tokenizer("To be", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = tokenizer.decode(model.generate(input_ids=given, max_new_tokens=5, do_sample=False, pad_token_id=0)[0])
+    assert capsys.readouterr().out.strip() == expected.strip()
+    assert main(["export", file, str(tmp_path / "m.onnx")]) == 1
+    assert "fqt export: a model is traced by running it: give fqt.export an example" in capsys.readouterr().err
