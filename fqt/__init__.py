@@ -7,6 +7,7 @@ backward. This page is the whole public face.
 """
 
 from fqt.convert import convert, revert
+from fqt.export import Exported, export
 from fqt.formats import Format, Grid, Grouping, register_grid
 from fqt.freeze import freeze
 from fqt.inspect.bisect import bisect
@@ -39,6 +40,7 @@ __all__ = [
     "AdaPT",
     "Calibration",
     "Estimator",
+    "Exported",
     "Format",
     "Grid",
     "Grouping",
@@ -64,6 +66,7 @@ __all__ = [
     "convert",
     "count_saved_bytes",
     "diff",
+    "export",
     "freeze",
     "load",
     "load_recipe",

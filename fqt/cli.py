@@ -5,6 +5,8 @@
     summary    the table of fqt.summary for such a file
     freeze     a state dict of a converted model -> such a file
     bench      such a file's speed here, against its architecture in float32
+    export     such a file -> one of another runtime: GGUF, ONNX, a folder of transformers
+    generate   text from such a file of a language model
 
 A command is a function of its options that returns the exit status, and a row of `COMMANDS`. Exit status: 0; 1 where something
 is wrong, told in one paragraph; 2 for a command line that is not understood.
@@ -26,11 +28,13 @@ from torch import nn
 from fqt import container, factories
 from fqt.container import Reader
 from fqt.convert import convert
+from fqt.export import export
 from fqt.formats import Format
 from fqt.inspect.bench import Timing, time_forwards
 from fqt.inspect.doctor import examine
 from fqt.inspect.summary import summary
 from fqt.inspect.table import aligned
+from fqt.layers import quantized_layers
 from fqt.saving import load, save
 
 
@@ -154,6 +158,46 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    """From a file to one of another runtime, .gguf or .onnx, or with --format to a folder of transformers."""
+    frozen = load(options.file, _architecture(options), factory=options.factory is None)
+    print(f"{options.file}: {sum(1 for _ in quantized_layers(frozen))} frozen layers", file=sys.stderr, flush=True)
+    given = {name: getattr(options, name) for name in ("format", "multiply", "opset", "tolerance")}
+    example = None if options.example is None else torch.load(options.example, map_location="cpu", weights_only=True)
+    tokenizer = None if options.tokenizer is None else _tokenizer(options.tokenizer)
+    print(export(frozen, options.output, example, tokenizer=tokenizer, **given))
+    return 0
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Text from a frozen language model of transformers, behind a prompt: the likeliest tokens, or drawn ones."""
+    frozen: Any = load(options.file, _architecture(options), factory=options.factory is None)
+    if not hasattr(frozen, "generate"):
+        raise ValueError(f"{options.file} is a {type(frozen).__name__}, which generates no text: give a language model")
+    from transformers import TextStreamer
+
+    tokenizer = _tokenizer(options.tokenizer)
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(options.threads)
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": options.temperature} if options.temperature else {}
+    streamer: Any = TextStreamer(tokenizer)  # prints each word when it is there
+    given = tokenizer(options.prompt, return_tensors="pt")
+    ends = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        frozen.generate(
+            input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=options.tokens,
+            streamer=streamer, pad_token_id=ends, **{"do_sample": False, **drawn},
+        )  # fmt: skip
+    return 0
+
+
+def _tokenizer(folder: str) -> Any:
+    """That of a folder of transformers; nothing is downloaded."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 def _architecture(options: argparse.Namespace) -> nn.Module | None:
     """What --factory names, None where it is not given."""
     if options.factory is None:
@@ -186,6 +230,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 _FILE = (("file",), {"type": Path, "metavar": "FILE", "help": "a file that fqt.save wrote"})
 _FACTORY = (("--factory",), {"help": "torchvision:MODEL, timm:MODEL or transformers:CLASS, in place of the recorded one"})
+_TOKENIZER = "a folder of transformers that has the language model's tokenizer"
 _ARGUMENTS = (("--arguments",), {"type": _mapping, "default": {}, "metavar": "JSON", "help": "of the factory"})
 
 COMMANDS: dict[str, Command] = {
@@ -211,6 +256,35 @@ COMMANDS: dict[str, Command] = {
             (("--batch",), {"type": int, "nargs": "+", "default": [1, 64], "help": "samples a forward (default 1 and 64)"}),
             (("--threads",), {"type": int, "default": 1, "help": "of torch (default 1)"}),
             (("--seconds",), {"type": float, "default": 3.0, "help": "of measuring for each batch (default 3)"}),
+            _FACTORY,
+            _ARGUMENTS,
+        ],
+    ),
+    "export": Command(
+        _export,
+        [
+            _FILE,
+            (("output",), {"type": Path, "metavar": "OUTPUT", "help": ".gguf, .onnx, or with --format a folder to be made"}),
+            (("--format",), {"choices": ["transformers", "bitnet"], "help": "of a folder"}),
+            (("--tokenizer",), {"metavar": "FOLDER", "help": _TOKENIZER}),
+            (("--example",), {"type": Path, "help": "an input of the model, by torch.save; .onnx needs one"}),
+            (("--multiply",), {"choices": ["float", "integer", "nbits"], "help": "of .onnx: how a product is made (float)"}),
+            (("--opset",), {"type": int, "help": "of .onnx (21)"}),
+            (("--tolerance",), {"type": float, "help": "of .onnx: the largest relative difference (0.01)"}),
+            _FACTORY,
+            _ARGUMENTS,
+        ],
+    ),
+    "generate": Command(
+        generate,
+        [
+            _FILE,
+            (("--tokenizer",), {"required": True, "metavar": "FOLDER", "help": _TOKENIZER}),
+            (("--prompt",), {"required": True, "help": "what the text begins with"}),
+            (("--tokens",), {"type": int, "default": 64, "help": "at most so many more (default 64)"}),
+            (("--temperature",), {"type": float, "default": 0.0, "help": "draw tokens; 0 takes the likeliest (default)"}),
+            (("--seed",), {"type": int, "default": 0, "help": "of the draws"}),
+            (("--threads",), {"type": int, "default": 1, "help": "of torch (default 1)"}),
             _FACTORY,
             _ARGUMENTS,
         ],

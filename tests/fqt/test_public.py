@@ -18,15 +18,18 @@ import fqt
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = [
-    "AdaPT", "Calibration", "Estimator", "Format", "Grid", "Grouping", "Memory", "Policy", "Precision", "Product",
+    "AdaPT", "Calibration", "Estimator", "Exported", "Format", "Grid", "Grouping", "Memory", "Policy", "Precision", "Product",
     "ProductTransform", "Profile", "QTensor", "QuantConv2d", "QuantLinear", "QuantizedLayer", "Quantizer", "Recipe",
     "Recommendation", "Rule", "Scales", "Summary", "Transform", "bisect", "build_policy", "convert", "count_saved_bytes",
-    "diff", "freeze", "load", "load_recipe", "memory",
+    "diff", "export", "freeze", "load", "load_recipe", "memory",
     "modelled_speedup", "observe_gradients", "profile", "quantize", "quantized_layers", "recipes", "recommend", "register",
     "register_calibration", "register_estimator", "register_grid", "register_layer", "register_policy",
     "register_transform", "revert", "save", "summary",
 ]  # fmt: skip
-NOT_AT_IMPORT = ("triton", "torchvision", "timm", "train", "tensorboard", "sklearn", "torch._dynamo", "torch._inductor")
+NOT_AT_IMPORT = (
+    "triton", "torchvision", "timm", "train", "tensorboard", "sklearn", "torch._dynamo", "torch._inductor", "gguf",
+    "onnx", "transformers",
+)  # fmt: skip
 
 
 # --- names ---------------------------------------------------------------------------------------------------------------
@@ -97,7 +100,11 @@ def imports_of(sources: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 ALLOWED = {"fqt", "torch", "numpy", "yaml", "tqdm"} | set(sys.stdlib_module_names)
-OPTIONAL = {"triton_kernels": {"triton"}, "cuda_kernels": {"cuda", "triton"}}
+OPTIONAL = {
+    "triton_kernels": {"triton"},
+    "cuda_kernels": {"cuda", "triton"},
+    "export": {"gguf", "ml_dtypes", "onnx_ir", "onnxruntime", "transformers"},
+}
 
 
 def foreign(sources: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
