@@ -452,8 +452,8 @@ class Trainer:
             raise TrainingError(messages.diverged(reason, done.steps, self.folder, self.saved_step))
         each = self.place.gather(self.state.own())
         valid = done.history[-1][f"valid_{self.task.metric}"] if done.history and done.position == 0 else None
-        is_best = valid is not None and self.task.goodness(valid) > done.best
-        done.best = self.task.goodness(valid) if is_best else done.best
+        goodness = -math.inf if valid is None else self.task.goodness(valid)
+        is_best, done.best = goodness > done.best, max(goodness, done.best)
         self.tracker.flush()
         state = self.state.of(each)  # on every rank: each may hold a part
         self.place.from_main(lambda: self.state.write(state, folder, self.saved_step, is_best=is_best))

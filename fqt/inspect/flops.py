@@ -44,13 +44,10 @@ def register_flops() -> None:
     def attention_backward(g, q, k, v, *rest: object, **named: object) -> int:
         return sdpa_backward_flop_count(g, q, k, v)
 
-    for operator, formula in (
-        (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, attention),
-        (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, attention_backward),
-    ):
-        if operator not in flop_registry:
-            register_flop_formula(operator)(formula)
-
+    aten = torch.ops.aten
+    if aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
+        register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)(attention)
+        register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)(attention_backward)
     for name, formula in (
         ("output", _output),
         ("accumulate", _output),
