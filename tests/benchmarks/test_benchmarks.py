@@ -9,7 +9,22 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from benchmarks import accuracy, adapt, cases, gradients, kernels, kill_drill, layers, lm, pareto, readme, runs, saved, step
+from benchmarks import (
+    accuracy,
+    adapt,
+    cases,
+    gradients,
+    kernels,
+    kill_drill,
+    layers,
+    lm,
+    pareto,
+    readme,
+    runs,
+    saved,
+    sizes,
+    step,
+)
 from fqt import ops, reference
 from fqt.cpu import library
 from fqt.ops import Kernel
@@ -41,6 +56,16 @@ def test_saved(monkeypatch, tmp_path, capsys):
     (row,) = rows(monkeypatch, tmp_path, saved.main, "--model", "resnet20", "--recipes", "fqt_1bit")
     assert 0 < row["layers_bytes"] < row["fp32_layers_bytes"]
     assert "| fqt_1bit" in capsys.readouterr().out
+
+
+def test_sizes(monkeypatch, tmp_path, capsys):
+    found = rows(monkeypatch, tmp_path, sizes.main, "--recipes", "fqt_1bit", "int8")
+    assert [row["grid"] for row in found] == ["sign", "int"] and [row["limit"] for row in found] == [28.0, None]
+    for row, times in zip(found, (32, 4), strict=True):
+        assert times - 8 < row["worst_ratio"] <= row["fp32_layers_bytes"] / row["layers_bytes"] < times
+        assert row["layers_bytes"] < row["memory_bytes"] < row["file_bytes"] < row["fp32_file_bytes"]
+    monkeypatch.setitem(sizes.LIMITS, "sign", 33.0)
+    assert sizes.main() == 1 and "not 1/33" in capsys.readouterr().out
 
 
 def test_kill_drill(monkeypatch, tmp_path, capsys):
