@@ -33,6 +33,8 @@ def missing(text: str) -> list[str]:
     return [name for name in re.split(r",\s*", needed[1]) if importlib.util.find_spec(name) is None] if needed else []
 
 
+# of the exporters that the examples call
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_every_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -59,3 +61,10 @@ def test_every_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 def test_what_is_missing_is_seen() -> None:
     assert missing("<!-- needs: torch, no_such_package -->") == ["no_such_package"] and missing("") == []
+
+
+def test_the_recipes_are_recipes(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    (tmp_path / "signs.yaml").write_text(text)
+    recipe = fqt.load_recipe(tmp_path / "signs.yaml")
+    assert [str(recipe.quantizer("output", letter)) for letter in "xw"] == ["int8/token", "sign/channel"]

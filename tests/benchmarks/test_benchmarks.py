@@ -26,6 +26,7 @@ from benchmarks import (
     saved,
     sizes,
     step,
+    tinyllama,
 )  # fmt: skip
 from fqt import ops, reference
 from fqt.cpu import library
@@ -304,3 +305,14 @@ def test_pareto_trains_for_the_accuracies_if_it_is_told_to(monkeypatch, tmp_path
     found = rows(monkeypatch, tmp_path, pareto.main, "--train", "--data", "digits", "--picture", str(picture))
     assert [(row["recipe"], row["accuracy"]) for row in found] == [("fp32", 90.0), ("xnor", 80.0)]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tinyllama_compares_the_file_with_the_model(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fqt[export]'")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog, and so on. " * 300)
+    found = rows(monkeypatch, tmp_path, tinyllama.main, str(text), "--recipes", "signs", "--folder", str(tmp_path))
+    (row,) = found
+    assert row["types"]["Q1_0"] == 7 and abs(row["difference"]) < 0.02 and row["same_token"] > 0.9
+    assert (tmp_path / "signs.gguf").stat().st_size == row["bytes"] and "| signs" in capsys.readouterr().out
