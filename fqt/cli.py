@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from fqt import container, factories
@@ -35,6 +38,7 @@ from fqt.inspect.doctor import examine
 from fqt.inspect.summary import summary
 from fqt.inspect.table import aligned
 from fqt.layers import quantized_layers
+from fqt.precision.formats import from_plain
 from fqt.saving import load, save
 
 
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return COMMANDS[options.command].run(options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         print(f"fqt {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
@@ -131,8 +135,13 @@ def freeze(options: argparse.Namespace) -> int:
     model = factories.build({"name": options.factory, "arguments": options.arguments})
     print(f"{options.factory}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters", file=sys.stderr)
     convert(model, options.recipe)
+    checkpoint = _checkpoint(options.file)
+    decided = checkpoint.get("precision", {}).get("policy", {}).get("recipes", {})  # by a precision policy, while it trained
+    for name, layer in quantized_layers(model):
+        if name in decided:
+            layer.recipe = from_plain(decided[name])
     try:
-        model.load_state_dict(_state_dict(options.file))
+        model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise ValueError(f"{options.file} does not fit {options.factory} by {options.recipe}: {str(error)[:500]}") from error
     save(model, options.output, factory=options.factory, arguments=options.arguments)
@@ -205,19 +214,21 @@ def _architecture(options: argparse.Namespace) -> nn.Module | None:
     return factories.build({"name": options.factory, "arguments": options.arguments})
 
 
-def _state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, by name. No code of it is run. ValueError where it holds none."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+def _checkpoint(path: Path) -> dict[str, Any]:
+    """What a file of tensors holds; a state dict stands under "model". No code of it is run. ValueError where it holds none."""
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        why = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path} cannot be read ({why[:200]}): give a state dict as torch.save or safetensors writes it"
+        ) from error
+    held = state if isinstance(state, dict) else {}
+    key = next((key for key in ("model", "state_dict") if isinstance(held.get(key), dict)), None)
+    state = held if key is None else held[key]
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict: names and tensors")
-    return state
+    return {**(held if key else {}), "model": {name.removeprefix("module."): value for name, value in state.items()}}
 
 
 def _mapping(text: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def fresh_activation(name: str) -> nn.Module:
     try:
         fresh = kind()
     except TypeError as error:
-        raise ValueError(f"a {name} cannot be made: {error}; choose an activation") from error
+        raise ValueError(f"cannot make a {name}: {error}; choose an activation") from error
     if fresh.state_dict():
         raise ValueError(f"{name!r} has parameters; choose one without")
     return fresh

@@ -10,6 +10,7 @@ A name is looked up among the models of its package; nothing is downloaded, and 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -46,15 +47,12 @@ def build(factory: Mapping[str, Any]) -> nn.Module:
     """The architecture, with random weights.
 
     Raises:
-        ValueError: the factory is not one, its package has no such model, or does not take the arguments.
-        ImportError: the package is not installed.
+        ValueError: the factory is not one, its package is not installed, has no such model, or does not take the arguments.
     """
     check_factory(factory)
     package, _, model = factory["name"].partition(":")
-    try:
-        importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"factory {factory['name']!r} needs {package}: pip install {package}") from error
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"factory {factory['name']!r} needs {package}: pip install {package}")
     try:
         return _BUILD[package](model, dict(factory["arguments"]))
     except TypeError as error:
@@ -67,22 +65,19 @@ def _known(model: str, names: list[str], package: str) -> None:
 
 
 def _torchvision(model: str, arguments: dict[str, Any]) -> nn.Module:
-    from torchvision import models
-
+    models = importlib.import_module("torchvision.models")
     _known(model, models.list_models(), "torchvision")
     return models.get_model(model, weights=None, **arguments)
 
 
 def _timm(model: str, arguments: dict[str, Any]) -> nn.Module:
-    import timm
-
+    timm = importlib.import_module("timm")
     _known(model.partition(".")[0], timm.list_models(), "timm")
     return timm.create_model(model, pretrained=False, **arguments)
 
 
 def _transformers(model: str, arguments: dict[str, Any]) -> nn.Module:
-    import transformers
-
+    transformers = importlib.import_module("transformers")
     found = getattr(transformers, model, None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.config_class):
         raise ValueError(f"transformers has no model class {model!r}")

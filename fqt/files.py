@@ -26,9 +26,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, aside: 
         if aside is not None and path.is_file():
             os.replace(path, aside)
         os.replace(part, path)
-    except BaseException:
+    finally:
         part.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 

@@ -130,7 +130,6 @@ def load(
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, is none of `save`, or does not fit the architecture: what, by name; neither or both of
             `model` and `factory` are given; a named backend cannot serve a layer; or `trainable` is not possible.
-        ImportError: the factory's package is not installed.
     """
     path, backend = Path(path), ops.named_backend(backend)
     if (model is None) != factory:

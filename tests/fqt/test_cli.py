@@ -79,6 +79,16 @@ def test_freeze_a_state_dict(kind: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(command) == 1 and "does not fit torchvision:squeezenet1_1 by int8" in capsys.readouterr().err
 
 
+def test_freeze_takes_the_recipes_that_a_policy_decided(tmp_path: Path) -> None:
+    model = fqt.convert(torchvision.models.squeezenet1_1(num_classes=5), "int8")
+    policy = fqt.build_policy("static", model)
+    model.features[3].squeeze.recipe = fqt.load_recipe("int4")
+    torch.save({"model": model.state_dict(), "precision": {"policy": policy.state_dict()}}, tmp_path / "last.pt")
+    command = ["freeze", str(tmp_path / "last.pt"), str(tmp_path / "out"), "--recipe", "int8", "--factory", FACTORY]
+    assert main([*command, "--arguments", '{"num_classes": 5}']) == 0
+    assert fqt.load(tmp_path / "out", factory=True).features[3].squeeze.packed[0].format.name == "int4:O"
+
+
 def test_bench_times_both(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(file), "--shape", "3", "32", "32", "--batch", "1", "2", "--seconds", "0"]) == 0
     said = capsys.readouterr()
@@ -97,6 +107,11 @@ def test_errors_are_a_paragraph_and_a_status(tmp_path: Path, capsys: pytest.Capt
     torch.save([1], tmp_path / "list.pt")
     assert main(["freeze", str(tmp_path / "list.pt"), "out", "--recipe", "int8", "--factory", FACTORY]) == 1
     assert "holds no state dict" in capsys.readouterr().err
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04")
+    assert main(["freeze", str(tmp_path / "cut.pt"), "out", "--recipe", "int8", "--factory", FACTORY]) == 1
+    assert re.fullmatch(
+        r"fqt freeze: \S+cut.pt cannot be read \(.*\): give a state dict .*\n", capsys.readouterr().err.split("parameters\n")[1]
+    )
     with pytest.raises(SystemExit) as stop:
         main(["summary", str(tmp_path / "m"), "--arguments", "[]"])
     assert stop.value.code == 2 and "is no JSON object" in capsys.readouterr().err

@@ -99,7 +99,7 @@ def imports_of(sources: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
     return found
 
 
-ALLOWED = {"fqt", "torch", "numpy", "yaml", "tqdm"} | set(sys.stdlib_module_names)
+ALLOWED = {"fqt", "torch", "numpy", "safetensors", "yaml", "tqdm"} | set(sys.stdlib_module_names)
 OPTIONAL = {
     "triton_kernels": {"triton"},
     "cuda_kernels": {"cuda", "triton"},

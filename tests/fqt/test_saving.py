@@ -420,7 +420,7 @@ def _tensor(name: str, tensor: Tensor) -> Callable[[dict, dict], None]:
         (_set("recipes", 0, "output", 1, "bits", 9), r"recipes\[0\] is no recipe"),
         (_set("recipes", 0, "output", 1, "grid", []), r"recipes\[0\] is no recipe"),
         (_set("exchanged", "2", "Module"), "does not fit this Sequential: 'Module' is no module of torch.nn"),
-        (_set("exchanged", "2", "Bilinear"), "a Bilinear cannot be made"),
+        (_set("exchanged", "2", "Bilinear"), "cannot make a Bilinear"),
         (_set("tied", "5.bias", "nothing"), "tensor '5.bias' is tied to 'nothing', which is not stored"),
         (
             _tensor("0.bias", torch.zeros(1 << 10)),
