@@ -15,6 +15,7 @@ is wrong, told in one paragraph; 2 for a command line that is not understood.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import pickle
 import sys
@@ -183,13 +184,11 @@ def generate(options: argparse.Namespace) -> int:
     frozen: Any = load(options.file, _architecture(options), factory=options.factory is None)
     if not hasattr(frozen, "generate"):
         raise ValueError(f"{options.file} is a {type(frozen).__name__}, which generates no text: give a language model")
-    from transformers import TextStreamer
-
     tokenizer = _tokenizer(options.tokenizer)
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     drawn: dict[str, Any] = {"do_sample": True, "temperature": options.temperature} if options.temperature else {}
-    streamer: Any = TextStreamer(tokenizer)  # prints each word when it is there
+    streamer = _transformers().TextStreamer(tokenizer)  # prints each word when it is there
     given = tokenizer(options.prompt, return_tensors="pt")
     ends = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.no_grad():
@@ -202,9 +201,14 @@ def generate(options: argparse.Namespace) -> int:
 
 def _tokenizer(folder: str) -> Any:
     """That of a folder of transformers; nothing is downloaded."""
-    from transformers import AutoTokenizer
+    return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+def _transformers() -> Any:
+    """The package. ValueError where it is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("a tokenizer is read by transformers, which is not installed: pip install 'fqt[text]'")
+    return importlib.import_module("transformers")
 
 
 def _architecture(options: argparse.Namespace) -> nn.Module | None:

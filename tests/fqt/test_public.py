@@ -103,6 +103,7 @@ ALLOWED = {"fqt", "torch", "numpy", "safetensors", "yaml", "tqdm"} | set(sys.std
 OPTIONAL = {
     "triton_kernels": {"triton"},
     "cuda_kernels": {"cuda", "triton"},
+    "integrations": {"accelerate", "lightning", "transformers"},
     "export": {"gguf", "ml_dtypes", "onnx_ir", "onnxruntime", "transformers"},
 }
 
