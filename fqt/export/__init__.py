@@ -73,7 +73,7 @@ def export(
         What was written, what was measured, and in which the runtime's results differ from the model's; print it.
 
     Raises:
-        ModuleNotFoundError: a package is missing, with the command that installs it.
+        ValueError: a package is missing, with the command that installs it.
         ValueError: an unknown suffix or format, an argument without effect, something of the model that the file cannot hold,
             or results out of tolerance; by name and with the remedy.
         FileExistsError: the folder exists.
@@ -113,7 +113,7 @@ def _format(path: Path, format: str | None) -> str:
 def _check_packages(format: str) -> None:
     missing = [name for name in _PACKAGES[format] if importlib.util.find_spec(name) is None]
     if missing:
-        raise ModuleNotFoundError(
+        raise ValueError(
             f"exporting to {format} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
             f"pip install 'fqt[export]'"
         )

@@ -368,7 +368,7 @@ def test_a_summary_says_frozen() -> None:
     [
         lambda model: fqt.convert(model, "int8"),
         fqt.revert,
-        fqt.modelled_speedup,
+        lambda model: fqt.modelled_speedup(model, torch.randn(1, 3, 12, 12)),
         lambda model: fqt.profile(model, torch.randn(1, 3, 12, 12)),
         lambda model: fqt.diff(model, torch.randn(1, 3, 12, 12)),
         lambda model: fqt.build_policy("static", model),
