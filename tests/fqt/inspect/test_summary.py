@@ -177,11 +177,10 @@ def test_every_weight_has_a_row_and_every_float_one_its_reason() -> None:
             "NonDynamicallyQuantizableLinear",
             "kept float with 'attention', which multiplies its weight itself",
         ),
-        "lstm": ("LSTM", "not a kind that fqt converts"),
+        "lstm": ("LSTM", "recurrent: torch multiplies its weights within one function, step by step in time"),
         "embedding": ("Embedding", "not a kind that fqt converts"),
         "lazy": ("LazyLinear", "lazy: it has no shape before its first forward; convert after that"),
         "normed": ("ParametrizedMyLinear", "a subclass: left alone"),
-        "transposed": ("ConvTranspose3d", "not a kind that fqt converts"),
         "last": ("Linear", "kept float by the rule '<last>'"),
     }
     assert found["middle"].kind == "QuantLinear"
