@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fqt.files import write_atomically
-
 LINES = "metrics.jsonl"
 """File name, in a run's folder, of the scalars: an object a line."""
 DECISIONS = "precision.csv"
@@ -49,6 +47,8 @@ def cut(path: Path, last: int, step_of: Callable[[str], int]) -> None:
     """Drops the lines of later steps, and what a crash left half written. step_of: raises ValueError for such a line."""
     if not path.exists():
         return
+    from fqt.files import write_atomically  # not at import: it loads torch, which who reads a run does without
+
     written = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     text = "".join(line for line in written if line.endswith("\n") and _is_kept(line, last, step_of))
     write_atomically(path, lambda file: file.write(text.encode()))

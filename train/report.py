@@ -20,7 +20,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from fqt.files import write_atomically
 from train import files, log
 from train.config import key_table
 from train.sections import home
@@ -225,7 +224,9 @@ def main(arguments: list[str] | None = None) -> int:
             table.add_row(*(row[name] for name in TERMINAL))
         Console().print(table)
         text = page(runs)
-        write_atomically(output, lambda file: file.write(text.encode()))
+        part = output.with_name(f"{output.name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(output)  # whole or not there
     except ConfigError as error:
         message = str(error)
     except ModuleNotFoundError as error:

@@ -81,13 +81,13 @@ def test_converted_model_saves_less(pair):
 def test_describe_knows_sizes_without_a_trace_in_the_model(pair):
     converted, unconverted = pair
     before, state = snapshot(converted), torch.get_rng_state()
-    summary, modelled = measure.describe(converted, TASKS["classify"], torch.zeros(2, *SHAPE))
+    summary, modelled = measure.describe(converted, copy.deepcopy(converted), TASKS["classify"], torch.zeros(2, *SHAPE))
     assert modelled > 1
     row = summary.rows[0]
     assert (row.name, row.madds) == ("0", 8 * 8 * 16 * 1 * 9)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in converted.state_dict().items())
-    assert measure.describe(unconverted, TASKS["classify"], torch.zeros(2, *SHAPE))[1] == 1.0
+    assert measure.describe(unconverted, copy.deepcopy(unconverted), TASKS["classify"], torch.zeros(2, *SHAPE))[1] == 1.0
 
 
 def test_bits_and_zeros_of_layers():
