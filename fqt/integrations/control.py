@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fqt.convert import revert
-from fqt.inspect.summary import modelled_speedup
+from fqt.inspect.flow import modelled_speedup
 from fqt.inspect.timing import in_turns
 from fqt.inspect.trial import floats_of, undisturbed
 from fqt.layers import quantized_layers
@@ -40,7 +40,7 @@ class Control:
         if policy is not None and policy.model is not model:
             raise ValueError("the policy was made for another model than the one that is trained: make it of this one")
         self.model, self.policy, self.measure_every = model, policy, measure_every
-        self.own_loss, self.steps, self.measured = own_loss, 0, math.nan
+        self.own_loss, self.steps, self.measured, self.modelled = own_loss, 0, math.nan, math.nan
         self._losses: list[Tensor] = []
         self._batch: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
         self._hook()
@@ -53,6 +53,7 @@ class Control:
 
     def step(self, epoch: float = 0.0) -> None:
         """After an optimizer's step, while the gradients are still there. epoch: epochs done, with their fraction."""
+        due = self._due()
         self.steps += 1
         if self.policy is not None:
             if not self._losses:
@@ -62,13 +63,16 @@ class Control:
         if self._batch is not None:
             args, kwargs = self._batch
             self._batch = None
-            self.measured = self._measure(args, kwargs)
+            if not (args and kwargs):  # an example is one of them
+                self.modelled = self._without_hooks(lambda: modelled_speedup(self.model, kwargs or args))
+            if due:
+                self.measured = self._measure(args, kwargs)
 
     def scalars(self) -> dict[str, float]:
         """What a run would log now, name -> value."""
         found = {"speedup/measured": self.measured} if math.isfinite(self.measured) else {}
-        if self.steps:
-            found["speedup/modelled"] = modelled_speedup(self.model)
+        if math.isfinite(self.modelled):
+            found["speedup/modelled"] = self.modelled
         if self.policy is not None:
             found |= {f"precision/{name}": value for name, value in self.policy.scalars().items()}
             found["precision/ms"] = self.policy.milliseconds
@@ -85,8 +89,19 @@ class Control:
             self._hooks.append(self.model.register_forward_hook(self._after))
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if module.training and self.measure_every and self.steps % self.measure_every == 0 and torch.is_grad_enabled():
+        if module.training and torch.is_grad_enabled() and (self._due() or self.steps == 0):
             self._batch = (args, kwargs)
+
+    def _due(self) -> bool:
+        """Whether the speed-up is measured in this step."""
+        return self.measure_every > 0 and self.steps % self.measure_every == 0
+
+    def _without_hooks(self, run: Callable[[], Any]) -> Any:
+        self.close()
+        try:
+            return run()
+        finally:
+            self._hook()
 
     def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
         loss = output.get("loss") if isinstance(output, Mapping) else None
@@ -95,11 +110,8 @@ class Control:
 
     def _measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
         """Time of a forward and backward of the unconverted model over that of this one, on copies, in turns."""
-        self.close()  # or the copies would have the hooks
-        try:
-            copies = [copy.deepcopy(self.model), revert(copy.deepcopy(self.model))]
-        finally:
-            self._hook()
+        # or the copies would have the hooks
+        copies = self._without_hooks(lambda: [copy.deepcopy(self.model), revert(copy.deepcopy(self.model))])
 
         def run(side: nn.Module) -> None:
             torch.stack([tensor.float().square().mean() for tensor in floats_of(side(*args, **kwargs))]).sum().backward()

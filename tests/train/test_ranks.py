@@ -99,7 +99,7 @@ def engines(place):
         through = checkpoint.load(result.folder / checkpoint.NAME)
         place.any(False)  # nobody writes what another still reads
         resumed = loop.Trainer(wanted, place, result.folder / "step_000000001.pt")
-        began = resumed.steps
+        began = resumed.done.steps
         resumed.train()
         again = checkpoint.load(result.folder / checkpoint.NAME)
         found[name] = {{"through": untimed(through), "again": untimed(again), "began": began,
