@@ -91,7 +91,7 @@ def describe(model: nn.Module, probe: nn.Module, task: Task, x: Tensor) -> tuple
     with undisturbed(), torch.no_grad():
         task.logits(probe, x)
     copy_macs(probe, model)  # which a compiled forward would not count
-    return fqt.summary(probe), fqt.modelled_speedup(model, task.inputs(x))
+    return fqt.summary(probe), fqt.modelled_speedup(probe, task.inputs(x))
 
 
 def layer_bits(model: nn.Module) -> dict[str, float]:
