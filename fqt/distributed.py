@@ -105,7 +105,7 @@ class QuantizedAllReduce:
         ]
         own = self.encode(torch.stack(parts).mean(0), self._signs(block, rank + world, x))
         whole = own.new_empty(world * blocks, own.shape[1])
-        dist.all_gather_into_tensor(whole, own)
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(whole, own)  # torch 2.14 calls it by the first name
         means = [
             self.decode(part, block, self._signs(block, other + world, x))
             for other, part in enumerate(whole.view(world, blocks, -1))

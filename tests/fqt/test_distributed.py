@@ -1,19 +1,12 @@
 """The quantized all-reduce: its codes alone, and two and three gloo ranks."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-import fqt
 from fqt.distributed import payload_bytes, quantized_allreduce_hook
+from tests.ranks import run_ranks
 
-ROOT = Path(fqt.__file__).resolve().parent.parent
 PROGRAM = """
-import sys
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -68,7 +61,7 @@ for step in range(30):
     optimizer.zero_grad()
     losses.append(loss.item())
 found["weights"], found["losses"], found["sent"] = net.state_dict(), losses, hook.bytes_sent
-torch.save(found, f"{sys.argv[1]}/rank{rank}.pt")
+torch.save(found, f"rank{rank}.pt")
 dist.destroy_process_group()
 """
 
@@ -77,11 +70,7 @@ dist.destroy_process_group()
 def ranks(request, tmp_path_factory):
     """What each of two or three ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "program.py", str(folder)], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_ranks(PROGRAM, request.param, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 

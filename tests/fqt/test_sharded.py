@@ -1,19 +1,12 @@
 """Models whose parameters are spread over three gloo ranks, and over two of them, where the order of a sum does not matter."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-import fqt
+from tests.ranks import run_ranks
 
-ROOT = Path(fqt.__file__).resolve().parent.parent
 PROGRAM = """
 import logging
-import sys
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -139,7 +132,7 @@ found = {"refusals": refusals(), "fsdp1": fsdp1(), "tensor_parallel": [tensor_pa
 found["three"] = fsdp2("fqt_1bit", three, True, True)
 if rank < 2:
     found["two"] = [fsdp2("int8", two, False, True), fsdp2("fqt_1bit", two, True, False)]
-torch.save(found, f"{sys.argv[1]}/rank{rank}.pt")
+torch.save(found, f"rank{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -149,11 +142,7 @@ dist.destroy_process_group()
 def ranks(tmp_path_factory):
     """What each of the ranks found."""
     folder = tmp_path_factory.mktemp("sharded")
-    (folder / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "program.py", str(folder)], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_ranks(PROGRAM, 3, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(3)]
 
 

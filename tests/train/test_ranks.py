@@ -1,18 +1,14 @@
-"""torchrun with two gloo processes: what the ranks share, what is each rank's own, and which of them speaks."""
+"""Two gloo processes: what the ranks share, what is each rank's own, and which of them speaks."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.ranks import run_ranks
 from tests.train.helpers import assert_same
-from train import config
 
-ROOT = Path(config.__file__).resolve().parent.parent
 DIGITS = ["data.name=digits", "data.limit=256", "data.batch_size=64", "device=cpu", "training.epochs=1"]
 TRAINED = [*DIGITS, "training.accumulate=2", "tracking.baseline_steps=1", "tracking.every=1"]
 DECIDED = [*DIGITS, "model.name=lenet5", "precision.lookback=[1, 2]", "precision.initializer=tnvs"]
@@ -97,7 +93,7 @@ def engines(place):
         wanted = config.load("int8", [*keys, f"name={{name}}"])
         result = loop.Trainer(wanted, place).train()
         through = checkpoint.load(result.folder / checkpoint.NAME)
-        place.any(False)  # nobody writes what another still reads
+        place.any(False)  # The ranks wait for each other: the resumed run overwrites the checkpoint that they have just read.
         resumed = loop.Trainer(wanted, place, result.folder / "step_000000001.pt")
         began = resumed.done.steps
         resumed.train()
@@ -147,15 +143,11 @@ class TwoRanks:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """Both runs by one torchrun: three processes that import torch are the most of it."""
+    """All runs in one pair of processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "rank.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "rank.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed = run_ranks(PROGRAM, 2, folder)
     saved = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    return TwoRanks(*map(list, zip(*saved, strict=True)), done.stdout, folder)
+    return TwoRanks(*map(list, zip(*saved, strict=True)), printed, folder)
 
 
 def test_ranks_end_with_equal_models(two_ranks):
