@@ -15,9 +15,7 @@ import contextlib
 import os
 import random
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,10 +25,12 @@ from typing import Any
 
 import torch
 
+from benchmarks import warm
 from benchmarks.common import table, write_json
 from train import checkpoint, log
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "train" / "main.py"
 STEPS_AN_EPOCH, EVERY = 8, 3
 RECIPES = {
     "fp32": ["recipe=fp32"],
@@ -64,19 +64,20 @@ class Run:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         keys = [*KEYS, *RECIPES[recipe], f"output={output}", f"training.epochs={epochs}"]
-        command = [sys.executable, str(ROOT / "train" / "main.py"), "--config", "fp32", "--resume", "auto"]
-        command += [word for key in keys for word in ("--set", key)]
+        arguments = ["--config", "fp32", "--resume", "auto", *(word for key in keys for word in ("--set", key))]
         output.mkdir(exist_ok=True)
         self.processes = []
         for rank in range(world):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)} if world > 1 else {}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            with (output / f"rank{rank}.txt").open("a") as said:
-                self.processes.append(subprocess.Popen(command, stderr=said, env={**os.environ, **place}))
+            said = output / f"rank{rank}.txt"
+            self.processes.append(
+                warm.start(PROGRAM, *arguments, folder=ROOT, out=Path(os.devnull), err=said, environment=place)
+            )
 
     def done(self) -> bool:
         """Whether all processes have ended. Raises RuntimeError where one failed by itself."""
-        codes = [process.poll() for process in self.processes]
+        codes = [process.exitcode for process in self.processes]
         if any(code not in (None, 0) for code in codes):
             raise RuntimeError(f"a process ended by itself with status {codes}")
         return None not in codes
@@ -84,9 +85,11 @@ class Run:
     def kill(self, alone: bool, chance: random.Random) -> None:
         """SIGKILL for one process, after which the others have to end, or for all."""
         for process in [chance.choice(self.processes)] if alone else self.processes:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
         for process in self.processes:
-            process.wait(WAIT)
+            process.join(WAIT)
+        if any(process.exitcode is None for process in self.processes):
+            raise RuntimeError(f"a process did not end in {WAIT:.0f} s after the other one was killed")
 
 
 def steps_logged(output: Path) -> int:
@@ -107,7 +110,7 @@ def parts(output: Path) -> set[tuple[str, int]]:
 def wait_for(run: Run, output: Path, kind: str, chance: random.Random) -> bool:
     """Waits for the moment to kill at; False where the run was done before it came."""
     if kind == "start":
-        time.sleep(chance.uniform(0, 6))
+        time.sleep(chance.uniform(0, 2))
         return not run.done()
     left = parts(output)  # by a process that was killed while it wrote
     goal, until = steps_logged(output) + chance.randrange(2, 9), time.monotonic() + WAIT

@@ -6,12 +6,13 @@ A job is a frozen dataclass of plain values; a run returns a row that holds the 
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+from benchmarks.warm import SERVER
 
 Job = TypeVar("Job")
 Row = dict[str, Any]
@@ -32,7 +33,7 @@ def run_all(jobs: Sequence[Job], run: Callable[[Job], Row], log: Path, workers: 
     kind = type(jobs[0])
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     rows = {kind(**{name: row[name] for name in names}): row for row in done}
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, SERVER) as pool:
         futures = {pool.submit(run, job): job for job in jobs if job not in rows}
         for future in as_completed(futures):
             row = rows[futures[future]] = future.result()

@@ -1,32 +1,11 @@
-"""Programs in processes of their own that do not import torch each time: a fork server has it already."""
+"""Programs of several ranks, without torchrun."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import runpy
 import socket
-import traceback
 from pathlib import Path
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "train.loop"])
-
-
-def _rank(program: Path, rank: int, world: int, port: int) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
-    os.chdir(program.parent)
-    import torch
-
-    torch.set_num_threads(1)
-    with open(f"rank{rank}.txt", "w", buffering=1) as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            runpy.run_path(str(program), run_name="__main__")
-        except Exception:
-            traceback.print_exc()
-            raise
+from benchmarks import warm
 
 
 def run_ranks(program: str, world: int, folder: Path) -> str:
@@ -38,13 +17,23 @@ def run_ranks(program: str, world: int, folder: Path) -> str:
     (folder / "program.py").write_text(program)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [SERVER.Process(target=_rank, args=(folder / "program.py", rank, world, port)) for rank in range(world)]
-    for rank in ranks:
-        rank.start()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    place |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    said = [folder / f"rank{rank}.txt" for rank in range(world)]
+    ranks = [
+        warm.start(
+            folder / "program.py",
+            folder=folder,
+            out=said[rank],
+            err=said[rank],
+            environment={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
     for rank in ranks:
         rank.join(300)
         rank.kill()
-    printed = "\n".join(place.read_text() for place in sorted(folder.glob("rank*.txt")))
+        rank.join()
+    printed = "\n".join(place.read_text() for place in said)
     assert [rank.exitcode for rank in ranks] == [0] * world, printed
     return printed

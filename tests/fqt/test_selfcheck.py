@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import fqt
+from benchmarks import warm
 from fqt import ops, reference, selfcheck
 from fqt.cpu import integers, library, signs
 from fqt.formats import Format
@@ -19,7 +19,6 @@ from fqt.native import refuse_truncated
 from fqt.ops import KERNELS, Kernel, Request
 
 NATIVE = [row for row in KERNELS if row.native and row.device == "cpu"]
-ROOT = Path(__file__).parents[2]
 built = pytest.mark.skipif(not library.LIBRARY.exists(), reason="the C++ kernels are not built")
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -103,7 +102,9 @@ print(fqt.summary(model))
 
 def trained_with(library: Path) -> str:
     """The summary of a model that trained a step with this file in the library's place."""
-    done = subprocess.run([sys.executable, "-c", TRAIN, str(library)], capture_output=True, text=True, cwd=ROOT)
+    program = library.with_name("program.py")
+    program.write_text(TRAIN)
+    done = warm.run(program, str(library), folder=library.parent)
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if "QuantLinear" in line)
     assert "  reference  " in line, line

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import warm
 from train import catalogue, config, loop
 from train.main import main
 from train.wording import RankError, TrainingError
@@ -89,29 +90,34 @@ LONG = [*QUICK[:-1], "training.epochs=2000", "--set", "tracking.baseline_steps=0
 
 
 @contextmanager
-def started(*arguments, **options):
-    script = [sys.executable, "-u", str(ROOT / "train" / "main.py"), "--config", "fp32", *arguments]
-    process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def started(folder, *arguments):
+    """The training program in a process of its own, and a reader of what it prints."""
+    os.mkfifo(folder / "out")
+    script, place = ROOT / "train" / "main.py", {"folder": folder, "out": folder / "out", "err": folder / "err.txt"}
+    process = warm.start(script, "--config", "fp32", *arguments, **place)
     try:
-        yield process
+        with (folder / "out").open() as printed:
+            yield process, printed
     finally:
         process.kill()
-        process.communicate()
+        process.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_with_a_checkpoint_and_a_line(number, tmp_path):
-    with started(*LONG) as process:
-        while not process.stdout.readline().startswith("epoch 1/"):
-            assert process.poll() is None
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    with started(tmp_path, *LONG) as (process, printed):
+        while not (line := printed.readline()).startswith("epoch 1/"):
+            assert line, (tmp_path / "err.txt").read_text()
+        os.kill(process.pid, number)
+        printed.read()
+        process.join(60)
+    err = (tmp_path / "err.txt").read_text()
+    assert process.exitcode == 0, err
     said = re.fullmatch(
         rf"train: stopped by {number.name} after step (\d+) of 8000; the same command with --resume (\S+) goes.*\n", err
     )
     assert said, err
-    state = torch.load(Path(said[2]) / "last.pt", weights_only=True)
+    state = torch.load(tmp_path / said[2] / "last.pt", weights_only=True)
     assert state["steps"] == int(said[1])
 
 
@@ -128,22 +134,20 @@ def test_a_signal_before_the_first_step_ends_the_program_at_once(monkeypatch, ca
 
 def test_nobody_reads_the_output(tmp_path):
     """What `... | head -1` does: the training goes on."""
-    with started(*QUICK) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.wait(timeout=60) == 0
-        assert process.stderr.read() == ""
+    with started(tmp_path, *QUICK) as (process, printed):
+        printed.readline()
+        printed.close()
+        process.join(60)
+        assert (process.exitcode, (tmp_path / "err.txt").read_text()) == (0, "")
     assert len(list(tmp_path.glob("runs/fp32/*/last.pt"))) == 1
 
 
 @pytest.mark.parametrize("option", ["--help", "--dry-run"])
-def test_nobody_reads_a_long_text(option):
-    reading, writing = os.pipe()
-    os.close(reading)
-    script = [sys.executable, str(ROOT / "train" / "main.py"), "--config", "fp32", *QUICK, option]
-    done = subprocess.run(script, stdout=writing, stderr=subprocess.PIPE, text=True)
-    os.close(writing)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_nobody_reads_a_long_text(option, tmp_path):
+    with started(tmp_path, *QUICK, option) as (process, printed):
+        printed.close()
+        process.join(60)
+        assert (process.exitcode, (tmp_path / "err.txt").read_text()) == (0, "")
 
 
 def test_resume_auto_begins_anew_or_goes_on_past_a_damaged_file(capsys, tmp_path):

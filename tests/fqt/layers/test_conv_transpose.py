@@ -58,7 +58,6 @@ def test_everything_that_asks_about_layers_knows_it(layer: nn.Module, shape: tup
     fqt.convert(layer, fqt.load_recipe("fqt_1bit").everywhere())
     assert isinstance(layer, kind) and list(layer.state_dict()) == keys
     y = layer(x)
-    batched = len(shape) == len(layer.kernel_size) + 2
     (row,) = fqt.summary(layer).rows
     assert row.madds == math.prod(shape[-len(layer.kernel_size) :]) * layer.weight.numel()
     assert row.backend == "cpu"
@@ -68,12 +67,24 @@ def test_everything_that_asks_about_layers_knows_it(layer: nn.Module, shape: tup
     assert len(fqt.profile(layer, x, seconds=0.0).rows) == 2
     q = layer.quantized_weight()
     assert q is not None and q.shape == tuple(layer.weight_OKI().shape)
-    if batched:
-        torch._dynamo.reset()
-        compiled = torch.compile(layer.eval(), fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(x), layer(x))
     fqt.revert(layer)
     assert type(layer) is kind and torch.equal(layer(x), plain)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.ConvTranspose1d(4, 6, 4, stride=2, padding=1), (2, 4, 9)),
+        (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 5, 6)),
+        (nn.ConvTranspose3d(4, 6, 2, stride=(1, 2, 1)), (2, 4, 3, 4, 3)),
+    ],
+    ids=["1d", "2d", "3d"],
+)
+def test_it_compiles_whole(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    layer, x = fqt.convert(copy.deepcopy(layer), fqt.load_recipe("fqt_1bit").everywhere()).eval(), torch.randn(shape)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
 
 
 def test_an_output_size_may_be_given() -> None:

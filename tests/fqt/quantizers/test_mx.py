@@ -110,12 +110,12 @@ def test_nvfp4_codes_are_made_with_two_levels_of_scales():
 
 @pytest.mark.parametrize("format", ["mxfp4", "mxfp8_e4m3", "nvfp4"])
 def test_stochastic_rounding_has_no_bias(format):
-    g = torch.randn(1, 1, 64).clamp(-2, 2) + 0.1
-    g[0, 0, ::16] = 3.0  # every block reaches the same range
+    g = torch.randn(64).clamp(-2, 2) + 0.1
+    g[::16] = 3.0  # every block reaches the same range
     name, options = ("nvfp4", {}) if format == "nvfp4" else ("mx", {"format": format})
     quantizer = build(name, "g", stochastic=True, **options)
     draws = 4000
-    decoded = torch.stack([quantize(g, quantizer, "g", key=torch.tensor(key))[0].decode() for key in range(draws)])
+    decoded = quantize(g.expand(1, draws, 64), quantizer, "g", key=torch.tensor(7))[0].decode()[0]
     error = (decoded.mean(0) - g).abs() / (decoded.std(0) / draws**0.5 + 1e-6)
     assert float(error.max()) < 5, "of 64 means; 5 standard errors are passed once in 30,000 runs"
 
