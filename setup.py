@@ -11,6 +11,7 @@ from pathlib import Path
 from setuptools import setup
 
 SOURCES = sorted(str(path) for path in Path("fqt/cpu/csrc").glob("*/*.cpp"))
+OBJECTS = "build/extension"
 HEADERS = sorted(str(path) for path in Path("fqt/cpu/csrc").glob("*/*.h"))
 
 
@@ -29,8 +30,19 @@ def extension() -> dict:
     flags.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
     # optional: a compiler that fails costs the kernels, not the installation
     kernels = CppExtension("fqt._cpu", SOURCES, depends=HEADERS, extra_compile_args=flags, py_limited_api=True, optional=True)
-    build = BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=False)
-    return {"ext_modules": [kernels], "cmdclass": {"build_ext": build}}
+
+    class Build(BuildExtension):
+        """With ninja where it is installed: a compiler for each core, and what has not changed is not compiled again."""
+
+        def __init__(self, *args, **options) -> None:
+            super().__init__(*args, **options, no_python_abi_suffix=True)
+
+        def run(self) -> None:
+            if self.editable_mode or self.inplace:
+                self.build_temp = OBJECTS  # pip would throw them away
+            super().run()
+
+    return {"ext_modules": [kernels], "cmdclass": {"build_ext": Build}}
 
 
 setup(**extension())

@@ -15,6 +15,13 @@ from torch import nn
 from fqt.recipe import Recipe
 
 SEED = int(os.environ.get("FQT_TEST_SEED", "20240817"))
+EFFORT = float(os.environ.get("FQT_TEST_EFFORT", "1"))
+"""How many times as many random cases as a test's docstring says: a night may try many, with another seed."""
+
+
+def effort(count: int) -> int:
+    """A number of random cases, at FQT_TEST_EFFORT."""
+    return max(1, round(count * EFFORT))
 
 
 def random_numbers(name: str) -> np.random.Generator:
@@ -25,7 +32,7 @@ def random_numbers(name: str) -> np.random.Generator:
 def case_seeds(rng: np.random.Generator, count: int) -> list[int]:
     """Seeds of `count` random cases, or the one that FQT_TEST_CASE names."""
     alone = os.environ.get("FQT_TEST_CASE")
-    return rng.integers(2**31, size=count).tolist() if alone is None else [int(alone)]
+    return rng.integers(2**31, size=effort(count)).tolist() if alone is None else [int(alone)]
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from fqt.quantizers import build, quantize
 from fqt.reference import pack
 from fqt.rows import Serves
 from fqt.testing import assert_same_codes, assert_same_scales, assert_same_values
+from tests.fqt.helpers import effort
 from tests.fqt.random_cases import (
     FILLS,
     LAYOUTS,
@@ -105,9 +106,9 @@ def assert_quantizes_as_the_reference(row: Kernel, x: Tensor, format: Format, op
 @pytest.mark.parametrize("row", QUANTIZE, ids=lambda row: row.label)
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
 def test_quantize_equals_the_reference(row: Kernel, part: int, rng: np.random.Generator):
-    """Random quantizers, sizes, values, layouts, folds, masks, given ranges and thread counts, 1,300 an instruction set."""
+    """Random quantizers, sizes, values, layouts, folds, masks, given ranges and thread counts, 450 an instruction set."""
     draw, generator = seeded(rng)
-    for x, format, options in quantizer_cases(row, 130, draw, generator):
+    for x, format, options in quantizer_cases(row, effort(45), draw, generator):
         torch.set_num_threads(draw.choice((1, 1, 1, 1, 2, 3, 8)))
         assert_quantizes_as_the_reference(row, x, format, options)
 
@@ -117,9 +118,9 @@ def test_quantize_equals_the_reference(row: Kernel, part: int, rng: np.random.Ge
 @pytest.mark.parametrize("row", CALIBRATE, ids=lambda row: row.label)
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
 def test_calibrate_equals_the_reference(row: Kernel, part: int, rng: np.random.Generator):
-    """The cases of quantizing, 400 an instruction set: scales, inverses, offsets, factors and the kept groups."""
+    """The cases of quantizing, 160 an instruction set: scales, inverses, offsets, factors and the kept groups."""
     draw, generator = seeded(rng)
-    for x, format, options in quantizer_cases(row, 100, draw, generator):
+    for x, format, options in quantizer_cases(row, effort(40), draw, generator):
         torch.set_num_threads(draw.choice((1, 1, 1, 1, 2, 3, 8)))
         asked = calibration_options(options)
         with told(x, format, asked):
@@ -131,9 +132,9 @@ def test_calibrate_equals_the_reference(row: Kernel, part: int, rng: np.random.G
 @pytest.mark.parametrize("row", ENCODE, ids=lambda row: row.label)
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
 def test_encode_equals_the_reference(row: Kernel, part: int, rng: np.random.Generator):
-    """By the scales of a built-in calibration, and by such as none makes, 600 an instruction set."""
+    """By the scales of a built-in calibration, and by such as none makes, 240 an instruction set."""
     draw, generator = seeded(rng)
-    for x, format, options in quantizer_cases(row, 150, draw, generator):
+    for x, format, options in quantizer_cases(row, effort(60), draw, generator):
         torch.set_num_threads(draw.choice((1, 1, 1, 1, 2, 3, 8)))
         if draw.random() < 0.5:
             given = reference.calibrate(x, format, **calibration_options(options))
@@ -221,9 +222,9 @@ def test_a_key_is_needed_to_draw():
 @pytest.mark.parametrize("row", MULTIPLY, ids=lambda row: f"{row.operator}-{row.label}")
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
 def test_products_equal_the_reference(row: Kernel, part: int, rng: np.random.Generator):
-    """Random layers, formats, pruning, masks, biases and thread counts, 520 an instruction set."""
+    """Random layers, formats, pruning, masks, biases and thread counts, 180 an instruction set."""
     draw, generator = seeded(rng)
-    for _ in range(130):
+    for _ in range(effort(45)):
         x_shape, w_shape, g_shape, geometry = layer(draw)
         assert isinstance(row.refuses, Serves), "its formats are drawn from what it serves"
         left, right = row.refuses.draw(draw, geometry)
@@ -252,10 +253,10 @@ def test_products_equal_the_reference(row: Kernel, part: int, rng: np.random.Gen
 @pytest.mark.parametrize("row", DECODE, ids=lambda row: row.label)
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
 def test_decode_equals_the_reference(row: Kernel, part: int, rng: np.random.Generator):
-    """Random formats, granularities, sizes and thread counts, 600 an instruction set."""
+    """Random formats, granularities, sizes and thread counts, 240 an instruction set."""
     draw, generator = seeded(rng)
     assert isinstance(row.refuses, Serves), "its formats are drawn from what it serves"
-    for _ in range(150):
+    for _ in range(effort(60)):
         (format,) = row.refuses.draw(draw)
         shape = (draw.choice((0, 1, 2, 5, 33)), draw.choice(QUANTIZE_SIZES), draw.choice(QUANTIZE_SIZES))
         shape = draw.choice((shape, shape, shape, (3, 700, 33), (1, 1, 40_000)))

@@ -15,6 +15,7 @@ from fqt.formats import Format, Shape3
 from fqt.qtensor import QTensor, Scales
 from fqt.rows import Request
 from fqt.testing import assert_same_codes, assert_same_values
+from tests.fqt.helpers import effort
 from tests.fqt.random_cases import FILLS, LAYOUTS, QUANTIZE_SIZES, tensor
 
 pytestmark = pytest.mark.skipif(library.refuses() is not None, reason="the C++ kernels are not built")
@@ -112,9 +113,9 @@ def drawn_scales(draw: random.Random, rows_GE: Tensor, format: Format, generator
 
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
 def test_calibrate_equals_the_reference(rng: np.random.Generator):
-    """Random formats, tensors, folds, calibrations, given ranges, pruning and thread counts, 600 an instruction set."""
+    """Random formats, tensors, folds, calibrations, given ranges, pruning and thread counts, 250 an instruction set."""
     draw, generator = random.Random(int(rng.integers(2**62))), torch.Generator().manual_seed(int(rng.integers(2**62)))
-    for _ in range(600):
+    for _ in range(effort(250)):
         x, format = drawn_tensor(draw, generator), draw.choice(FORMATS)
         fold = drawn_fold(draw, (x.shape[0], x.shape[1], x.shape[2]), generator)
         options = drawn_calibration(draw, x, fold, format, generator)
@@ -134,9 +135,9 @@ def test_calibrate_equals_the_reference(rng: np.random.Generator):
 
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
 def test_encode_equals_the_reference(rng: np.random.Generator):
-    """By scales that the reference calibrated, and by scales from outside; nearest and stochastic; 900 an instruction set."""
+    """By scales that the reference calibrated, and by scales from outside; nearest and stochastic; 350 an instruction set."""
     draw, generator = random.Random(int(rng.integers(2**62))), torch.Generator().manual_seed(int(rng.integers(2**62)))
-    for _ in range(900):
+    for _ in range(effort(350)):
         x, format = drawn_tensor(draw, generator), draw.choice(FORMATS)
         shape = (x.shape[0], x.shape[1], x.shape[2])
         fold = drawn_fold(draw, shape, generator)

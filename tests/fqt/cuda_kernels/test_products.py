@@ -15,6 +15,7 @@ from fqt.qtensor import QTensor
 from fqt.testing import assert_same_values
 from tests.fqt.cuda_kernels import machine
 from tests.fqt.cuda_kernels.cases import OPERATORS, TILES, case, row
+from tests.fqt.helpers import effort
 from tests.fqt.random_cases import coded
 
 
@@ -48,7 +49,7 @@ def test_products_equal_the_reference(operator: str, tile: plan.Tile, emulator: 
     """Random layers, windows, formats, pruning, masks and biases, whose results are smaller than a tile, and ragged."""
     draw = random.Random(int(rng.integers(2**62)))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    for _ in range(40):
+    for _ in range(effort(14)):
         assert_multiplies_as_the_reference(operator, case(operator, draw, generator), plan.Rules(tiles=(tile,)))
     gemms = [kernel for kernel, *_ in emulator.launched if kernel.instance]
     assert {kernel.file for kernel in gemms} == {tile.family}
