@@ -3,7 +3,7 @@
     python -m benchmarks.lm TEXT [--recipes fp32 int8 ...] [--blocks 3] [--width 128] [--steps 400] [--json F]
     python -m benchmarks.lm TEXT --quick       a few steps of a tiny model; a smoke test, not evidence
 
-The model is a decoder of torch's own modules, `blocks` of them, `width` wide, over the characters of the text file; every
+The model is the training program's `gpt_small` of `blocks` blocks, `width` wide, over the characters of the text file; every
 linear layer of the blocks is converted, whatever the recipe's rules say, the embeddings and the head are float. AdamW, a tenth
 of the steps warm-up, then a cosine to zero. Of the text the first 80 % is trained on, the next 10 % chooses each recipe's rate
 with a seed of its own, the last 10 % is looked at with the other seeds at that rate. All recipes see the same batches.
@@ -24,11 +24,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy
 
 import fqt
 from benchmarks.common import table, write_json
 from benchmarks.runs import Row, run_all
+from train.decoders import Decoder
 
 RECIPES = ("fp32", "int8", "int8_token", "int6", "int4", "bitnet", "fqt_w1a1g6")
 RATES = (5e-4, 1.5e-3, 4e-3)
@@ -52,36 +53,6 @@ class Job:
     part: str
 
 
-class Block(nn.Module):
-    """Causal attention, then two linear layers four times as wide, each behind a LayerNorm."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attend, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x_NTC: Tensor) -> Tensor:
-        n, t, c = x_NTC.shape
-        q, k, v = self.attend(self.before(x_NTC)).view(n, t, 3, c // HEAD, HEAD).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_NTC = x_NTC + self.project(mixed.transpose(1, 2).reshape(n, t, c))
-        return x_NTC + self.narrow(gelu(self.widen(self.between(x_NTC))))
-
-
-class CharacterGPT(nn.Module):
-    """Characters (N, T) to logits (N, T, characters)."""
-
-    def __init__(self, characters: int, blocks: int, width: int) -> None:
-        super().__init__()
-        self.embed, self.place = nn.Embedding(characters, width), nn.Parameter(0.02 * torch.randn(LENGTH, width))
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
-        self.last, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
-
-    def forward(self, text_NT: Tensor) -> Tensor:
-        return self.head(self.last(self.blocks(self.embed(text_NT) + self.place)))
-
-
 def load(path: str) -> tuple[dict[str, Tensor], int]:
     """The text's three parts as numbers of characters, and how many characters there are."""
     text = Path(path).read_text()
@@ -102,10 +73,10 @@ def batch_of(text: Tensor, batch: int, generator: torch.Generator | None = None)
     return stretches[:, :-1], stretches[:, 1:]
 
 
-def made(job: Job, characters: int) -> tuple[CharacterGPT, torch.optim.Optimizer]:
+def made(job: Job, characters: int) -> tuple[Decoder, torch.optim.Optimizer]:
     """The model, converted, and its optimizer."""
     torch.manual_seed(job.seed)
-    model = CharacterGPT(characters, job.blocks, job.width)
+    model = Decoder(characters, characters, LENGTH, blocks=job.blocks, width=job.width, heads=job.width // HEAD, llama=False)
     if job.recipe != "fp32":
         fqt.convert(model.blocks, fqt.load_recipe(job.recipe).everywhere())
     return model, torch.optim.AdamW(model.parameters(), lr=job.rate, weight_decay=0.1, betas=(0.9, 0.95), fused=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import random
 import zlib
 from collections.abc import Iterator
@@ -50,6 +52,19 @@ def fits_convolutions(recipe: Recipe) -> bool:
     return all(rule.match != "<conv>" for rule in recipe.rules)
 
 
+def pickled(model: nn.Module) -> nn.Module:
+    """A copy through pickle."""
+    return pickle.loads(pickle.dumps(model))
+
+
+def torch_saved(model: nn.Module) -> nn.Module:
+    """A copy through torch.save."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 def fingerprint(model: nn.Module) -> list[object]:
     """Everything of a model that a refused conversion could have touched."""
     parts: list[object] = [(k, v.data_ptr(), v._version) for k, v in model.state_dict().items()]
@@ -57,3 +72,20 @@ def fingerprint(model: nn.Module) -> list[object]:
         hooks = [len(h) for h in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)]
         parts.append((name, id(module), type(module), module.training, sorted(module.__dict__), hooks))
     return parts
+
+
+def small() -> nn.Sequential:
+    """A network of convolutions and linear layers for images of 3 x 8 x 8."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 1, stride=2, bias=False),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 6, 3, groups=2),
+        nn.ReLU6(),
+        nn.Flatten(),
+        nn.Linear(24, 8),
+        nn.Tanh(),
+        nn.Linear(8, 5),
+    )

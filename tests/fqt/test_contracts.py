@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +14,7 @@ import fqt
 from fqt.operand import STREAM
 from fqt.quantizers import build
 from fqt.recipe import Product, Recipe, Rule
+from tests.fqt.helpers import pickled, torch_saved
 
 LOW_BIT = [name for name in fqt.recipes() if name != "fp32" and Rule("<conv>", None) not in fqt.load_recipe(name).rules]
 INT8 = fqt.load_recipe("int8").everywhere()
@@ -350,19 +349,8 @@ def test_the_forward_sees_every_change_of_the_weight(recipe: Recipe, change: Cal
 # --- copies --------------------------------------------------------------------------------------------------------------
 
 
-def _through_pickle(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-def _through_torch_save(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 @recipes
-@pytest.mark.parametrize("copied", [copy.deepcopy, _through_pickle, _through_torch_save], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, torch_saved], ids=lambda f: f.__name__)
 def test_a_copy_trains_the_same_and_apart(recipe: Recipe, copied: Callable[[nn.Module], nn.Module]) -> None:
     model = net(recipe)
     twin = copied(model)
@@ -380,7 +368,7 @@ def test_a_copy_trains_the_same_and_apart(recipe: Recipe, copied: Callable[[nn.M
 
 def test_a_copy_made_with_activations_replaced_reverts() -> None:
     model = fqt.convert(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)), "xnor")
-    twin = _through_torch_save(model)
+    twin = torch_saved(model)
     fqt.revert(twin)
     assert [type(m) for m in twin] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
 

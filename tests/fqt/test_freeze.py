@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,7 +17,7 @@ import fqt
 from fqt.fusion.deferred import Deferred
 from fqt.quantizers import build
 from fqt.recipe import Product, Recipe
-from tests.fqt.helpers import fingerprint, fits_convolutions
+from tests.fqt.helpers import fingerprint, fits_convolutions, pickled, torch_saved
 
 RECIPES = [name for name in fqt.recipes() if name != "fp32"]
 
@@ -251,24 +249,13 @@ def frozen_chain() -> tuple[nn.Module, Tensor, Tensor]:
     return frozen, x, frozen(x)
 
 
-def _pickled(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-def _saved(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 def _state(model: nn.Module) -> nn.Module:
     other = fqt.freeze(fqt.convert(chain(), "fqt_1bit"))
     other.load_state_dict(model.state_dict())
     return other
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled, _saved, _state])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, torch_saved, _state])
 def test_copies(copied: Callable[[nn.Module], nn.Module]) -> None:
     frozen, x, y = frozen_chain()
     other = copied(frozen)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,252 +13,26 @@ from torch import Tensor
 import fqt
 from fqt import functional
 from fqt.operand import STREAM
-from fqt.quantizers import Quantizer, build, quantize
+from fqt.quantizers import quantize
 from fqt.recipe import Product, Recipe
 from tests.fqt.helpers import fits_convolutions
+from tests.fqt.layer_cases import (
+    LAYERS,
+    Layer,
+    assert_close,
+    dorefa_w,
+    float_gradient_recipe,
+    gradients_of,
+    layers,
+    quantizer,
+    sign,
+    symmetric,
+)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # tiny shapes: more threads only wait for each other
-
-
-# --- layers ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer (conv=None) or a convolution, with small odd sizes."""
-
-    x_shape: tuple[int, ...]
-    w_shape: tuple[int, ...]
-    conv: dict | None = None
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.randn(self.x_shape), 0.3 * torch.randn(self.w_shape), torch.randn(self.w_shape[0])
-
-    def run(self, x: Tensor, w: Tensor, b: Tensor | None, recipe: Recipe, **kwargs: bool) -> Tensor:
-        if self.conv is None:
-            return functional.linear(x, w, b, recipe, **kwargs)
-        vertical, horizontal = self.conv["padding"]
-        conv = self.conv | {"padding": (vertical, vertical, horizontal, horizontal)}
-        return functional.conv2d(x, w, b, recipe, **conv, **kwargs)
-
-    def float_run(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        return F.linear(x, w, b) if self.conv is None else F.conv2d(x, w, b, **self.conv)
-
-    def canonical(self, t: Tensor) -> Tensor:
-        """x or g as (N, P, C), w as (O, K, I)."""
-        if self.conv is not None:
-            return t.flatten(2).transpose(1, 2)
-        return t.unsqueeze(1) if t.dim() == 2 else t
-
-    def plain(self, t_NPC: Tensor, like: Tensor) -> Tensor:
-        """The inverse of `canonical`."""
-        return t_NPC.transpose(1, 2).reshape(like.shape) if self.conv is not None else t_NPC.reshape(like.shape)
-
-    def grad_input(self, g: Tensor, w: Tensor) -> Tensor:
-        x = torch.zeros(self.x_shape, dtype=g.dtype, requires_grad=True)
-        return torch.autograd.grad(self.float_run(x, w), x, g)[0]
-
-    def grad_weight(self, g: Tensor, x: Tensor) -> Tensor:
-        w = torch.zeros(self.w_shape, dtype=g.dtype, requires_grad=True)
-        return torch.autograd.grad(self.float_run(x, w), w, g)[0]
-
-
-LAYERS = {
-    "linear": Layer((5, 13), (7, 13)),
-    "linear_tokens": Layer((3, 4, 9), (6, 9)),
-    "conv": Layer((3, 5, 6, 7), (4, 5, 3, 3), {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}),
-    "conv_strided_grouped": Layer(
-        (2, 6, 9, 8), (4, 3, 3, 2), {"stride": (2, 3), "padding": (2, 1), "dilation": (2, 1), "groups": 2}
-    ),
-    "depthwise": Layer((2, 4, 5, 5), (8, 1, 3, 3), {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 4}),
-}
-layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-
-
-def quantizer(letter: str, name: str, **options: object) -> Quantizer:
-    built = build(name, letter, **options)
-    assert built is not None
-    return built
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 3e-6) -> None:
-    """Equal to float32's accuracy, relative to the largest value: sums of a few hundred terms."""
-    assert actual.shape == expected.shape
-    largest = float(expected.abs().max()) if expected.numel() else 0.0
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * max(largest, 1e-30))
-
-
-# --- estimators: float gradients against an explicit autograd graph --------------------------------------------------
-# Each entry: the quantizer, and its paper's formula in autograd with the detach trick, v + (q(v) - v).detach().
-
-
-def passing(values: Tensor, q: Tensor) -> Tensor:
-    return values + (q - values).detach()
-
-
-def sign(t: Tensor) -> Tensor:
-    return torch.where(t >= 0, 1.0, -1.0).to(t.dtype)
-
-
-def quantize_k(r: Tensor, bits: int) -> Tensor:
-    steps = 2**bits - 1
-    return (r * steps).round() / steps
-
-
-def xnor_x(x: Tensor) -> Tensor:
-    return passing(x * (x.abs() <= 1), sign(x))
-
-
-def xnor_w(w: Tensor) -> Tensor:
-    alpha = w.abs().flatten(1).mean(1).view(-1, *[1] * (w.dim() - 1))
-    return passing(w, alpha * sign(w))
-
-
-def dorefa_x(bits: int) -> Callable[[Tensor], Tensor]:
-    def formula(x: Tensor) -> Tensor:
-        clipped = x.clip(0, 1)
-        return passing(clipped, quantize_k(clipped, bits))
-
-    return formula
-
-
-def dorefa_w(bits: int) -> Callable[[Tensor], Tensor]:
-    def formula(w: Tensor) -> Tensor:
-        if bits == 1:
-            return passing(w, w.abs().mean() * sign(w))
-        squashed = torch.tanh(w) / torch.tanh(w).abs().max()  # the gradient goes through the maximum as well
-        return passing(squashed, 2 * quantize_k(squashed / 2 + 0.5, bits) - 1)
-
-    return formula
-
-
-def symmetric(bits: int, group: int | None = None) -> Callable[[Tensor], Tensor]:
-    """`group`: how many leading axes have a scale of their own."""
-
-    def formula(t: Tensor) -> Tensor:
-        axes = tuple(range(group or 0, t.dim()))
-        scale = t.detach().abs().amax(axes, keepdim=True) / (2 ** (bits - 1) - 1)
-        return passing(t, (t / scale).round() * scale)
-
-    return formula
-
-
-def affine(bits: int) -> Callable[[Tensor], Tensor]:
-    def formula(t: Tensor) -> Tensor:
-        low, high = t.detach().aminmax()
-        scale = (high - low) / (2**bits - 1)
-        return passing(t, ((t - low) / scale).round() * scale + low)
-
-    return formula
-
-
-def ternary(w: Tensor) -> Tensor:
-    scale = w.detach().abs().mean()
-    return passing(w, (w / scale).clip(-1, 1).round() * scale)
-
-
-def fixed_point(word: int, fraction: int) -> Callable[[Tensor], Tensor]:
-    def formula(t: Tensor) -> Tensor:
-        code = (t * 2**fraction).round().clip(-(2 ** (word - 1)), 2 ** (word - 1) - 1)
-        return passing(t, code / 2**fraction)
-
-    return formula
-
-
-def float8(t: Tensor) -> Tensor:
-    scale = (t.detach().abs().max() / 448).float()
-    return passing(t, (t.detach().float() / scale).to(torch.float8_e4m3fn).to(t.dtype) * scale)
-
-
-ACTIVATIONS = {
-    "xnor": (quantizer("x", "xnor_activation"), xnor_x),
-    "dorefa1": (quantizer("x", "dorefa_activation", bits=1), dorefa_x(1)),
-    "dorefa3": (quantizer("x", "dorefa_activation", bits=3), dorefa_x(3)),
-    "uniform8": (quantizer("x", "uniform", bits=8), symmetric(8)),
-    "uniform4_sample": (quantizer("x", "uniform", bits=4, granularity="sample"), symmetric(4, 1)),
-    "affine8": (quantizer("x", "affine", bits=8), affine(8)),
-    "fixed_point": (
-        quantizer("x", "fixed_point", word_length=6, fraction_length=3, stochastic=False),
-        fixed_point(6, 3),
-    ),
-    "float8": (quantizer("x", "float8"), float8),
-}
-WEIGHTS = {
-    "xnor": (quantizer("w", "xnor_weight"), xnor_w),
-    "dorefa1": (quantizer("w", "dorefa_weight", bits=1), dorefa_w(1)),
-    "dorefa2": (quantizer("w", "dorefa_weight", bits=2), dorefa_w(2)),
-    "dorefa8": (quantizer("w", "dorefa_weight", bits=8), dorefa_w(8)),
-    "uniform8_channel": (quantizer("w", "uniform", bits=8, granularity="channel"), symmetric(8, 1)),
-    "ternary": (quantizer("w", "ternary_weight"), ternary),
-}
-
-
-def float_gradient_recipe(x: Quantizer | None, w: Quantizer | None) -> Recipe:
-    return Recipe(
-        "test",
-        Product(x or "float", w or "float"),
-        Product("float", "saved" if w else "float"),
-        Product("float", "saved" if x else "float"),
-    )
-
-
-def gradients_of(y: Tensor, g: Tensor, *inputs: Tensor) -> list[Tensor]:
-    return [y.detach(), *torch.autograd.grad(y, inputs, g.to(y.dtype))]
-
-
-def check_estimator(layer: Layer, x_pair: tuple | None, w_pair: tuple | None) -> None:
-    x, w, b = (t.requires_grad_() for t in layer.tensors())
-    recipe = float_gradient_recipe(x_pair and x_pair[0], w_pair and w_pair[0])
-    y = layer.run(x, w, b, recipe)
-    g = torch.randn_like(y)
-    actual = gradients_of(y, g, x, w, b)
-
-    x64, w64, b64 = (t.detach().double().requires_grad_() for t in (x, w, b))
-    xq = x_pair[1](x64) if x_pair else x64
-    wq = w_pair[1](w64) if w_pair else w64
-    expected = gradients_of(layer.float_run(xq, wq, b64), g, x64, w64, b64)
-    for one, other in zip(actual, expected, strict=True):
-        assert_close(one, other)
-
-
-@layers
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activation_estimators_equal_the_explicit_graph(layer: Layer, name: str) -> None:
-    check_estimator(layer, ACTIVATIONS[name], WEIGHTS["xnor"])
-
-
-@layers
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_weight_estimators_equal_the_explicit_graph(layer: Layer, name: str) -> None:
-    check_estimator(layer, ACTIVATIONS["xnor"], WEIGHTS[name])
-
-
-@layers
-@pytest.mark.parametrize("only", ["x", "w", "neither"])
-def test_one_quantized_operand_or_none_equals_the_explicit_graph(layer: Layer, only: str) -> None:
-    x_pair = ACTIVATIONS["dorefa3"] if only == "x" else None
-    w_pair = WEIGHTS["dorefa8"] if only == "w" else None
-    check_estimator(layer, x_pair, w_pair)
-
-
-def test_a_clipped_weight_estimator_masks_the_weight_gradient() -> None:
-    layer = LAYERS["conv"]
-    clipped = Quantizer("sign", 1, "tensor", "none", pass_range=(-0.25, 0.25))
-    pair = clipped, lambda w: passing(w * (w.abs() <= 0.25), sign(w))
-    check_estimator(layer, ACTIVATIONS["xnor"], pair)
-    check_estimator(LAYERS["linear"], ACTIVATIONS["xnor"], pair)
-
-
-def test_the_clip_boundaries_pass_the_gradient() -> None:
-    x = torch.tensor([[-1.0, 1.0, -1.0000001, 1.0000001, 0.0, -0.0, math.inf]], requires_grad=True)
-    y = functional.linear(x, torch.ones(1, 7), None, float_gradient_recipe(ACTIVATIONS["xnor"][0], WEIGHTS["xnor"][0]))
-    y.backward()
-    assert x.grad is not None
-    assert x.grad.tolist() == [[1, 1, 0, 0, 1, 1, 0]]
-    assert y.item() == 3  # five of +1, zeros among them, and two of -1
 
 
 # --- ablations: each product in float or in low bits -----------------------------------------------------------------

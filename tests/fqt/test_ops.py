@@ -17,7 +17,7 @@ from fqt.geometry import Geometry
 from fqt.ops import KERNELS, NORM, OPERATORS, Kernel, Request, load, select
 from fqt.qtensor import QTensor, Scales
 from fqt.testing import assert_same_codes, assert_same_values
-from tests.fqt import oracle
+from tests.fqt import oracle, oracle_products
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -31,7 +31,7 @@ def quantize_arguments(x, name: str, calibrate: str, *, stochastic=False, prune=
 
 
 def operand(rng: np.random.Generator, name: str, shape: tuple[int, int, int], keep: float | None = None) -> QTensor:
-    return oracle.random_operand(rng, Format.parse(name), shape, keep).q
+    return oracle_products.random_operand(rng, Format.parse(name), shape, keep).q
 
 
 def schema(*operands: QTensor) -> list:

@@ -7,7 +7,7 @@ import torch
 from fqt import reference
 from fqt.formats import Format
 from fqt.qtensor import QTensor, check
-from tests.fqt import oracle
+from tests.fqt import oracle_products
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SHAPE = (3, 2, 5)
@@ -17,7 +17,7 @@ NAMES = ["sign", "ternary:O", "uint4+:N", "int3:NP", "uint16+:C", "fixed24:NC", 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("keep", [None, 0.5], ids=["whole", "pruned"])
 def test_the_four_tensors_of_a_schema_lead_back(name, keep, rng):
-    q = oracle.random_operand(rng, Format.parse(name), SHAPE, keep).q
+    q = oracle_products.random_operand(rng, Format.parse(name), SHAPE, keep).q
     check(q)
     tensors = q.tensors()
     assert [t.dtype for t in tensors] == [q.codes.dtype, torch.float32, torch.float32, torch.int32]
@@ -30,7 +30,7 @@ def test_the_four_tensors_of_a_schema_lead_back(name, keep, rng):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decode_is_scale_times_code_plus_offset(name, rng):
-    operand = oracle.random_operand(rng, Format.parse(name), SHAPE)
+    operand = oracle_products.random_operand(rng, Format.parse(name), SHAPE)
     values = operand.q.decode()
     assert values.dtype == torch.float32
     assert values.is_contiguous()
@@ -50,11 +50,11 @@ def test_decode_is_scale_times_code_plus_offset(name, rng):
     ],
 )
 def test_nbytes_counts_codes_scales_offsets_and_index(name, pruned, nbytes, rng):
-    assert oracle.random_operand(rng, Format.parse(name), SHAPE, 0.5 if pruned else None).q.nbytes == nbytes
+    assert oracle_products.random_operand(rng, Format.parse(name), SHAPE, 0.5 if pruned else None).q.nbytes == nbytes
 
 
 def broken(rng: np.random.Generator, what: str) -> QTensor:
-    q = oracle.random_operand(rng, Format("uint", 4, "N", True), (5, 2, 3)).q
+    q = oracle_products.random_operand(rng, Format("uint", 4, "N", True), (5, 2, 3)).q
     assert q.offset is not None
     index = torch.tensor([0, 2, -1, -1, -1], dtype=torch.int32)
     pruned_scale = q.scale * torch.tensor([1.0, 0, 1, 0, 0])

@@ -6,12 +6,12 @@ import torch
 
 from fqt.formats import Format
 from fqt.testing import assert_same_codes, assert_same_values
-from tests.fqt import oracle
+from tests.fqt import oracle, oracle_products
 
 
 @pytest.fixture
 def q(rng):
-    return oracle.random_operand(rng, Format("uint", 4, "N", True), (3, 2, 5)).q
+    return oracle_products.random_operand(rng, Format("uint", 4, "N", True), (3, 2, 5)).q
 
 
 def test_a_tensor_has_the_same_codes_as_its_copy(q):
@@ -25,7 +25,7 @@ def test_nan_scales_are_equal(q):
 
 
 def test_one_code_that_differs_is_shown_with_its_place(rng):
-    operand = oracle.random_operand(rng, Format("int", 4, "C"), (3, 2, 5))
+    operand = oracle_products.random_operand(rng, Format("int", 4, "C"), (3, 2, 5))
     codes = operand.codes.copy()
     codes[2, 1, 3] = 7 if codes[2, 1, 3] < 7 else -7
     other = replace(operand.q, codes=torch.from_numpy(oracle.pack(codes, operand.q.format).copy()))
@@ -65,7 +65,7 @@ def test_scale_offset_and_index_count(q):
 def test_format_and_shape_count(rng, q):
     with pytest.raises(AssertionError, match="format 'uint4:N', expected 'uint4\\+:N'"):
         assert_same_codes(replace(q, format=Format("uint", 4, "N"), offset=None), q)
-    other = oracle.random_operand(rng, Format("uint", 4, "N", True), (3, 2, 6)).q
+    other = oracle_products.random_operand(rng, Format("uint", 4, "N", True), (3, 2, 6)).q
     with pytest.raises(AssertionError, match="shape"):
         assert_same_codes(other, q)
 

@@ -2,9 +2,25 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from train import checkpoint
+from train import checkpoint, loop
+
+
+def interrupt(monkeypatch, config, epoch):
+    """Run until an epoch begins, counted from 0, as if Ctrl-C were pressed then twice: nothing is written any more."""
+
+    class Interrupted(loop.Trainer):
+        def train_epoch(self, number):
+            if number == epoch:
+                raise KeyboardInterrupt
+            super().train_epoch(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Trainer", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(config)
 
 
 def weights(folder):

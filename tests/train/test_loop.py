@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import warm
-from tests.train.helpers import assert_same, trained, weights
+from tests.train.helpers import assert_same, interrupt, trained, weights
 from train import checkpoint, data, diagnose, loop, measure
 from train import stop as stop_module
 from train.log import reproducible_lines
@@ -51,16 +51,7 @@ def test_resumed_run_ends_like_one_that_never_stopped(make, monkeypatch, recipe)
     config = make(recipe=recipe, data={"augment": "crop_flip", "validation": 0.1}, **SAVED)
     whole = run(config)
 
-    class Interrupted(loop.Trainer):
-        def train_epoch(self, epoch):
-            if epoch == 2:
-                raise KeyboardInterrupt
-            super().train_epoch(epoch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "Trainer", Interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(config.model_copy(update={"name": "stopped"}))
+    interrupt(monkeypatch, config.model_copy(update={"name": "stopped"}), 2)
     assert weights(next(Path("runs/stopped").iterdir()))["epoch"] == 2
 
     resumed = run(config.model_copy(update={"name": "stopped"}), resume=Path("runs/stopped"))

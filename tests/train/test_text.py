@@ -9,8 +9,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.train.helpers import assert_same, trained
-from train import loop, pretrained, text
+from tests.train.helpers import assert_same, interrupt, trained
+from train import pretrained, text
 from train.config import Data, parse
 from train.decoders import Decoder
 from train.loop import run
@@ -128,16 +128,7 @@ def test_a_language_model_learns_and_resumes_bit_for_bit(make_text, monkeypatch)
     assert math.exp(whole.history[-1]["loss"]) == pytest.approx(whole.history[-1]["train_perplexity"])
     assert whole.modelled_speedup > 1
 
-    class Interrupted(loop.Trainer):
-        def train_epoch(self, epoch):
-            if epoch == 1:
-                raise KeyboardInterrupt
-            super().train_epoch(epoch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "Trainer", Interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(config.model_copy(update={"name": "stopped"}))
+    interrupt(monkeypatch, config.model_copy(update={"name": "stopped"}), 1)
     resumed = run(config.model_copy(update={"name": "stopped"}), resume=Path("runs/stopped"))
     assert_same(trained(resumed), trained(whole))
 

@@ -15,7 +15,7 @@ from fqt.qtensor import QTensor
 from fqt.quantizers import build, quantize
 from fqt.reference import products
 from fqt.testing import assert_same_values
-from tests.fqt import oracle
+from tests.fqt import oracle, oracle_products
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 CASES = 12  # of each pair of formats, half of them linear, half convolutions
@@ -81,12 +81,12 @@ def layers(rng: np.random.Generator, linear_only: bool, cases: int = CASES):
             yield None, (samples, positions, inputs), (outputs, 1, inputs), (samples, positions, outputs)
 
 
-def close_to_decoded(actual: torch.Tensor, accumulate, a: oracle.Operand, b: oracle.Operand) -> None:
+def close_to_decoded(actual: torch.Tensor, accumulate, a: oracle_products.Operand, b: oracle_products.Operand) -> None:
     """What the scales and offsets mean: the product of the decoded tensors, to within a few roundings of its terms."""
     a_values, b_values = a.values.astype(np.float64), b.values.astype(np.float64)
     product = accumulate(a_values, b_values)
 
-    def largest(operand: oracle.Operand) -> np.ndarray:
+    def largest(operand: oracle_products.Operand) -> np.ndarray:
         scaled = np.abs(operand.codes * operand.scale)
         return scaled if operand.offset is None else scaled + np.abs(operand.offset)
 
@@ -97,25 +97,25 @@ def close_to_decoded(actual: torch.Tensor, accumulate, a: oracle.Operand, b: ora
 @pytest.mark.parametrize(("x_name", "w_name"), OUTPUT)
 def test_output(x_name, w_name, rng):
     for geometry, x_shape, w_shape, g_shape in layers(rng, ":NP" in x_name):
-        x = oracle.random_operand(rng, Format.parse(x_name), x_shape)
-        w = oracle.random_operand(rng, Format.parse(w_name), w_shape)
+        x = oracle_products.random_operand(rng, Format.parse(x_name), x_shape)
+        w = oracle_products.random_operand(rng, Format.parse(w_name), w_shape)
         bias = rng.normal(size=w_shape[0]).astype(np.float32) if rng.random() < 0.5 else None
         y = reference.output(x.q, w.q, None if bias is None else torch.from_numpy(bias), geometry)
         assert y.shape == g_shape
-        assert_same_values(y, torch.from_numpy(oracle.output(x, w, bias, geometry)))
+        assert_same_values(y, torch.from_numpy(oracle_products.output(x, w, bias, geometry)))
         if bias is None:
-            close_to_decoded(y, lambda a, b, g=geometry, s=g_shape: oracle.accumulate_output(a, b, g, s[1]), x, w)
+            close_to_decoded(y, lambda a, b, g=geometry, s=g_shape: oracle_products.accumulate_output(a, b, g, s[1]), x, w)
 
 
 @pytest.mark.parametrize(("g_name", "w_name", "keep"), GRAD_INPUT)
 def test_grad_input(g_name, w_name, keep, rng):
     for geometry, x_shape, w_shape, g_shape in layers(rng, ":NP" in g_name):
-        g = oracle.random_operand(rng, Format.parse(g_name), g_shape, keep)
-        w = oracle.random_operand(rng, Format.parse(w_name), w_shape)
+        g = oracle_products.random_operand(rng, Format.parse(g_name), g_shape, keep)
+        w = oracle_products.random_operand(rng, Format.parse(w_name), w_shape)
         grad = reference.grad_input(g.q, w.q, None, geometry, x_shape)
         assert grad.shape == x_shape
-        assert_same_values(grad, torch.from_numpy(oracle.grad_input(g, w, geometry, x_shape)))
-        close_to_decoded(grad, lambda a, b, s=x_shape, z=geometry: oracle.accumulate_grad_input(a, b, z, s), g, w)
+        assert_same_values(grad, torch.from_numpy(oracle_products.grad_input(g, w, geometry, x_shape)))
+        close_to_decoded(grad, lambda a, b, s=x_shape, z=geometry: oracle_products.accumulate_grad_input(a, b, z, s), g, w)
         assert_same_values(reference.grad_input(replace(g.q, index=None), w.q, None, geometry, x_shape), grad)
 
         mask = torch.from_numpy(oracle.pack(rng.choice([-1, 1], x_shape).astype(float), Format("sign", 1)).copy())
@@ -126,12 +126,14 @@ def test_grad_input(g_name, w_name, keep, rng):
 @pytest.mark.parametrize(("g_name", "x_name", "keep"), GRAD_WEIGHT)
 def test_grad_weight(g_name, x_name, keep, rng):
     for geometry, x_shape, w_shape, g_shape in layers(rng, linear_only=False):
-        g = oracle.random_operand(rng, Format.parse(g_name), g_shape, keep)
-        x = oracle.random_operand(rng, Format.parse(x_name), x_shape)
+        g = oracle_products.random_operand(rng, Format.parse(g_name), g_shape, keep)
+        x = oracle_products.random_operand(rng, Format.parse(x_name), x_shape)
         grad = reference.grad_weight(g.q, x.q, geometry)
         assert grad.shape == w_shape
-        assert_same_values(grad, torch.from_numpy(oracle.grad_weight(g, x, geometry, w_shape)))
-        close_to_decoded(grad, lambda a, b, s=w_shape, z=geometry: oracle.accumulate_grad_weight(a, b, z, s).sum(0), g, x)
+        assert_same_values(grad, torch.from_numpy(oracle_products.grad_weight(g, x, geometry, w_shape)))
+        close_to_decoded(
+            grad, lambda a, b, s=w_shape, z=geometry: oracle_products.accumulate_grad_weight(a, b, z, s).sum(0), g, x
+        )
         assert_same_values(reference.grad_weight(replace(g.q, index=None), x.q, geometry), grad)
 
 
@@ -156,8 +158,8 @@ def test_padding_is_the_value_zero_and_not_a_code():
 
 def test_a_window_that_lies_in_the_padding_alone_gives_zero(rng):
     geometry = Geometry(2, 2, (1, 1), (1, 1), (2, 0, 0, 2), (1, 1), 1)
-    x = oracle.random_operand(rng, Format("uint", 4, "", True), (1, 4, 3)).q
-    w = oracle.random_operand(rng, Format("uint", 4, "O", True), (2, 1, 3)).q
+    x = oracle_products.random_operand(rng, Format("uint", 4, "", True), (1, 4, 3)).q
+    w = oracle_products.random_operand(rng, Format("uint", 4, "O", True), (2, 1, 3)).q
     y = reference.output(x, w, None, geometry).view(4, 4, 2)
     assert not y[:2].any()
     assert not y[:, 2:].any()
@@ -207,12 +209,12 @@ def test_sixteen_bit_accumulators_are_exact(rng):
 def test_settings_of_torch_do_not_reach_the_accumulators(setting, rng):
     """Without oneDNN a float32 convolution may be NNPACK's Winograd, whose transforms are not exact."""
     geometry = Geometry(16, 16, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)
-    x = oracle.random_operand(rng, Format("int", 8, "N"), (16, 256, 16)).q
-    w = oracle.random_operand(rng, Format("int", 8, "O"), (16, 9, 16)).q
-    g = oracle.random_operand(rng, Format("uint", 4, "C", True), (16, 256, 16)).q
-    flat = oracle.random_operand(rng, Format("sign", 1), (16, 256, 16)).q
+    x = oracle_products.random_operand(rng, Format("int", 8, "N"), (16, 256, 16)).q
+    w = oracle_products.random_operand(rng, Format("int", 8, "O"), (16, 9, 16)).q
+    g = oracle_products.random_operand(rng, Format("uint", 4, "C", True), (16, 256, 16)).q
+    flat = oracle_products.random_operand(rng, Format("sign", 1), (16, 256, 16)).q
     w_tensor = replace(w, scale=w.scale[:1], format=Format("int", 8))
-    g_sample = oracle.random_operand(rng, Format("uint", 4, "N", True), (16, 256, 16)).q
+    g_sample = oracle_products.random_operand(rng, Format("uint", 4, "N", True), (16, 256, 16)).q
 
     def products() -> list[torch.Tensor]:
         return [
@@ -250,8 +252,8 @@ def test_settings_of_torch_do_not_reach_the_accumulators(setting, rng):
 def test_samples_at_a_time_change_nothing(rng, monkeypatch):
     """grad_weight with a scale for each sample works in chunks of samples, to bound its memory."""
     for geometry, x_shape, _, g_shape in layers(rng, linear_only=False, cases=6):
-        g = oracle.random_operand(rng, Format("uint", 4, "N", True), g_shape, 0.7).q
-        x = oracle.random_operand(rng, Format("uint", 3, "", True), x_shape).q
+        g = oracle_products.random_operand(rng, Format("uint", 4, "N", True), g_shape, 0.7).q
+        x = oracle_products.random_operand(rng, Format("uint", 3, "", True), x_shape).q
         expected = reference.grad_weight(g, x, geometry)
         for elements in (1, 2 * math.prod(x_shape[1:])):
             monkeypatch.setattr(products, "_BLOCK_ELEMENTS", elements)
@@ -269,9 +271,9 @@ def test_an_empty_batch(geometry, rng):
     taps, inputs = (6, 2) if geometry else (1, 4)
     for g_axes, prune in (("N", None), ("N", 0.5), ("C", None), ("C", 0.5), ("NC", None), ("", None)):
         for offset in (True, False):
-            x = oracle.random_operand(rng, Format("uint", 3, "", offset), (0, 12, 4)).q
-            w = oracle.random_operand(rng, Format("uint", 3, "", offset), (6, taps, inputs)).q
-            g = oracle.random_operand(rng, Format("uint", 4, g_axes, offset), (0, positions, 6), prune).q
+            x = oracle_products.random_operand(rng, Format("uint", 3, "", offset), (0, 12, 4)).q
+            w = oracle_products.random_operand(rng, Format("uint", 3, "", offset), (6, taps, inputs)).q
+            g = oracle_products.random_operand(rng, Format("uint", 4, g_axes, offset), (0, positions, 6), prune).q
             assert reference.output(x, w, torch.ones(6), geometry).shape == (0, positions, 6)
             if g_axes in ("", "N"):
                 assert reference.grad_input(g, w, None, geometry, (0, 12, 4)).shape == (0, 12, 4)
@@ -288,13 +290,13 @@ def test_a_group_that_is_nan_reaches_just_what_it_touches(geometry, rng):
         scale[group] = torch.nan
         return replace(q, scale=scale)
 
-    g = oracle.random_operand(rng, Format("int", 8, "N"), (3, positions, 6)).q
-    w = oracle.random_operand(rng, Format("int", 8), (6, taps, inputs)).q
-    x = oracle.random_operand(rng, Format("int", 8), (3, 12, 4)).q
+    g = oracle_products.random_operand(rng, Format("int", 8, "N"), (3, positions, 6)).q
+    w = oracle_products.random_operand(rng, Format("int", 8), (6, taps, inputs)).q
+    x = oracle_products.random_operand(rng, Format("int", 8), (3, 12, 4)).q
     grad = reference.grad_input(spoiled(g, 1), w, None, geometry, (3, 12, 4))
     assert bool(grad[1].isnan().all())
     assert bool(grad[[0, 2]].isfinite().all())
-    g_channel = oracle.random_operand(rng, Format("int", 8, "C"), (3, positions, 6)).q
+    g_channel = oracle_products.random_operand(rng, Format("int", 8, "C"), (3, positions, 6)).q
     grad = reference.grad_weight(spoiled(g_channel, 4), x, geometry)
     assert bool(grad[4].isnan().all())
     assert bool(grad[[0, 1, 2, 3, 5]].isfinite().all())
@@ -328,17 +330,17 @@ def test_the_gradients_of_stochastic_codes_are_unbiased(method, geometry, rng):
     taps, inputs = (6, 3) if geometry else (1, 6)
     size = np.exp(rng.normal(size=(4, 1, 1)) + rng.normal(size=(1, 1, 4)))
     g = torch.from_numpy((rng.normal(size=(4, positions, 4)) * size).astype(np.float32))
-    x = oracle.random_operand(rng, Format("uint", 2, "", True), (4, 9 if geometry else 3, 6))
-    w = oracle.random_operand(rng, Format("sign", 1), (4, taps, inputs))
+    x = oracle_products.random_operand(rng, Format("uint", 2, "", True), (4, 9 if geometry else 3, 6))
+    w = oracle_products.random_operand(rng, Format("sign", 1), (4, taps, inputs))
     x_shape = (4 * copies, *x.codes.shape[1:])
     x_copies = replace(x.q, codes=x.q.codes.repeat(copies, 1, 1), shape=x_shape)
     name, options = STOCHASTIC[method]
     quantizer = build(name, "g", **options)
     assert quantizer is not None
     exact, x_values, w_values = (v.astype(np.float64) for v in (g.numpy(), x.values, w.values))
-    expected = {"grad_weight": oracle.accumulate_grad_weight(exact, x_values, geometry, w.codes.shape).sum(0)}
+    expected = {"grad_weight": oracle_products.accumulate_grad_weight(exact, x_values, geometry, w.codes.shape).sum(0)}
     if quantizer.granularity == "sample":
-        expected["grad_input"] = oracle.accumulate_grad_input(exact, w_values, geometry, x.codes.shape)
+        expected["grad_input"] = oracle_products.accumulate_grad_input(exact, w_values, geometry, x.codes.shape)
     got = {product: np.zeros((keys, *value.shape)) for product, value in expected.items()}
     for i, key in enumerate(rng.integers(-(2**63), 2**63, keys)):
         q, _ = quantize(g.repeat(copies, 1, 1), quantizer, "g", key=torch.tensor(int(key)), stream=8)
@@ -371,13 +373,13 @@ def test_topk_is_measurably_biased(rng):
     """The z-test above can fail: what the paper's code does is not unbiased."""
     draws = 300
     g = torch.from_numpy((rng.normal(size=(8, 3, 4)) * np.exp(rng.normal(size=(8, 1, 1)))).astype(np.float32))
-    x = oracle.random_operand(rng, Format("sign", 1), (8, 3, 6))
+    x = oracle_products.random_operand(rng, Format("sign", 1), (8, 3, 6))
     topk = build("agp", "g", bits=4, mode="topk")
     assert topk is not None
     got = np.zeros((draws, 4, 1, 6))
     for draw in range(draws):
         got[draw] = reference.grad_weight(quantize(g, topk, "g", key=torch.tensor(draw))[0], x.q, None).numpy()
-    expected = oracle.accumulate_grad_weight(g.double().numpy(), x.values.astype(np.float64), None, (4, 1, 6)).sum(0)
+    expected = oracle_products.accumulate_grad_weight(g.double().numpy(), x.values.astype(np.float64), None, (4, 1, 6)).sum(0)
     with pytest.raises(AssertionError, match="biased"):
         oracle.assert_mean(got.sum(0), draws, expected, got.var(0), slack=1e-5, independent=False)
 

@@ -12,46 +12,9 @@ from fqt.formats import GRIDS, Format
 from fqt.qtensor import check
 from fqt.testing import assert_same_codes
 from tests.fqt import oracle
+from tests.fqt.reference.quantize_cases import AXES, KEY, SHAPE, calibration_of, formats, limits_of, quantized
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-AXES = ["", "N", "O", "NP", "C", "NC"]
-SHAPE = (3, 4, 7)
-KEY = -0x0FEDCBA987654321
-
-
-def limits_of(format: Format, step: float = 1.0) -> tuple[float, float]:
-    """Of calibrate="none", so that neighbouring codes are `step` apart."""
-    low, high = format.code_range
-    if format.grid == "fixed":
-        return low * step, max(high, 0.5) * step
-    if format.grid == "uint" and format.offset:
-        return -2 * step, (high - 2) * step
-    return (0.0 if format.grid == "uint" else -high * step), high * step
-
-
-def cases() -> list[tuple[str, str]]:
-    """(format without axes, calibrate), every combination that Quantizer allows."""
-    found = [("sign", "absmax"), ("sign", "absmean"), ("sign", "none"), ("ternary", "absmean"), ("ternary", "absmax")]
-    found += [("ternary", "none")]
-    for grid in ("e4m3", "e5m2", *(f"int{bits}" for bits in range(2, 17))):
-        found += [(grid, "absmax"), (grid, "none")]
-    for bits in range(1, 17):
-        found += [
-            (f"uint{bits}+", "minmax"),
-            (f"uint{bits}+", "absmax"),
-            (f"uint{bits}+", "none"),
-            (f"uint{bits}", "none"),
-        ]
-    return found + [(f"fixed{bits}", "none") for bits in range(1, 33)]
-
-
-def quantized(x: torch.Tensor, format: Format, calibrate: str, stochastic: bool = False, **options):
-    options.setdefault("limits", limits_of(format))
-    key = torch.tensor(KEY) if stochastic else None
-    q, _ = reference.quantize(x, format, calibrate=calibrate, stochastic=stochastic, key=key, stream=6, **options)
-    check(q)
-    return q
 
 
 def model(x: np.ndarray, format: Format, calibrate: str, stochastic: bool, limits=None) -> oracle.Model:
@@ -74,7 +37,7 @@ def awkward_values(rng: np.random.Generator, format: Format) -> np.ndarray:
     return np.choose(rng.integers(0, len(kinds), SHAPE), kinds).astype(np.float32)
 
 
-@pytest.mark.parametrize(("name", "calibrate"), cases())
+@pytest.mark.parametrize(("name", "calibrate"), formats())
 def test_codes_equal_the_exact_model(name, calibrate, rng):
     for axes, stochastic in itertools.product(AXES, (False, True)):
         base = Format.parse(name)
@@ -198,10 +161,6 @@ def test_float8_stochastic_rounding_goes_to_a_neighbour_as_its_24_bits_say(grid,
 # --- what is not finite, and ranges that vanish ----------------------------------------------------------------------
 
 RANGED = ["sign:N", "ternary:N", "int8:N", "int16:N", "uint4+:N", "uint16+:N", "e4m3:N", "e5m2:N"]
-
-
-def calibration_of(name: str) -> str:
-    return {"sign": "absmean", "tern": "absmean", "uint": "minmax"}.get(name[:4], "absmax")
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
@@ -382,7 +341,7 @@ def test_other_dtypes_have_the_codes_of_their_float32_values(name, dtype, rng):
 
 def test_the_input_is_not_changed_in_place(rng):
     values = torch.from_numpy(rng.normal(size=SHAPE).astype(np.float32))
-    for name, calibrate in cases():
+    for name, calibrate in formats():
         x = values.clone()
         quantized(x, Format.parse(name), calibrate, stochastic=not name.startswith("sign"))
         assert torch.equal(x, values), (name, calibrate)
@@ -440,96 +399,6 @@ def test_absmean_does_not_depend_on_strides(rng):
         expected = quantized(x, Format("sign", 1, axes), "absmean").scale
         for view in views(x).values():
             assert torch.equal(quantized(view, Format("sign", 1, axes), "absmean").scale, expected)
-
-
-# --- packed codes ----------------------------------------------------------------------------------------------------
-
-SIZES = [*range(1, 18), 31, 32, 33, 63, 64, 65]
-
-
-def full_range_codes(format: Format, shape: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
-    return oracle.random_operand(rng, format, shape).codes
-
-
-@pytest.mark.parametrize("axes", ["", "NP", "C", "NC"])
-@pytest.mark.parametrize(
-    "name",
-    ["sign", "uint1", "fixed1", "ternary", "int2", "uint2", "int3", "int4", "uint4", "fixed4", "uint5", "int8", "uint8",
-     "fixed8", "e4m3", "e5m2", "int9", "uint16", "fixed16", "fixed17", "fixed25", "fixed32"],
-)  # fmt: skip
-def test_pack_and_unpack_for_every_width_and_ragged_sizes(name, axes, rng):
-    base = Format.parse(name)
-    format = Format(base.grid, base.bits, axes)
-    for size in SIZES:
-        shape = (2, size, 2) if not format.grouping.in_order else (2, 2, size)
-        codes = full_range_codes(format, shape, rng)
-        expected = oracle.pack(codes, format)  # its padding bits are 0
-        dtype = {16: np.int16, 32: np.int32}.get(format.storage_bits, np.uint8)
-        packed = torch.from_numpy(expected.astype(dtype))
-        assert tuple(packed.shape) == format.packed_shape(shape)
-        assert torch.equal(reference.unpack(packed, format, shape).double(), torch.from_numpy(codes))
-
-        stored = np.vectorize(lambda code: oracle.stored_integer(code, format), otypes=[np.int64])(codes)
-        rows = reference.group_rows(torch.from_numpy(stored.astype(dtype)), format)
-        assert torch.equal(reference.pack(rows, format, shape), packed)
-
-
-@pytest.mark.parametrize("axes", AXES)
-@pytest.mark.parametrize("name", ["sign", "ternary", "uint2+", "int3", "uint4+", "uint1+"])
-def test_padding_bits_are_zero_after_quantize(name, axes, rng):
-    base = Format.parse(name)
-    format = Format(base.grid, base.bits, axes, base.offset)
-    for size in (1, 3, 5, 9, 13):
-        x = torch.from_numpy(rng.normal(size=(2, size, size)).astype(np.float32))
-        q = quantized(x, format, calibration_of(name), base.grid != "sign")
-        codes = reference.unpack(q.codes, format, q.shape).double().numpy()
-        np.testing.assert_array_equal(q.codes, oracle.pack(codes, format))
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 7, 8, 12, 16])
-def test_codes_of_b_bits_are_the_sum_of_b_planes(bits, rng):
-    """Hence b binary products make a b-bit product, offsets and all."""
-    x = torch.from_numpy(rng.normal(size=(4, 3, 9)).astype(np.float32))
-    format = Format("uint", bits, "N", True)
-    q = quantized(x, format, "minmax", stochastic=True)
-    codes = reference.unpack(q.codes, format, q.shape)
-    planes = [(codes.long() >> j & 1).float() for j in range(bits)]
-    assert torch.equal(sum(2.0**j * plane for j, plane in enumerate(planes)), codes)
-    w = torch.from_numpy(rng.choice([-1.0, 1.0], (5, 9)).astype(np.float32))
-    assert torch.equal(sum(2.0**j * (plane @ w.T) for j, plane in enumerate(planes)), codes @ w.T)
-
-
-# --- the estimator's mask --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("channels", [1, 7, 8, 9, 17])
-def test_the_mask_holds_a_bit_an_element(channels, rng):
-    x = rng.normal(size=(3, 2, channels)).astype(np.float32)
-    x[0, 0, 0], x[1, 1, -1] = math.nan, -math.inf
-    _, mask = reference.quantize(torch.from_numpy(x), Format("sign", 1), calibrate="none", pass_range=(-1.0, 0.5))
-    inside = (x >= np.float32(-1)) & (x <= np.float32(0.5))
-    np.testing.assert_array_equal(mask, oracle.pack(np.where(inside, 1.0, -1.0), Format("sign", 1)))
-    g = torch.from_numpy(rng.normal(size=x.shape).astype(np.float32))
-    np.testing.assert_array_equal(reference.apply_mask(g, mask), np.where(inside, g, 0))
-
-
-def test_the_borders_of_the_mask_belong_to_the_inside_and_nan_does_not():
-    x = torch.tensor([-1.0, 1.0, -1.0000001, 1.0000001, 0.0, math.nan, math.inf, -math.inf]).view(1, 1, 8)
-    assert reference.pass_mask(x, -1.0, 1.0).tolist() == [[[0b00010011]]]
-
-
-def test_the_mask_of_a_bfloat16_tensor_compares_its_float32_values():
-    """0.3 is no bfloat16; the bfloat16 just above it is outside a range that ends there."""
-    x = torch.tensor([0.298828125, 0.30078125]).to(torch.bfloat16).view(1, 1, 2)
-    assert torch.equal(reference.pass_mask(x, 0.0, 0.3), reference.pass_mask(x.float(), 0.0, 0.3))
-
-
-def test_a_masked_gradient_keeps_its_dtype_and_drops_nan():
-    mask = reference.pass_mask(torch.tensor([[[0.0, 5.0]]]), -1.0, 1.0)
-    g = torch.tensor([[[2.0, math.nan]]], dtype=torch.bfloat16)
-    masked = reference.apply_mask(g, mask)
-    assert masked.dtype == torch.bfloat16
-    assert masked.tolist() == [[[2.0, 0.0]]]
 
 
 # --- statistics of stochastic rounding -------------------------------------------------------------------------------

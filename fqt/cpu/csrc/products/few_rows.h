@@ -1,12 +1,15 @@
-// `output` of integers where there are few rows, such as the token that a language model is at: a dot product for each column,
-// from the codes as they lie in memory. To lay the columns out in panels takes longer than to multiply some rows.
+// `output` of integers for few rows, for instance the one token that a language model generates: each result is a dot product that
+// reads the packed codes of its column directly. Repacking the columns into panels, as integer_gather.h does, would take longer
+// than multiplying so few rows.
 //
-// Columns of less than 8 bits are taken as they are stored, v = bits ^ flip, so that a code is (v << up) + add, and
-//   sum of codes = (sum of a * v << up) + add * (sum of a) + shift * (sum of b),
-// where a, which fits a signed byte, is a row's code less `shift`. Rows lie in planes: plane j has the codes that meet the j-th
-// code of each byte of a column. Columns of 8 bits, and rows for them, are 16-bit integers.
+// Columns of less than 8 bits: the stored bits v of a code give the code as (v << up) + add, and a row's code is a + shift, where
+// `shift` is chosen so that a fits a signed byte. Hence
+//   sum of (row's code * column's code) = (sum of a * v << up) + add * (sum of a) + shift * (sum of the column's codes).
+// A byte of a column holds several codes. A row is therefore stored as several planes: plane j holds, one after another, those
+// codes of the row that are multiplied by the j-th code of each byte. Columns of 8 bits, and rows for them, are 16-bit integers.
 //
-// Bounds: a product of two is at most 2 * 15 * 128 in 16 bits, and 2 planes are added: four vectors of bytes fit.
+// Overflow: a product of 4-bit codes is at most 15 * 128, an instruction adds two of them to 3,840, and 16 bits hold the sum of eight
+// such results: both planes of four vectors of bytes. Narrower codes have more planes, but their sums are smaller.
 
 namespace {
 

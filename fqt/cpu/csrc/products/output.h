@@ -4,7 +4,8 @@
 // side, so that sums need no reduction across lanes. A tap outside the image reads bits 0; what its weights then add to the
 // count is known for each kind of pixel, and taken out again: padding is the value 0.
 //
-// To lay the weights out so takes as long as some pixels: few are compared with the weights as they lie in memory.
+// Laying the weights out side by side takes as long as computing several pixels. A call of few pixels does without: it compares
+// each window with the packed weights of each channel.
 
 namespace {
 
