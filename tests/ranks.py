@@ -8,12 +8,9 @@ from pathlib import Path
 from benchmarks import warm
 
 
-def run_ranks(program: str, world: int, folder: Path) -> str:
-    """Run a program's text in `world` processes as torchrun would, in a folder; return what they printed, rank by rank.
-
-    Raises:
-        AssertionError: A rank failed; with what all of them printed.
-    """
+def end_of_ranks(program: str, world: int, folder: Path) -> list[tuple[int | None, str]]:
+    """Run a program's text in `world` processes as torchrun would, in a folder; return the exit status
+    and the output of each."""
     (folder / "program.py").write_text(program)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -34,6 +31,16 @@ def run_ranks(program: str, world: int, folder: Path) -> str:
         rank.join(300)
         rank.kill()
         rank.join()
-    printed = "\n".join(place.read_text() for place in said)
-    assert [rank.exitcode for rank in ranks] == [0] * world, printed
+    return [(rank.exitcode, file.read_text()) for rank, file in zip(ranks, said, strict=True)]
+
+
+def run_ranks(program: str, world: int, folder: Path) -> str:
+    """`end_of_ranks` of ranks that succeed: what they printed, one after another.
+
+    Raises:
+        AssertionError: A rank failed; with what all of them printed.
+    """
+    ends = end_of_ranks(program, world, folder)
+    printed = "\n".join(text for _, text in ends)
+    assert [status for status, _ in ends] == [0] * world, printed
     return printed

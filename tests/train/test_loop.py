@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import warm
+from tests.ranks import end_of_ranks
 from tests.train.helpers import assert_same, interrupt, trained, weights
 from train import checkpoint, data, diagnose, loop, measure
 from train import stop as stop_module
@@ -28,12 +29,12 @@ def second_conv(model):
 
 
 FULL = """
-import resource, signal, sys
+import os, resource, signal, sys
 from train import loop, main
 
 class Limited(loop.Trainer):
     def train_epoch(self, epoch):
-        if epoch == 1:
+        if epoch == 1 and os.environ.get("RANK", "0") == "0":
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
         super().train_epoch(epoch)
@@ -213,6 +214,17 @@ def test_a_disk_that_fills_up_keeps_the_old_checkpoint(make):
     assert result.returncode == 1, result.stderr
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
     assert re.search(r"train: A checkpoint could not be written to runs/.* \(File too large\)", result.stderr)
+    (folder,) = Path("runs/run").iterdir()
+    assert weights(folder)["steps"] == 4
+    assert not [path for path in folder.iterdir() if path.suffix == ".part"]
+
+
+def test_a_disk_that_fills_up_ends_all_ranks(make):
+    """The disk of the one that writes."""
+    (status, said), (other_status, other_said) = end_of_ranks(FULL, 2, Path.cwd())
+    assert (status, other_status) == (1, 1), said + other_said
+    assert re.search(r"^train: A checkpoint could not be written to runs/.* \(File too large\).*\n\Z", said, re.M), said
+    assert "train:" not in other_said and "Traceback" not in said + other_said
     (folder,) = Path("runs/run").iterdir()
     assert weights(folder)["steps"] == 4
     assert not [path for path in folder.iterdir() if path.suffix == ".part"]
