@@ -10,11 +10,12 @@ less than 2 %.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.common import table, write_json
 from benchmarks.kill_drill import RECIPES
@@ -29,9 +30,8 @@ GROWTH = 0.02
 
 def used() -> dict[str, float]:
     """Of this process: resident memory in MiB, open files, threads."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    threads = len(os.listdir("/proc/self/task"))
-    return {"mib": pages * os.sysconf("SC_PAGE_SIZE") / 2**20, "files": len(os.listdir("/proc/self/fd")), "threads": threads}
+    process = psutil.Process()
+    return {"mib": process.memory_info().rss / 2**20, "files": process.num_fds(), "threads": process.num_threads()}
 
 
 def watch(recipe: str, steps: int) -> dict[str, Any]:

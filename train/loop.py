@@ -248,7 +248,7 @@ class Trainer:
         done.recent_sums.update(messages.sums(outcome))
         if tracking.enabled and done.steps % tracking.every == 0:
             sums = self.over_ranks(done.recent_sums)
-            tracker.scalars(done.steps, messages.step_scalars(sums, rate, self.task))
+            tracker.scalars(done.steps, messages.step_scalars(sums, rate, measure.used_bytes(self.place.device), self.task))
             if self.ms_fp32:
                 tracker.scalars(done.steps, messages.speed_scalars(sums, self.ms_fp32, done.time_saved, done.measuring))
             tracker.scalars(done.steps, self.parallel.scalars())

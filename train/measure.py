@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -108,6 +109,13 @@ def zero_fractions(model: nn.Module) -> dict[str, float]:
         if weight is not None:
             scalars[f"zero_fraction/{name}"] = (weight.decode() == 0).float().mean().item()
     return scalars
+
+
+def used_bytes(device: torch.device) -> int:
+    """The memory in use now: on a GPU the tensors', else the process's, data and libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -60,8 +60,8 @@ def row_keys(task: Task) -> set[str]:
     return {"epoch", "loss", "seconds", f"{task.items}_per_second", *parts}
 
 
-def step_scalars(sums: Mapping[str, float], learning_rate: float, task: Task) -> dict[str, float]:
-    """The step curves: means since the last point, over all ranks."""
+def step_scalars(sums: Mapping[str, float], learning_rate: float, used_bytes: int, task: Task) -> dict[str, float]:
+    """The step curves: means since the last point, over all ranks; memory is this process's, now."""
     made = sums["steps"] - sums["skipped"]
     means = {"loss/train": sums["loss"] / sums["items"], "gradient_norm": sums["gradient_norm"] / made} if made else {}
     return {
@@ -69,6 +69,7 @@ def step_scalars(sums: Mapping[str, float], learning_rate: float, task: Task) ->
         "learning_rate": learning_rate,
         f"{task.items}_per_second": 1e3 * sums["items"] / sums["step_ms"],
         "skipped_steps": sums["skipped"],
+        "memory/used_mib": used_bytes / MIB,
         **{f"time/{name}": sums[name] / sums["steps"] for name in sums if name.endswith("_ms")},
     }
 

@@ -51,7 +51,7 @@ def test_every_curve_is_there_at_its_steps(tracked):
     _, result = tracked
     curves, _, _ = read(result.folder)
     steps = {tag: sorted(step for name, step in curves if name == tag) for tag, _ in curves}
-    step_curves = ["loss/train", "learning_rate", "images_per_second", "gradient_norm", "skipped_steps"]
+    step_curves = ["loss/train", "learning_rate", "images_per_second", "gradient_norm", "skipped_steps", "memory/used_mib"]
     step_curves += [f"time/{phase}_ms" for phase in ("step", "forward", "backward", "optimizer")]
     epoch_curves = ["loss/epoch", "accuracy/train", "accuracy/test", "accuracy/valid", "memory/peak_mib"]
     speed_curves = ["speedup/measured", "speedup/step_ms", "speedup/step_ms_fp32"]
@@ -210,11 +210,12 @@ def test_step_scalars_are_means():
     sums: dict[str, float] = {}
     for outcome in (Outcome(1.0, 3, 10, {"step": 20.0}, {}), Outcome(4.0, 5, 20, {"step": 40.0}, {})):
         sums = {name: sums.get(name, 0) + value for name, value in messages.sums(outcome).items()}
-    assert messages.step_scalars(sums, 0.1, TASKS["classify"]) == {
+    assert messages.step_scalars(sums, 0.1, 3 << 20, TASKS["classify"]) == {
         "loss/train": 3.0,
         "learning_rate": 0.1,
         "images_per_second": 500.0,
         "gradient_norm": 0.0,
         "skipped_steps": 0,
+        "memory/used_mib": 3.0,
         "time/step_ms": 30.0,
     }
