@@ -235,7 +235,10 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 def _mapping(text: str) -> dict[str, Any]:
     """JSON of an object."""
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON object such as '{{\"num_classes\": 10}}'")
     return value

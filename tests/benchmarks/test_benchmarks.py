@@ -22,6 +22,7 @@ from benchmarks import (
     lm,
     pareto,
     readme,
+    rivals,
     runs,
     saved,
     sizes,
@@ -227,6 +228,16 @@ def test_kernels(monkeypatch, tmp_path, capsys):
     assert {"output", "grad_input", "grad_weight"} <= {row.get("product") for row in found}
     assert {row["layer"] for row in found if "layer" in row} == {"1024 x 1024 -> 1024", "16 x 24 -> 40, 3x3 on 8x8"}
     assert "all kernels equal the reference" in capsys.readouterr().out
+
+
+def test_rivals(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    found = rows(monkeypatch, tmp_path, rivals.main)
+    assert {row["package"] for row in found} >= {"torch", "fqt", "onnxruntime"}
+    error = {row["multiplies"]: row["error"] for row in found}
+    assert error["float32"] < 1e-6 < error["int8: 8-bit x, 8-bit w"] < error["int6: 6-bit x, 6-bit w"] < 0.1
+    assert error["MatMulNBits: 8-bit x, 8-bit w"] < 0.02 < error["MatMulNBits: 8-bit x, 4-bit w"] < 0.2
+    assert all(row["ms"] > 0 for row in found)
 
 
 def test_step(monkeypatch, tmp_path, capsys):
