@@ -68,7 +68,7 @@ def test_mx_codes_are_the_specifications(format):
     values, quantizer = table(name), build("mx", "x", format=format)
     wanted = [v for v in interesting(values) if abs(v) <= values[-1]]
     rows = [wanted[i : i + 31] for i in range(0, len(wanted), 31)]
-    for power in (-30, 0, 5):
+    for power in (-30, 5):
         # the first element of each block sets its scale to 2^power
         block = torch.tensor([[values[-1], *row, *[0.0] * (31 - len(row))] for row in rows]) * 2.0**power
         q, _ = quantize(block.unsqueeze(1), quantizer, "x")
