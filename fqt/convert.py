@@ -7,11 +7,15 @@ and training mode are the same objects and values as before, and a reference to 
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from fqt import ops
@@ -42,6 +46,8 @@ _LEAF = "__module__"
 """torch.fx asks an instance for the module of its class, and traces into all that is not of torch.nn. What conversion changes
 was a leaf, or has a forward that cannot be traced, so it answers "torch.nn"."""
 _NESTED = "_fqt_nested"
+AUTO = "auto"
+"""`min_speedup` that measures when it can, and is no error where nothing gains."""
 _log = logging.getLogger("fqt")
 
 
@@ -54,7 +60,7 @@ def convert(
     overrides: Mapping[Override, str | Path | Recipe] | None = None,
     fuse: bool = True,
     backend: str | None = None,
-    min_speedup: float | None = None,
+    min_speedup: float | str | None = None,
     example: object = None,
 ) -> nn.Module:
     """Make every layer of a kind that fqt knows train by a recipe, in place: linear layers, convolutions of one to three axes,
@@ -88,7 +94,9 @@ def convert(
             ("reference", "cpu", ...). None: the one that the environment's FQT_BACKEND names, else for each product the
             fastest that serves it.
         min_speedup: keep a layer float where its float time over its low-bit time, measured as by `fqt.profile` here and
-            now, is less than this: 1.0 converts what gains.
+            now, is less than this: 1.0 converts what gains. "auto" is 1.0, and without `example` waits for one: at the first
+            eager forward in training the model is converted anew, by the speeds on that batch. Where every layer loses, a
+            number is an error, and "auto" leaves the model float with a warning. Ranks of torch.distributed follow rank 0.
         example: an input of the model: a tensor, a tuple of arguments or a mapping of keyword arguments. One forward of it, on
             a copy, shows what flows where: the rules' <first> and <last> are then the ends of that flow, an activation is
             exchanged where a layer reads it whose recipe says so, and the log says which converted layers are not called, what
@@ -106,7 +114,8 @@ def convert(
         ValueError: the model is converted already, or frozen, a pattern matches no layer, or nothing is left to convert; a
             layer has a `forward` set on the instance that would not reach the converted one, or is pruned and its zeros would
             get codes that are not zero; the named backend is unknown or cannot serve a layer; `min_speedup` is not a positive
-            number, or comes without `example`.
+            number or "auto", or comes without `example`, which "auto" too needs for a model that is a layer itself, and for
+            a recipe whose layers have parameters of their own.
         TypeError: `model` is not a module, `skip` or `only` is not strings, or `overrides` is not such a mapping.
 
     An error leaves the model as it was.
@@ -125,6 +134,9 @@ def convert(
         )
     layers = {name: module for name, module in model.named_modules() if adapter_of(module) is not None}
     _check_speedup(min_speedup, example)
+    if min_speedup == AUTO and example is None:
+        options = {"skip": skip, "only": only, "overrides": overrides, "fuse": fuse, "backend": backend}
+        return _wait_for_a_batch(convert(model, recipe, **options), {"recipe": recipe, **options})
     check_convertible(model, example)
     flow = None if example is None else flow_of(model, example)
     ends = ends_by_kind(model) if flow is None else flow.ends()
@@ -152,13 +164,16 @@ def convert(
             )
     for each in [recipe, *chosen.values()]:
         exchanges(each)
-    slow = {} if min_speedup is None else _slower(model, chosen, backend, min_speedup, example)
+    least = 1.0 if isinstance(min_speedup, str) else min_speedup
+    slow = {} if least is None else _slower(model, chosen, backend, least, example)
     chosen = {name: layer_recipe for name, layer_recipe in chosen.items() if name not in slow}
     if not chosen:
-        raise ValueError(
-            f"recipe {recipe.name!r} converts nothing in this {type(model).__name__}: every layer is slower than "
-            f"min_speedup={min_speedup:g} ({speeds(slow)}); lower it, or keep the model float here"
-        )
+        said = f"recipe {recipe.name!r} converts nothing in this {type(model).__name__}: every layer is slower than "
+        if min_speedup == AUTO:
+            _remember(model, layers, choices, chosen, slow)
+            _log.warning("%sfloat32 here (%s), so it trains in float", said, speeds(slow))
+            return model
+        raise ValueError(f"{said}min_speedup={least:g} ({speeds(slow)}); lower it, or keep the model float here")
 
     try:
         for name, layer_recipe in chosen.items():
@@ -181,7 +196,7 @@ def convert(
         register_flops()
     log_parameters(model, recipe)
     log_conversion(
-        model, recipe, chosen, choices, flow, exchanged, kept, slow, backend=backend, min_speedup=min_speedup, example=example
+        model, recipe, chosen, choices, flow, exchanged, kept, slow, backend=backend, min_speedup=least, example=example
     )
     return model
 
@@ -255,10 +270,10 @@ def make_plain(layer: nn.Module) -> None:
 
 
 def _check_speedup(min_speedup: object, example: object) -> None:
-    if min_speedup is None:
+    if min_speedup is None or min_speedup == AUTO:
         return
     if not isinstance(min_speedup, int | float) or not min_speedup > 0:
-        raise ValueError(f"min_speedup is {min_speedup!r}, not a positive number such as 1.0")
+        raise ValueError(f'min_speedup is {min_speedup!r}, not a positive number such as 1.0, and not "auto"')
     if example is None:
         raise ValueError(f"min_speedup={min_speedup:g} is measured: give example=, an input as large as in training")
 
@@ -268,8 +283,37 @@ def _slower(model: nn.Module, chosen: dict[str, Recipe], backend: str, min_speed
     trial = copy.deepcopy(model)
     for name, recipe in chosen.items():
         quantize_layer(name, trial.get_submodule(name), recipe, backend)
-    speedups = measure(trial, example, seconds=0.1).speedups()
-    return {name: speedup for name, speedup in speedups.items() if speedup < min_speedup}
+    speedups = [measure(trial, example, seconds=0.1).speedups()]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(speedups)  # ranks that converted other layers would train other models
+    return {name: speedup for name, speedup in speedups[0].items() if speedup < min_speedup}
+
+
+class _FirstBatch:
+    """A hook before a converted model's forward: with the training's first batch it converts it anew, by measured speeds."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options
+
+    def __call__(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        example = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs} if kwargs else args
+        convert(revert(model), **self.options, min_speedup=AUTO, example=example)
+
+
+def _wait_for_a_batch(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+    """Have a model that is converted measure its layers when the training begins. ValueError, and the model is as it was before
+    it was converted, where it cannot be converted anew while an optimizer has its parameters."""
+    layers = dict(quantized_layers(model))
+    added = [f"{name}.{state}" for name, layer in layers.items() for state in layer.states_names(parameters=True)]
+    if added or "" in layers:
+        revert(model)
+        what = f"its layers have parameters of their own ({added[0]}, ...)" if added else "the model is a layer itself"
+        raise ValueError(f'min_speedup="auto" cannot wait for a batch, because {what}: give example=, an input of the training')
+    if layers:
+        model.register_forward_pre_hook(_FirstBatch(options), with_kwargs=True)
+    return model
 
 
 def fuse_model(model: nn.Module, backend: str) -> None:
@@ -312,6 +356,9 @@ def revert(model: nn.Module) -> nn.Module:
                 f"computing in low bits: take it off first"
             )
     states = [f"{name}.{state}" for name, layer in layers.items() for state in layer.states_names()]
+    for number, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _FirstBatch):
+            del model._forward_pre_hooks[number], model._forward_pre_hooks_with_kwargs[number]
     for module in list(model.modules()):
         make_plain(module)
         forget_macs(module)

@@ -16,6 +16,7 @@ from fqt import ops
 from fqt.inspect import timing
 from fqt.inspect.timing import Profile, Timing
 from fqt.ops import Kernel
+from fqt.quantizers import build
 from tests.fqt.helpers import fingerprint
 
 ONE_BIT = fqt.load_recipe("fqt_1bit").everywhere()
@@ -186,6 +187,54 @@ def test_a_real_measurement_decides_without_a_trace_on_the_rest() -> None:
     model = small()
     fqt.convert(model, ONE_BIT, min_speedup=1e-9, example=IMAGES)
     assert len(list(fqt.quantized_layers(model))) == 3 and int(model[1].num_batches_tracked) == 0
+
+
+def test_auto_waits_for_the_first_batch(speeds: dict[str, float], caplog: pytest.LogCaptureFixture) -> None:
+    speeds |= {"0": 0.5, "4": 1.0, "6": 3.0}
+    model = fqt.convert(small(), ONE_BIT, min_speedup="auto")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names = [name for name, _ in fqt.quantized_layers(model)]
+    copied, reverted = copy.deepcopy(model), fqt.revert(copy.deepcopy(model))
+    model.eval()(IMAGES)
+    with torch.no_grad():
+        model.train()(IMAGES)
+    assert names == [name for name, _ in fqt.quantized_layers(model)] == ["0", "4", "6"]
+    expected = fqt.convert(fqt.revert(copy.deepcopy(model)), ONE_BIT, min_speedup=1.0, example=IMAGES)
+    torch.manual_seed(0)
+    wanted = expected(IMAGES)
+    torch.manual_seed(0)
+    with caplog.at_level(logging.INFO, "fqt"):
+        y = model(IMAGES)
+    assert torch.equal(y, wanted), "that very forward is the new model's, and draws no other numbers"
+    assert [name for name, _ in fqt.quantized_layers(model)] == ["4", "6"] and not model._forward_pre_hooks
+    assert "kept float, slower than 1x: 0 0.50x" in caplog.text
+    before = model[0].weight.clone()
+    y.square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before), "the optimizer has the parameters still"
+    assert len(list(fqt.quantized_layers(copied))) == 3 and not any(fqt.quantized_layers(reverted))
+    copied(IMAGES), reverted(IMAGES)
+    assert [len(list(fqt.quantized_layers(one))) for one in (copied, reverted)] == [2, 0]
+
+
+def test_auto_takes_the_arguments_as_they_come_and_may_leave_all_in_float(
+    speeds: dict[str, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    speeds["used"] = 0.5
+    model = fqt.convert(Named(), ONE_BIT, min_speedup="auto", only="used")
+    with caplog.at_level(logging.WARNING, "fqt"):
+        model(x=torch.randn(2, 4), scale=1.0)
+    assert not any(fqt.quantized_layers(model))
+    assert "every layer is slower than float32 here (used 0.50x), so it trains in float" in caplog.text
+
+
+def test_auto_cannot_wait_where_the_optimizer_would_lose_parameters() -> None:
+    learned = fqt.Recipe("learned", fqt.Product(build("lsq", "x"), build("lsq", "w")), *[fqt.Product("float", "saved")] * 2)
+    cases = ((small(), learned, r"parameters of their own \(0\."), (nn.Linear(3, 3), ONE_BIT, "a layer itself"))
+    for model, recipe, words in cases:
+        with pytest.raises(ValueError, match=rf'"auto" cannot wait for a batch, because .*{words}.*give example='):
+            fqt.convert(model, recipe, min_speedup="auto")
+        assert not any(fqt.quantized_layers(model))
 
 
 @pytest.mark.parametrize(
