@@ -1,4 +1,4 @@
-"""Blocks of transformers whose steps `benchmarks.step` times: by name the model, and its batch.
+"""Blocks of transformers whose steps `benchmarks.step` times: by name the model, and its batch; and recipes for all of a model.
 
 Each has a few of its network's blocks, of the sizes given, between an embedding of a small vocabulary and a linear head of ten
 classes over the mean of the tokens, so that nearly all of the step is the blocks'. BERT, GPT-2 and Llama are those of the
@@ -8,9 +8,13 @@ package transformers, with random weights and their own dropout; ViT and MLP-Mix
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+
+import fqt
+from fqt.quantizers import build
 
 BLOCKS = 2
 CLASSES = 10
@@ -81,3 +85,13 @@ MODELS: dict[str, tuple[Callable[[int], Made], int]] = {
     "bert": (bert, 16), "gpt2": (gpt2, 8), "llama": (llama, 8), "vit": (vit, 8), "mixer": (mixer, 8),
 }  # fmt: skip
 """Name -> the function of a batch, and the usual batch."""
+
+
+def recipe_of(name: str) -> fqt.Recipe:
+    """A built-in recipe for every layer, or "signs": bitnet with weights of signs, a scale for each output channel."""
+    if name != "signs":
+        return fqt.load_recipe(name).everywhere()
+    bitnet = fqt.load_recipe("bitnet").everywhere()
+    weight = build("xnor_weight", "w")
+    assert weight is not None
+    return replace(bitnet, name="signs", output=replace(bitnet.output, right=weight))

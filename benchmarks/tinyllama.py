@@ -21,7 +21,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy, linear, rms_norm, scaled_dot_prod
 
 import fqt
 from benchmarks.common import table, write_json
-from fqt.quantizers import build
+from benchmarks.step_models import recipe_of
 
 LENGTH = 128
 Logits = Callable[[Tensor], Tensor]
@@ -49,16 +49,6 @@ class Size:
     blocks: int
     steps: int
     batch: int
-
-
-def recipe_of(name: str) -> fqt.Recipe:
-    """A built-in recipe, or "signs": bitnet with weights of signs, a scale for each output channel."""
-    if name != "signs":
-        return fqt.load_recipe(name).everywhere()
-    bitnet = fqt.load_recipe("bitnet").everywhere()
-    weight = build("xnor_weight", "w")
-    assert weight is not None
-    return replace(bitnet, name="signs", output=replace(bitnet.output, right=weight))
 
 
 def tokenizer_of(text: str, tokens: int) -> Any:

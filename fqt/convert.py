@@ -45,9 +45,11 @@ _UNFUSED = {fused: plain for plain, fused in FUSED.items()}
 _LEAF = "__module__"
 """torch.fx asks an instance for the module of its class, and traces into all that is not of torch.nn. What conversion changes
 was a leaf, or has a forward that cannot be traced, so it answers "torch.nn"."""
-_NESTED = "_fqt_nested"
 AUTO = "auto"
 """`min_speedup` that measures when it can, and is no error where nothing gains."""
+_SHORT_CUTS = "_fqt_short_cuts"
+_OFF = {"use_nested_tensor": False, "activation_relu_or_gelu": 0}
+"""Attribute of a transformer encoder or its layer, by which torch takes its fast path -> the value with which it does not."""
 _log = logging.getLogger("fqt")
 
 
@@ -216,16 +218,17 @@ def _remember(
             )
     for layer in layers.values():
         count_macs(layer)
-    take_no_nested(model)
+    take_no_short_cuts(model)
 
 
-def take_no_nested(model: nn.Module) -> None:
-    """Have TransformerEncoders around converted layers give them no nested tensors, which only torch's fast path takes."""
+def take_no_short_cuts(model: nn.Module) -> None:
+    """Have torch's transformer encoders call their converted layers in evaluation, where they would multiply the float weights
+    of all in one operator. A frozen layer has none."""
     for module in model.modules():
-        if beneath(module) is nn.TransformerEncoder and module.use_nested_tensor and any(quantized_layers(module)):
-            # its layers would be given nested tensors, which only torch's fast path takes
-            module.__dict__["use_nested_tensor"] = False
-            module.__dict__[_NESTED] = True
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(quantized_layers(module)):
+            taken = {name: getattr(module, name) for name in _OFF if getattr(module, name, None)}
+            module.__dict__.update({name: _OFF[name] for name in taken})
+            module.__dict__.setdefault(_SHORT_CUTS, {}).update(taken)
 
 
 def quantize_layer(name: str, layer: nn.Module, recipe: Recipe, backend: str) -> None:
@@ -369,8 +372,7 @@ def revert(model: nn.Module) -> nn.Module:
             module.__dict__.pop(_LEAF, None)
         exchange_back(module)
         lend_no_more(module)
-        if module.__dict__.pop(_NESTED, False):
-            module.__dict__["use_nested_tensor"] = True
+        module.__dict__.update(module.__dict__.pop(_SHORT_CUTS, {}))
     if states:
         _log.info("reverted; dropped with the quantizers: %s", ", ".join(states))
     return model

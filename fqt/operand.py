@@ -69,6 +69,7 @@ class Operand:
     random: bool = field(init=False, repr=False, compare=False)
     unscaled: Format = field(init=False, repr=False, compare=False)
     _nearest: Quantizer = field(init=False, repr=False, compare=False)
+    _unmasked: Quantizer = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         set_once = object.__setattr__
@@ -76,6 +77,7 @@ class Operand:
         set_once(self, "random", self.quantizer.random or (self.transform is not None and self.transform.random))
         set_once(self, "unscaled", replace(self.format, axes="", block=0))
         set_once(self, "_nearest", replace(self.quantizer, stochastic=False))
+        set_once(self, "_unmasked", replace(self._nearest, pass_range=None))
 
     def encode(
         self,
@@ -88,6 +90,7 @@ class Operand:
         geometry: Geometry | None = None,
         states: States | None = None,
         backend: str = "",
+        masked: bool = True,
     ) -> Encoded:
         """The codes of a tensor, without a graph.
 
@@ -100,8 +103,9 @@ class Operand:
             geometry: of the product, None in a linear layer.
             states: the layer's.
             backend: the one that must serve, "" for the fastest that does.
+            masked: whether the estimator's mask is wanted.
         """
-        quantizer = self.quantizer if training or self.letter == "g" else self._nearest
+        quantizer = self.quantizer if training or self.letter == "g" else self._nearest if masked else self._unmasked
         if self.transform is not None:
             value, fold, ranges = self._rotated(value if fold is None else value * fold, geometry, key), None, None
         state, update = None, False

@@ -139,6 +139,9 @@ def layer(
             refuse_dtensor(tensor)
     if x_NPC.device != w_OKI.device:
         raise ValueError(f"the input is on {x_NPC.device}, the weight on {w_OKI.device}: move one of them")
+    accumulates = gives and w_OKI.shape[1] * w_OKI.shape[2] < 1 << 15
+    if packed is not None and not _wants_gradient(x_NPC if taken is None else taken.x, bias):
+        return _evaluated(x_NPC, packed, bias, recipe, geometry, states, taken, accumulates, backend)
     dtype = _output_dtype(x_NPC)
     draws = packed is None and recipe.random and (training or torch.is_grad_enabled())
     key = calls.key_for(x_NPC) if draws else None
@@ -175,7 +178,6 @@ def layer(
             masks[letter] = encoded.mask
             values[letter] = operand.estimated(values[letter], encoded.q, states)
 
-    accumulates = gives and w_shape[1] * w_shape[2] < 1 << 15
     call = _Call(
         recipe, geometry, x_shape, w_shape, values["x"].dtype, values["w"].dtype, accumulates, taken and taken.in_shape,
         states, backend,
@@ -186,9 +188,62 @@ def layer(
     if isinstance(y, Tensor):
         return y.to(dtype)
     q = call.qtensors(flat)
-    scale = (q["output_x"].scale * q["output_w"].scale).expand(w_OKI.shape[0]).contiguous()
+    return _accumulated(y[0], y[1], q["output_x"], q["output_w"], bias)
+
+
+def _wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def _evaluated(
+    x_NPC: Tensor,
+    w: QTensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    geometry: Geometry | None,
+    states: States | None,
+    taken: Taken | None,
+    accumulates: bool,
+    backend: str,
+) -> Tensor | Accumulated:
+    """As `layer`, by packed weights and without a graph: nothing is kept for a backward, the estimator's mask included."""
+    operand = recipe.operand("output", "x")
+    x: Tensor | QTensor = x_NPC
+    if taken is not None:
+        x = taken.encoded.q
+    elif operand is not None:
+        value = operand.transformed(x_NPC, states)
+        options = {"geometry": geometry, "states": states, "backend": backend}
+        x = operand.encode(value, key=None, training=False, masked=False, **options).q  # type: ignore[arg-type]
+    if accumulates:
+        assert isinstance(x, QTensor)
+        sums = calls.accumulate(x, w, geometry, backend)
+        return _accumulated(placeholder(sums, tuple(sums.shape)), sums, x, w, bias)
+    return _multiplied(x, w, bias, recipe, geometry, x_NPC.dtype, backend).to(_output_dtype(x_NPC))
+
+
+def _multiplied(
+    x: Tensor | QTensor,
+    w: Tensor | QTensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    geometry: Geometry | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """The product `output`, of codes or in float. dtype: of a float product."""
+    if recipe.low_bit("output"):
+        assert isinstance(x, QTensor) and isinstance(w, QTensor)
+        return calls.output(x, w, bias, geometry, backend)
+    x_NPC, w_OKI = ((v.decode() if isinstance(v, QTensor) else v).to(dtype) for v in (x, w))
+    y_NPO = multiply_output(x_NPC, w_OKI, geometry)
+    return y_NPO if bias is None else y_NPO + bias.to(y_NPO.dtype)
+
+
+def _accumulated(y_NPO: Tensor, sums: Tensor, x: QTensor, w: QTensor, bias: Tensor | None) -> Accumulated:
+    scale = (x.scale * w.scale).expand(w.shape[0]).contiguous()
     # a copy: an optimizer may change the bias before somebody reads the output
-    return Accumulated(y[0], y[1], scale, None if bias is None else bias.detach().to(torch.float32, copy=True))
+    return Accumulated(y_NPO, sums, scale, None if bias is None else bias.detach().to(torch.float32, copy=True))
 
 
 def keeps_graph(*inputs: Tensor | None) -> bool:
@@ -231,12 +286,8 @@ class _Products(torch.autograd.Function):
         if call.accumulates:
             sums = calls.accumulate(q["output_x"], q["output_w"], call.geometry, call.backend)
             return placeholder(sums, tuple(sums.shape)), sums
-        if call.recipe.low_bit("output"):
-            return calls.output(q["output_x"], q["output_w"], bias, call.geometry, call.backend)
-        x_NPC = q["output_x"].decode().to(call.x_dtype) if "output_x" in q else x_NPC
-        w_OKI = (q["output_w"].decode() if "output_w" in q else w_OKI).to(call.x_dtype)
-        y_NPO = multiply_output(x_NPC, w_OKI, call.geometry)
-        return y_NPO if bias is None else y_NPO + bias.to(y_NPO.dtype)
+        x, w = q.get("output_x", x_NPC), q.get("output_w", w_OKI)
+        return _multiplied(x, w, bias, call.recipe, call.geometry, call.x_dtype, call.backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fqt import container, factories, ops
 from fqt.container import Contents, FileError, Reader, StoredLayer, StoredWeight
-from fqt.convert import FUSED, fuse_model, quantize_layer, take_no_nested
+from fqt.convert import FUSED, fuse_model, quantize_layer, take_no_short_cuts
 from fqt.exchange import exchange, exchanged_class, fresh_activation
 from fqt.freeze import TRAINED_BY, bake, exchange_weight, freeze, not_copied
 from fqt.layers import PACKED, QuantizedLayer, adapter_of, quantized_layers
@@ -198,7 +198,7 @@ def _shape(model: nn.Module, contents: Contents, backend: str) -> None:
         exchange(_submodule(model, name), fresh_activation(kind))
     for name in contents.lent:
         lend(_submodule(model, name))
-    take_no_nested(model)
+    take_no_short_cuts(model)
     if contents.fused:
         fuse_model(model, backend)
 

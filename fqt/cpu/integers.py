@@ -15,6 +15,8 @@ from fqt.qtensor import QTensor
 from fqt.reference import spread
 
 _FEWEST_ZERO_ROWS = 4
+FEW = 16
+"""Rows of a result up to which a product takes no longer than to look for `busy_rows`."""
 SMALL = 1 << 15
 """Bytes of a weight's codes below which `busy_rows` does not look."""
 
@@ -23,7 +25,7 @@ def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | Non
     """As `fqt.reference.output`, of any integers of at most 8 bits, or 16 in two's complement."""
     n, positions, channels = x.shape
     height, width = geometry.output_size if geometry else (positions, 1)
-    busy = busy_rows(w, geometry)
+    busy = busy_rows(w, geometry) if n * height * width > FEW else None
     if busy is not None and x.offset is None:
         part = output(x, _rows(w, busy), None if bias is None else bias[busy], geometry)
         zero = 0.0 * spread(x.scale, x) * spread(w.scale, w).permute(1, 2, 0)  # NaN where the reference's is

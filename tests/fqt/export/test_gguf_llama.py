@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import fqt
-from benchmarks.tinyllama import FloatLlama, recipe_of, tokenizer_of
+from benchmarks.step_models import recipe_of
+from benchmarks.tinyllama import FloatLlama, tokenizer_of
 from fqt.export.gguf_llama import ARCHITECTURES
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fqt[export]'")

@@ -129,14 +129,17 @@ def test_no_short_cut_in_evaluation(skip: str | None, norm_first: bool) -> None:
         with_graph = model(x, **options)
         with torch.no_grad():
             without, far = model(x, **options), plain(x, **options)
+            frozen = fqt.freeze(model)(x, **options)
         kept = ~padding if options else torch.ones(3, 5, dtype=torch.bool)
         torch.testing.assert_close(without[kept], with_graph[kept], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(frozen[kept], without[kept], rtol=1e-4, atol=1e-4)  # a float attention takes torch's own
         assert (without[kept] - far[kept]).abs().max() > 0.05
     before = fingerprint(plain)
     assert [part[2:] for part in fingerprint(fqt.revert(model)) if len(part) > 4] == [
         part[2:] for part in before if len(part) > 4
     ]
     assert model.use_nested_tensor == plain.use_nested_tensor
+    assert model.layers[0].activation_relu_or_gelu == plain.layers[0].activation_relu_or_gelu  # type: ignore[union-attr]
 
 
 def test_one_forward_finds_the_ends_of_a_transformer(caplog: pytest.LogCaptureFixture) -> None:
