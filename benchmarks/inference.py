@@ -4,12 +4,12 @@
                                    [--threads 1 2] [--json F] [--quick]
 
 Models are those of `benchmarks.step`, in evaluation and with random weights: vgg16, resnet18 and mlp by `fqt_1bit` and `int8`;
-two blocks of BERT-base and four of a Llama (768 wide, 2048 inside, 256 tokens in the vocabulary), every layer of them converted;
-"signs" is bitnet with weights of signs. llama_token reads one token from an empty cache, which is what a step of generating is
-but for its attention, so that bytes of weights decide; llama_prompt reads 256. Their batch is 1.
+two blocks of BERT-base and four of a Llama (768 wide, 2048 inside, 256 tokens in the vocabulary), every layer of them
+converted; "signs" is bitnet with weights of signs. llama_token reads one token from an empty cache, which is what a step of
+generating is but for its attention, so that bytes of weights decide; llama_prompt reads 256. Their batch is 1.
 
-Against a frozen model, eager, and where it has no convolutions compiled, stand torch float32, eager and compiled, images in NCHW and
-channels_last; onnxruntime in float32 and int8 (static QDQ, and dynamic where all is linear); and llama.cpp from a GGUF file of
+Against a frozen model, eager, and where it has no convolutions compiled, stand torch float32, eager and compiled, images in
+NCHW and channels_last; onnxruntime in float32 and int8 (static QDQ, and dynamic where all is linear); and llama.cpp from a GGUF file of
 the same codes. A runtime that is not installed is skipped, by name. All take turns after a warm-up, each turn as many
 runs as take 20 ms, so what else the machine does hits all alike: medians of seven turns, with the fastest and the slowest.
 First the frozen model must give the converted model's outputs in evaluation, bit for bit, else the exit status is 1 and there

@@ -29,7 +29,6 @@ from fqt.inspect.summary import NOTE, count_macs, forget_macs
 from fqt.inspect.timing import measure
 from fqt.layers import STATES, QuantizedLayer, adapter_of, converted_class, plain_class, quantized_layers, refuse_frozen
 from fqt.layers.lending import lend, lend_no_more
-from fqt.layers.parametrized import beneath
 from fqt.layers.patched import rebind, stranger
 from fqt.recipe import Recipe
 from fqt.recipe_yaml import load_recipe
