@@ -9,11 +9,11 @@ converted; "signs" is bitnet with weights of signs. llama_token reads one token 
 generating is but for its attention, so that bytes of weights decide; llama_prompt reads 256. Their batch is 1.
 
 Against a frozen model, eager, and where it has no convolutions compiled, stand torch float32, eager and compiled, images in
-NCHW and channels_last; onnxruntime in float32 and int8 (static QDQ, and dynamic where all is linear); and llama.cpp from a GGUF file of
-the same codes. A runtime that is not installed is skipped, by name. All take turns after a warm-up, each turn as many
-runs as take 20 ms, so what else the machine does hits all alike: medians of seven turns, with the fastest and the slowest.
-First the frozen model must give the converted model's outputs in evaluation, bit for bit, else the exit status is 1 and there
-is no figure.
+NCHW and channels_last; onnxruntime in float32 and int8 (static QDQ, and dynamic where all is linear); and llama.cpp from a
+GGUF file of the same codes. A runtime that is not installed is skipped, by name. All take turns after a warm-up, each turn as
+many runs as take 20 ms, so what else the machine does hits all alike: medians of seven turns, with the fastest and the
+slowest. First the frozen model must give the converted model's outputs in evaluation, bit for bit, else the exit status is 1
+and there is no figure.
 
 --quick: three turns, one thread, no torch.compile, batch 1: no evidence.
 """
