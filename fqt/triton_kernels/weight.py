@@ -77,10 +77,13 @@ def _multiplied(
 def _sums(
     g_ptr, x_ptr, sums_ptr, index_ptr, outputs, channels, columns, terms, chunk, g_row, x_row, positions, width,
     x_height, x_width, kw, sh, sw, top, left, dh, dw,
-    WINDOW: tl.constexpr, GATHER: tl.constexpr, G_GRID: tl.constexpr, G_BITS: tl.constexpr, WIDE: tl.constexpr,
-    FLOAT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    WINDOW: tl.constexpr, GATHER: tl.constexpr, ALONE: tl.constexpr, G_GRID: tl.constexpr, G_BITS: tl.constexpr,
+    WIDE: tl.constexpr, FLOAT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of the pixels, added to sums (O, K, I), which begin at 0. outputs, channels: of a conv group."""
+    """A chunk of the pixels, added to sums (O, K, I), which begin at 0; or, ALONE, written there.
+
+    outputs, channels: of a conv group.
+    """
     m, tap, c = _place(columns, channels, N, M)
     m_ok = m < outputs
     o = tl.program_id(1) * outputs + m
@@ -98,12 +101,12 @@ def _sums(
     )  # fmt: skip
     at = o.to(tl.int64)[:, None] * columns + (tap * channels + c)[None, :]
     ok = m_ok[:, None] & (c < channels)[None, :]
-    if FLOAT:  # of which there is one chunk
-        tl.store(sums_ptr + at, total, mask=ok)
-    elif WIDE:
-        tl.atomic_add(sums_ptr + at, total.to(tl.int64), mask=ok)
+    if ALONE:  # one chunk, which nobody else adds to
+        tl.store(sums_ptr + at, total.to(sums_ptr.dtype.element_ty), mask=ok)
+    elif WIDE:  # relaxed: the next launch sees the sums, and within this one nobody reads them
+        tl.atomic_add(sums_ptr + at, total.to(tl.int64), mask=ok, sem="relaxed")
     else:
-        tl.atomic_add(sums_ptr + at, total, mask=ok)
+        tl.atomic_add(sums_ptr + at, total, mask=ok, sem="relaxed")
 
 
 @triton.jit
@@ -285,10 +288,11 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None, *, rules: pla
 
     cut = rules.split(tiles * groups, terms, t, g.format, x.format) if not is_float else plan.Split(terms, 1)
     dtype = torch.float32 if is_float else torch.int64 if how["WIDE"] else torch.int32
-    sums = torch.zeros(shape, dtype=dtype, device=device)
+    alone = cut.splits == 1
+    sums = (torch.empty if alone else torch.zeros)(shape, dtype=dtype, device=device)  # of pruned channels nothing is read
     launch(
         _sums, (tiles, groups, cut.splits), g_codes, x_codes, sums, index, outputs, channels, taps * channels, terms, cut.chunk,
-        g_row, *lie, *where, GATHER=gathered, **how,
+        g_row, *lie, *where, GATHER=gathered, ALONE=alone, **how,
     )  # fmt: skip
     y = (torch.zeros if gathered else torch.empty)(shape, dtype=torch.float32, device=device)
     launch(
