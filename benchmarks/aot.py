@@ -33,12 +33,12 @@ from benchmarks import sass
 from benchmarks.common import table, write_json
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
-from fqt.qtensor import QTensor
+from fqt.qtensor import QTensor, codes_dtype
 from fqt.reference import norm as specification
 from fqt.reference.norm import Source, Windows
-from fqt.triton_kernels import calibrate, codes, gather, norm, plan, prune, quantize, weight
+from fqt.triton_kernels import calibrate, codes, decode, gather, norm, plan, prune, quantize, weight
 
-MODULES = (calibrate, codes, gather, norm, prune, quantize, weight)
+MODULES = (calibrate, codes, decode, gather, norm, prune, quantize, weight)
 CAPABILITIES = (80, 89, 90, 100)
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _WINDOW = Geometry(16, 16, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)
@@ -137,6 +137,9 @@ def calls(quick: bool, rules: plan.Rules = plan.RULES) -> Iterator[tuple[str, Ca
     # on a device an argument that is 1 is a constant: another program than for any other size
     yield "quantize one", lambda: quantize.quantize(x[:1, :1, :1], Format.parse("sign:O"), calibrate="absmean")
 
+    for name in ("uint4+:N", "sign") if quick else ("uint4+:NC", "sign", "int8:C", "e4m3", "fixed12"):
+        yield f"decode {name}", lambda n=name: decode.decode(zeros(n, (8, 256, 128)))
+
     products = [
         ("output", "sign", "sign:O", False), ("grad_input", "uint4+:N", "sign", True),
         ("grad_weight", "uint4+:C", "sign", True), ("grad_weight", "uint4+:NC", "sign", False),
@@ -194,7 +197,7 @@ def zeros(name: str, shape: Shape3, pruned: bool = False) -> QTensor:
     """A quantized tensor of zeros."""
     format = Format.parse(name)
     groups = format.groups(shape)
-    codes_ = torch.zeros(format.packed_shape(shape), dtype=torch.uint8)
+    codes_ = torch.zeros(format.packed_shape(shape), dtype=codes_dtype(format))
     index = torch.zeros(groups, dtype=torch.int32) if pruned else None
     return QTensor(codes_, torch.zeros(groups), torch.zeros(groups) if format.offset else None, index, format, shape)
 

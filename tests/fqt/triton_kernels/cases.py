@@ -29,6 +29,7 @@ from fqt.rows import Serves
 from fqt.testing import assert_same_codes, assert_same_scales, assert_same_values
 from fqt.triton_kernels import gather, plan, weight
 from fqt.triton_kernels import norm as norm_kernels
+from fqt.triton_kernels.decode import decode
 from fqt.triton_kernels.quantize import calibrate, encode, quantize
 from fqt.triton_kernels.rows import ROWS
 from tests.fqt import random_cases, random_norm
@@ -65,6 +66,7 @@ def fuzz_quantize(device: str, seed: int, count: int) -> None:
         with _told(f"case {case}: {format.name}, {shape} {x.stride()} {x.dtype}, {options}"), _another_default():
             actual, mask = quantize(x.to(device), format, **{name: _to(value, device) for name, value in options.items()})
             assert_same_codes(actual, expected)
+            assert_same_values(decode(actual), reference.decode(expected))
             assert (mask is None) == (expected_mask is None)
             assert expected_mask is None or torch.equal(mask.cpu(), expected_mask), "masks differ"
 
