@@ -35,9 +35,8 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
 def device_capability() -> tuple[int, int]:
-    """Compute capability of the current device; Hopper's where there is none."""
+    """Compute capability of the current device, of which a machine may have several kinds; Hopper's where there is none."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 
 
@@ -181,7 +180,7 @@ TILES = (
 
 HOLDS = {
     "": (64, 128, 64, 128), "places": (64, 64, 64, 128), "added": (32, 64, 64, 128), "offset": (64, 64, 32, 64),
-    "offsets": (32, 32, 32, 64),
+    "offsets": (32, 32, 32, 64), "wide": (32, 32, 32, 64),
 }  # fmt: skip
 """What a thread holds beside its sums of codes -> the most sums that then fit its registers before Hopper, on Hopper, after;
 the most terms at a time."""
@@ -195,7 +194,7 @@ def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False
     Args:
         turned: an operand is read across k and turned in registers.
         holds: "places": of pixels under a window, or a second set of sums (8-bit floats); "added": sums to be added to;
-            "offset": an operand's offset, centre or mask; "offsets": of both, and a window.
+            "offset": an operand's offset, centre or mask; "offsets": of both, and a window; "wide": sums of 64 bits.
     """
     hopper = capability >= (9, 0)
     sums = t.m * t.n // (32 * t.warps)  # of a thread

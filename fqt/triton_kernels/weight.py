@@ -20,7 +20,7 @@ from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
 from fqt.triton_kernels import plan
 from fqt.triton_kernels.codes import dequantized, expanded, load_codes
-from fqt.triton_kernels.launch import capability, launch
+from fqt.triton_kernels.launch import capability, fitted, launch
 
 
 @triton.jit
@@ -239,9 +239,11 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None, *, rules: pla
     blocks, linear, is_float = "N" in g.format.axes, plan.is_linear(window), g.format.is_float
     gathered = g.index is not None and (g.format.axes == "N" or (g.format.axes == "C" and groups == 1))
     terms = positions if blocks else n * positions
-    device = g.codes.device
+    device, rules = g.codes.device, fitted(rules, g.codes)
+    wide = plan.bound(terms, g.format, x.format) >= rules.wide
     cuts = n if blocks else plan.ceil_div(terms, 1024)  # into which the sum may be cut
-    t = rules.tile(outputs, channels, terms, capability(g.codes), groups * taps * cuts, turned=not linear, holds="added")
+    holds = "wide" if blocks and wide else "added"  # chunks of one sum are cut such that 32 bits hold each
+    t = rules.tile(outputs, channels, terms, capability(g.codes), groups * taps * cuts, turned=not linear, holds=holds)
     tiles = plan.ceil_div(outputs, t.m) * taps * plan.ceil_div(channels, t.n)
 
     x_codes = expanded(x, (2, 0, 1) if linear else (0, 1, 2))
@@ -268,7 +270,7 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None, *, rules: pla
     }  # fmt: skip
     how = {
         "WINDOW": not linear, "G_GRID": g.format.grid, "G_BITS": g_bits, "FLOAT": is_float,
-        "WIDE": plan.bound(terms, g.format, x.format) >= rules.wide, "M": t.m, "N": t.n, "K": t.k,
+        "WIDE": wide, "M": t.m, "N": t.n, "K": t.k,
         "warps": t.warps, "stages": t.stages,
     }  # fmt: skip
     shape = (all_outputs, taps, channels)
