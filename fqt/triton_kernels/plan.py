@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fqt import measured
 from fqt.formats import Format, Grouping, Shape3
 from fqt.geometry import Geometry
 
@@ -204,6 +205,12 @@ def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False
     return sums <= most[min(max(capability[0], 8), 10) - 8] and t.k <= terms
 
 
+def measured_key(m: int, n: int, k: int, capability: tuple[int, int], *, turned: bool = False, holds: str = "") -> str:
+    """What `fqt.measured` knows a product by: two of one key are close enough to take one tile."""
+    sizes = "x".join(str(power_of_two(size)) for size in (m, n, k))
+    return " ".join(filter(None, (f"{capability[0]}.{capability[1]}", sizes, "turned" * turned, holds)))
+
+
 def centre(format: Format) -> int:
     """What is subtracted from codes to make them signed bytes."""
     return 128 if format.grid == "uint" and format.bits == 8 else 0
@@ -259,8 +266,8 @@ class Rules:
         turned: bool = False,
         holds: str = "",
     ) -> Tile:
-        """The largest tile that fits shared memory, wastes no half of itself and gives each processor work (else the smallest
-        fit).
+        """The tile that was measured to be the fastest; where none was, the largest that fits shared memory, wastes no half of
+        itself and gives each processor work (else the smallest fit).
 
         Args:
             k: terms that lie on end.
@@ -268,9 +275,13 @@ class Rules:
             turned, holds: see `fits_registers`.
         """
         limit = shared_bytes(capability)
-        tiles = [t for t in self.tiles if fits_registers(t, capability, turned=turned, holds=holds)] or [self.tiles[-1]]
-        fits = [t for t in tiles if t.bytes <= limit and t.m < 2 * m and t.n < 2 * n and t.k < 2 * max(k, 17)]
+        tiles = [t for t in self.tiles if t.bytes <= limit and fits_registers(t, capability, turned=turned, holds=holds)]
+        tiles = tiles or [self.tiles[-1]]
+        fits = [t for t in tiles if t.m < 2 * m and t.n < 2 * n and t.k < 2 * max(k, 17)]
         fits = fits or [tiles[-1]]
+        fastest = measured.tiles("triton").get(measured_key(m, n, k, capability, turned=turned, holds=holds))
+        if fastest is not None and Tile(*fastest) in tiles:
+            return Tile(*fastest)
         for candidate in fits:
             if ceil_div(m, candidate.m) * ceil_div(n, candidate.n) * programs >= self.processors:
                 return candidate
