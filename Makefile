@@ -60,7 +60,7 @@ build/check-extension/%.o: %.cpp $(wildcard tests/csrc/*.h fqt/cpu/csrc/*/*.h)
 	$(CXX) $(CHECK_FLAGS) -O1 -c $< -o $@
 
 # not in .venv: a GPU host has a torch of its own, which PYTHON names
-gpu-check: ## on a GPU: build, pytest -m gpu, compare every kernel with the reference, time them; ARGS="--json F"
+gpu-check: ## on a GPU: compare every kernel with the reference, time them, test; ARGS="--parts smoke,products --json F.jsonl"
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 lint: .venv/linted ## ruff, pyright, import-linter

@@ -4,8 +4,9 @@
 
 Every launch that a set of calls makes is recorded and compiled ahead of time for each capability, at every tile of the search
 space that fits the chip, and taken apart: registers, shared memory, the tensor-core instructions. The command fails if a kernel
-spills registers to local memory, needs more shared memory than the chip has, or holds none of the instructions that it is for.
-`--quick` takes the tile that `plan` picks and a few calls.
+spills registers to local memory, needs more shared memory than the chip has, holds none of the instructions that it is for, or
+waits for the device to see what it wrote (MEMBAR.GPU).
+Of each product it tells a roofline (`benchmarks.sass`). `--quick` takes the tile that `plan` picks and a few calls.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from benchmarks import sass
 from benchmarks.common import table, write_json
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
-from fqt.qtensor import QTensor
+from fqt.qtensor import QTensor, codes_dtype
 from fqt.reference import norm as specification
 from fqt.reference.norm import Source, Windows
-from fqt.triton_kernels import calibrate, codes, gather, norm, plan, prune, quantize, weight
+from fqt.triton_kernels import calibrate, codes, decode, gather, norm, plan, prune, quantize, weight
 
-MODULES = (calibrate, codes, gather, norm, prune, quantize, weight)
+MODULES = (calibrate, codes, decode, gather, norm, prune, quantize, weight)
 CAPABILITIES = (80, 89, 90, 100)
-TENSOR_CORES = r"\b(?:U?T?C?[IHQBO](?:G?MMA))\b[.A-Z0-9]*"
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _WINDOW = Geometry(16, 16, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)
 
@@ -136,6 +137,9 @@ def calls(quick: bool, rules: plan.Rules = plan.RULES) -> Iterator[tuple[str, Ca
     # on a device an argument that is 1 is a constant: another program than for any other size
     yield "quantize one", lambda: quantize.quantize(x[:1, :1, :1], Format.parse("sign:O"), calibrate="absmean")
 
+    for name in ("uint4+:N", "sign") if quick else ("uint4+:NC", "sign", "int8:C", "e4m3", "fixed12"):
+        yield f"decode {name}", lambda n=name: decode.decode(zeros(n, (8, 256, 128)))
+
     products = [
         ("output", "sign", "sign:O", False), ("grad_input", "uint4+:N", "sign", True),
         ("grad_weight", "uint4+:C", "sign", True), ("grad_weight", "uint4+:NC", "sign", False),
@@ -193,7 +197,7 @@ def zeros(name: str, shape: Shape3, pruned: bool = False) -> QTensor:
     """A quantized tensor of zeros."""
     format = Format.parse(name)
     groups = format.groups(shape)
-    codes_ = torch.zeros(format.packed_shape(shape), dtype=torch.uint8)
+    codes_ = torch.zeros(format.packed_shape(shape), dtype=codes_dtype(format))
     index = torch.zeros(groups, dtype=torch.int32) if pruned else None
     return QTensor(codes_, torch.zeros(groups), torch.zeros(groups) if format.offset else None, index, format, shape)
 
@@ -221,8 +225,11 @@ def examined(launch: Launch, capability: int) -> dict[str, object]:
         "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
         "shared_bytes": compiled.metadata.shared,
         "local": local,
-        "tensor_cores": sorted(set(re.findall(TENSOR_CORES, code))),
+        "tensor_cores": sorted(set(re.findall(sass.TENSOR_CORES, code))),
     }
+    loop = sass.inner_loop(code) if launch.product else None
+    if loop is not None:
+        row |= _modelled(loop, launch, capability, row)
     limit = plan.shared_bytes((capability // 10, capability % 10))
     name = f"{row['kernel']} {row['tile']} of {launch.call} for sm_{capability}"
     if local:
@@ -231,7 +238,21 @@ def examined(launch: Launch, capability: int) -> dict[str, object]:
         raise RuntimeError(f"{name} needs {compiled.metadata.shared:,} bytes of shared memory, the chip has {limit:,}")
     if launch.product and not row["tensor_cores"]:
         raise RuntimeError(f"{name} holds no tensor-core instruction")
+    if fences := len(re.findall(sass.FENCES, code)):
+        raise RuntimeError(
+            f"{name} waits {fences} times for the device to see what it wrote (MEMBAR.GPU): is an atomic not relaxed?"
+        )
     return row
+
+
+def _modelled(loop: sass.Loop, launch: Launch, capability: int, row: dict[str, object]) -> dict[str, object]:
+    """Of a product's loop: instructions for each of the tensor cores', blocks that share a multiprocessor, and the roofline."""
+    chip, warps = capability / 10, int(launch.constants["num_warps"])  # type: ignore[call-overload]
+    together = sass.blocks(chip, int(row["registers"]), int(row["shared_bytes"]), warps)  # type: ignore[call-overload]
+    m, n, k = (int(launch.constants[size]) for size in "MNK")  # type: ignore[call-overload]
+    kind = "float8" if launch.constants.get("FLOAT") else "int8"
+    cycles = sass.roofline(loop, (m, n, k), kind, chip, warps, together)
+    return {"loop": loop.instructions, "mmas": loop.products, "pending": loop.pending, "blocks": together, **cycles}
 
 
 def _told(tool: str, *arguments: str) -> str:
@@ -265,6 +286,15 @@ def measure(capabilities: list[int], quick: bool, only: str = "") -> tuple[list[
     return rows, failures
 
 
+def _cells(row: dict[str, Any]) -> list[str]:
+    """The last five columns of a product's row."""
+    if "loop" not in row:
+        return [""] * 5
+    waits = "" if row["pending"] is None else f" wait {row['pending']}"
+    cycles = f"{row['issue']:.0f} : {row['tensor']:.0f}{waits}"
+    return [f"{row['loop']} / {row['mmas']}", str(row["blocks"]), cycles, f"{row['share']:.2f}", f"{row['bytes']:.0f}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES))
@@ -273,13 +303,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
     rows, failures = measure(args.capability, args.quick, args.only)
-    head = ["kernel", "call", "sm", "tile", "warps", "stages", "registers", "shared", "tensor cores"]
+    head = ["kernel", "call", "sm", "tile", "warps", "stages", "registers", "shared", "tensor cores", "loop / mma", "blocks",
+            "issue : tensor", "share", "bytes"]  # fmt: skip
     print(
         table(
             head,
             [
                 [row["kernel"], row["call"], row["capability"], row["tile"], row["warps"], row["stages"], row["registers"],
-                 f"{row['shared_bytes']:,}", " ".join(row["tensor_cores"])]  # type: ignore[arg-type]
+                 f"{row['shared_bytes']:,}", " ".join(row["tensor_cores"]), *_cells(row)]  # type: ignore[arg-type]
                 for row in rows
             ],
         )

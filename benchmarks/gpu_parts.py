@@ -1,27 +1,30 @@
-"""The parts of `gpu_check`: rows of what is compared with the reference and timed, on any device and with any clock."""
+"""The parts of `gpu_check` that time kernels, as tasks: a name, and a function that yields rows.
+
+Each kernel is compared with the reference on small operands before it is timed, with the tile that the large ones take.
+"""
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-import fqt
-from benchmarks.cases import coded, covering
-from benchmarks.gpu_models import MODELS
-from fqt import ops, reference
+from benchmarks.cases import Product, coded, covering
+from benchmarks.gpu_asked import ASKED
+from benchmarks.gpu_machine import Machine
+from fqt import ops, reference, selfcheck
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.ops import Kernel, Request
-from fqt.qtensor import QTensor
 from fqt.quantizers import build
 from fqt.testing import assert_same_codes, assert_same_values
 
-SIZES = (1024, 2048, 4096, 8192, 16384)
+SIZES = (8192, 4096, 1024)
 QUANTIZERS = (
     ("x", "xnor_activation", {}),
     ("x", "dorefa_activation", {"bits": 2}),
@@ -59,24 +62,26 @@ LAYER_FORMATS = {
     "fqt_1bit": (("sign", "sign:O"), ("uint4+:N", "sign"), ("uint4+:C", "sign")),
     "int8": (("int8:N", "int8:O"), ("int8:N", "int8"), ("int8:C", "int8")),
 }
-STEPS = ("resnet50", "vit_b_16", "resnet18", "vgg16", "gpt2_small")
-RECIPES = ("int8", "fqt_1bit", "fqt_w1a1g4")
+WINDOW = Geometry(12, 12, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)
+CHECKED = 256  # a size of operands that Triton compiles no other program for than for larger ones
 Row = dict[str, object]
-Bench = Callable[[Callable[[], object]], float]
-"""Milliseconds of a call."""
+Task = tuple[str, Callable[[], Iterator[Row]]]
 
 
 def serving(operator: str, device: str, formats: tuple[Format, ...], geometry: Geometry | None = None) -> list[Kernel]:
     """Every row of the table that serves this, the reference left out."""
     request = Request(device, formats, geometry)
-    rows = [row for row in ops.KERNELS if row.operator == operator and row.device == device]
-    return [row for row in rows if row.refuses(request) is None and not (row.native and ops.broken(row))]
+    rows = [row for row in ops.KERNELS if row.operator == operator and row.device == device and row.backend != "reference"]
+    return [row for row in rows if row.refuses(request) is None]
 
 
-def moved(q: QTensor, device: str) -> QTensor:
-    codes, scale, offset, index = (None if t is None else t.to(device) for t in (q.codes, q.scale, q.offset, q.index))
-    assert codes is not None and scale is not None
-    return QTensor(codes, scale, offset, index, q.format, q.shape)
+def checked(geometry: Geometry | None) -> tuple[Shape3, Shape3, Shape3]:
+    """Shapes of x, w and g on which a product is compared with the reference."""
+    if geometry is None:
+        return ((CHECKED, 1, CHECKED),) * 3
+    outputs = geometry.output_size[0] * geometry.output_size[1]
+    taps = geometry.kernel[0] * geometry.kernel[1]
+    return (2, geometry.height * geometry.width, 64), (64, taps, 64), (2, outputs, 64)
 
 
 def operands(
@@ -90,15 +95,15 @@ def operands(
 ) -> tuple:
     """A product's arguments. shapes: of x, w and g."""
     x, w, g = shapes
-    first, second = {"output": (x, w), "grad_input": (g, w), "grad_weight": (g, x)}[operator]
-    rest = {"output": (None, geometry), "grad_input": (None, geometry, x), "grad_weight": (geometry,)}[operator]
+    first, second = {"grad_input": (g, w), "grad_weight": (g, x)}.get(operator, (x, w))
+    rest = {"output": (None, geometry), "grad_input": (None, geometry, x)}.get(operator, (geometry,))
     return (coded(left, first, keep, device), coded(right, second, device=device), *rest)
 
 
 def wrong(row: Kernel, args: tuple, device: str, **options: object) -> str:
     """The first difference of a product from the reference on the CPU, or "". options: further ones of the kernel."""
-    there = (moved(arg, device) if isinstance(arg, QTensor) else arg for arg in args)
-    actual, expected = ops.load(row.function)(*there, **options).cpu(), getattr(reference, row.operator)(*args)
+    actual = ops.load(row.function)(*selfcheck.moved(args, device), **options).cpu()
+    expected = getattr(reference, row.operator)(*args)
     try:
         if row.exact:
             assert_same_values(actual, expected)
@@ -110,69 +115,87 @@ def wrong(row: Kernel, args: tuple, device: str, **options: object) -> str:
     return ""
 
 
-# --- parts -----------------------------------------------------------------------------------------------------------
+def asked_of(quantizer) -> dict[str, Any]:
+    """What a quantizer asks of the operator `quantize`."""
+    names = ("calibrate", "limits", "stochastic", "prune", "keep_one_in", "pass_range")
+    return {name: getattr(quantizer, name) for name in names}
 
 
-def quantizers(device: str, bench: Bench, shape: Shape3 = (256, 1024, 256)) -> Iterator[Row]:
+def quantizers(machine: Machine) -> Iterator[Task]:
     """Quantizers against the bandwidth of a copy."""
-    x, key = torch.randn(shape, device=device), torch.tensor(1)
-    to = torch.empty_like(x)
-    copy_ms = bench(lambda: to.copy_(x))
-    bandwidth = 2 * x.nbytes / copy_ms  # bytes a millisecond
-    yield {"part": "quantize", "name": "copy", "ms": copy_ms, "gbytes": bandwidth / 1e6}
-    small = torch.randn(9, 65, 72)
+    x = torch.randn((4, 16, 16) if machine.small else (256, 1024, 256), device=machine.device)
+    yield "copy", functools.partial(_copied, machine, x)
     for operand, name, options in QUANTIZERS:
         quantizer = build(name, operand, **options)
         assert quantizer is not None
-        format = quantizer.format(operand)
-        asked = {
-            "calibrate": quantizer.calibrate, "limits": quantizer.limits, "stochastic": quantizer.stochastic,
-            "prune": quantizer.prune, "keep_one_in": quantizer.keep_one_in, "pass_range": quantizer.pass_range,
-        }  # fmt: skip
-        for kernel in serving("quantize", device, (format,)):
-            row: Row = {"part": "quantize", "name": f"{name} {format.name}", "backend": kernel.label}
-            function = ops.load(kernel.function)
-            try:
-                actual, _ = function(small.to(device), format, key=key.to(device), stream=2, **asked)
-                assert_same_codes(actual, reference.quantize(small, format, key=key, stream=2, **asked)[0])
-            except AssertionError as error:
-                yield row | {"wrong": " ".join(str(error).split())[:200]}
-                continue
-            here = key.to(device)
-            q, mask = function(x, format, key=here, stream=2, **asked)
-            moves = x.nbytes + q.nbytes + (0 if mask is None else mask.nbytes)
-            ms = bench(functools.partial(function, x, format, key=here, stream=2, **asked))
-            yield row | {"ms": ms, "share": moves / ms / bandwidth}
+        label = f"{name} {quantizer.format(operand).name}"
+        yield label, functools.partial(_quantized, machine, x, label, quantizer, quantizer.format(operand))
 
 
-def matmuls(device: str, bench: Bench, sizes: tuple[int, ...] = SIZES) -> Iterator[Row]:
-    """torch's own products, then every kernel's."""
-    bf16: dict[int, float] = {}
-    for size in sizes:
-        a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-        bf16[size] = bench(functools.partial(torch.matmul, a, b))
-        yield {"part": "products", "formats": "bf16 x bf16", "backend": "torch", "operator": "", "size": size, "ms": bf16[size]}
-        for name, call in _own(size, device).items():
-            row: Row = {"part": "products", "formats": name, "backend": "torch", "operator": "", "size": size}
-            try:
-                ms = bench(call)
-                yield row | {"ms": ms, "ratio": bf16[size] / ms}
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                yield row | {"failed": " ".join(str(error).split())[:120]}
-    for operator, left, right, keep in covering(PRODUCTS, device):
-        formats = (Format.parse(left), Format.parse(right))
-        named = f"{left} x {right}" + (f" kept {keep}" if keep < 1 else "")
-        for kernel in serving(operator, device, formats):
-            row = {"part": "products", "operator": operator, "formats": named, "backend": kernel.label}
-            check = ((96, 1, 264), (160, 1, 264), (96, 1, 160))
-            found = wrong(kernel, operands(operator, left, right, keep, check, None), device)
-            if found:
-                yield row | {"wrong": found}
-                continue
-            for size in sizes:
-                args = operands(operator, left, right, keep, ((size, 1, size),) * 3, None, device)
-                ms = bench(functools.partial(ops.load(kernel.function), *args))
-                yield row | {"size": size, "ms": ms, "ratio": bf16[size] / ms}
+def _copied(machine: Machine, x: Tensor) -> Iterator[Row]:
+    to = torch.empty_like(x)
+    ms = machine.bench(lambda: to.copy_(x))
+    yield {"name": "copy", "ms": ms, "bytes": 2 * x.nbytes}
+
+
+def _quantized(machine: Machine, x: Tensor, label: str, quantizer, format: Format) -> Iterator[Row]:
+    small = torch.randn((3, 9, 20) if machine.small else (9, 65, 72))
+    key, asked = torch.tensor(1), asked_of(quantizer)
+    for kernel in serving("quantize", machine.device, (format,)):
+        row: Row = {"name": label, "backend": kernel.label}
+        call = functools.partial(ops.load(kernel.function), format=format, key=key.to(machine.device), stream=2, **asked)
+        try:
+            assert_same_codes(
+                call(small.to(machine.device))[0], reference.quantize(small, format, key=key, stream=2, **asked)[0]
+            )
+        except AssertionError as error:
+            yield row | {"wrong": " ".join(str(error).split())[:200]}
+            continue
+        q, mask = call(x)
+        bytes = x.nbytes + q.nbytes + (0 if mask is None else mask.nbytes)
+        yield row | {"ms": machine.bench(functools.partial(call, x)), "bytes": bytes}
+
+
+def products(machine: Machine, asked: Sequence[Product] = PRODUCTS) -> Iterator[Task]:
+    """torch's own products of a size, then every kernel's; the largest size first."""
+    for size in (32,) if machine.small else SIZES:
+        yield f"torch {size}", functools.partial(_torch_products, machine, size)
+        for product in covering(asked, machine.device):
+            operator, left, right, keep = product
+            named = f"{left} x {right}" + (f" kept {keep}" if keep < 1 else "")
+            for kernel in serving(operator, machine.device, (Format.parse(left), Format.parse(right))):
+                row: Row = {"operator": operator, "formats": named, "backend": kernel.label, "size": size}
+                task = functools.partial(_multiplied, machine, kernel, product, row)
+                yield f"{operator} {named} {kernel.label} {size}", task
+
+
+def _torch_products(machine: Machine, size: int) -> Iterator[Row]:
+    a, b = (torch.randn(size, size, device=machine.device, dtype=torch.bfloat16) for _ in range(2))
+    calls = {"bf16 x bf16": functools.partial(torch.matmul, a, b)} | _own(size, machine.device)
+    for name, call in calls.items():
+        row: Row = {"formats": name, "backend": "torch", "operator": "", "size": size}
+        try:
+            yield row | {"ms": machine.bench(call)}
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            yield row | {"absent": " ".join(str(error).split())[:120]}
+
+
+def _multiplied(machine: Machine, kernel: Kernel, product: Product, row: Row) -> Iterator[Row]:
+    operator, left, right, keep = product
+    size, function = int(str(row["size"])), ops.load(kernel.function)
+    args = operands(operator, left, right, keep, ((size, 1, size),) * 3, None, machine.device)
+    options = forced(kernel, function, args)
+    found = wrong(kernel, operands(operator, left, right, keep, checked(None), None), machine.device, **options)
+    yield row | ({"wrong": found} if found else {"ms": machine.bench(functools.partial(function, *args))})
+
+
+def forced(kernel: Kernel, function: Callable, args: tuple) -> dict[str, Any]:
+    """The option of a kernel that lets any operands take the tile that these take; none for a kernel without tiles."""
+    if kernel.backend not in ASKED:
+        return {}
+    rules = ASKED[kernel.backend]()
+    function(*args, rules=rules)
+    return {"rules": replace(rules, tiles=(rules.found[0],))}
 
 
 def _own(size: int, device: str) -> dict[str, Callable[[], object]]:
@@ -187,114 +210,41 @@ def _own(size: int, device: str) -> dict[str, Callable[[], object]]:
     return {"torch._int_mm": lambda: torch._int_mm(int8, int8.t()), "torch._scaled_mm": scaled}
 
 
-def layers(device: str, bench: Bench, batch: int = 64, layers: tuple = LAYERS) -> Iterator[Row]:
+def layers(machine: Machine, layers: tuple = LAYERS) -> Iterator[Task]:
     """Convolutions of two models, three products each, against torch's in bf16 and channels_last."""
-    for model, inputs, outputs, size, window, stride in layers:
-        pad = window // 2
-        geometry = Geometry(size, size, (window, window), (stride, stride), (pad,) * 4, (1, 1), 1)
-        out = geometry.output_size[0]
+    for model, inputs, outputs, size, window, stride in (("small", 8, 16, 8, 3, 2),) if machine.small else layers:
         name = f"{model} {window}x{window} {inputs}->{outputs} @{size}" + (f" /{stride}" if stride > 1 else "")
-        row: Row = {"part": "layers", "name": name}
-        x = torch.randn(batch, inputs, size, size, device=device, dtype=torch.bfloat16)
-        w = torch.randn(outputs, inputs, window, window, device=device, dtype=torch.bfloat16)
-        g = torch.randn(batch, outputs, out, out, device=device, dtype=torch.bfloat16)
-        x, w, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, w, g))
-
-        fixed = (None, (stride, stride), (pad, pad), (1, 1), False, (0, 0), 1)
-        backward = functools.partial(torch.ops.aten.convolution_backward, g, x, w, *fixed)
-        torch_ms = {
-            "output": bench(functools.partial(F.conv2d, x, w, None, stride, pad)),
-            "grad_input": bench(functools.partial(backward, (True, False, False))),
-            "grad_weight": bench(functools.partial(backward, (False, True, False))),
-        }
-        for recipe, pairs in LAYER_FORMATS.items():
-            for operator, (left, right) in zip(torch_ms, pairs, strict=True):
-                for kernel in serving(operator, device, (Format.parse(left), Format.parse(right)), geometry):
-                    here = row | {"recipe": recipe, "operator": operator, "backend": kernel.label}
-                    small, large = (
-                        ((n, size**2, inputs), (outputs, window**2, inputs), (n, out**2, outputs)) for n in (2, batch)
-                    )
-                    found = wrong(kernel, operands(operator, left, right, 1.0, small, geometry), device)
-                    if found:
-                        yield here | {"wrong": found}
-                        continue
-                    args = operands(operator, left, right, 1.0, large, geometry, device)
-                    ms = bench(functools.partial(ops.load(kernel.function), *args))
-                    yield here | {"ms": ms, "torch_ms": torch_ms[operator], "ratio": torch_ms[operator] / ms}
+        yield name, functools.partial(_layer, machine, name, inputs, outputs, size, window, stride)
 
 
-def steps(device: str, bench: Bench, models: tuple[str, ...] = STEPS, recipes: tuple[str, ...] = RECIPES) -> Iterator[Row]:
-    """Forward and backward of whole models, each recipe against bf16 autocast with torch.compile, and torchao where it is."""
-    for name in models:
-        row: Row = {"part": "steps", "name": name}
-        try:
-            plain, make_batch, loss = MODELS[name]()
-        except ImportError as error:
-            yield row | {"failed": f"absent: {error}"}
-            continue
-        plain, batch = plain.to(device), make_batch(device)
-        baseline = copy.deepcopy(plain)
-        bf16 = bench(_step(torch.compile(baseline) if device == "cuda" else baseline, batch, loss, device))
-        yield row | {"recipe": "bf16 autocast" + " + compile" * (device == "cuda"), "ms": bf16}
-        del baseline
-        torch.compiler.reset()
-        for recipe in recipes:
-            here = row | {"recipe": recipe}
-            try:
-                model = fqt.convert(copy.deepcopy(plain), recipe)
-                step = _step(model, batch, loss, device)
-                eager = bench(step)
-                ms = bench(_captured(step)) if device == "cuda" else eager
-                backends = sorted({r.backend for r in fqt.summary(model).rows} - {"torch"})
-                yield here | {"ms": ms, "eager_ms": eager, "ratio": bf16 / ms, "backend": " ".join(backends)}
-            except (RuntimeError, ValueError) as error:
-                yield here | {"failed": " ".join(str(error).split())[:160]}
-        for peer, function in _torchao().items():
-            try:
-                model = function(copy.deepcopy(plain).bfloat16())
-                ms = bench(_step(torch.compile(model), batch, loss, device))
-                yield row | {"recipe": peer, "ms": ms, "ratio": bf16 / ms}
-            except Exception as error:  # noqa: BLE001  whatever another library raises
-                yield row | {"recipe": peer, "failed": " ".join(str(error).split())[:160]}
+def _layer(machine: Machine, name: str, inputs: int, outputs: int, size: int, window: int, stride: int) -> Iterator[Row]:
+    device, bench, batch = machine.device, machine.bench, 2 if machine.small else 64
+    pad = window // 2
+    geometry = Geometry(size, size, (window, window), (stride, stride), (pad,) * 4, (1, 1), 1)
+    out = geometry.output_size[0]
+    row: Row = {"name": name}
+    x = torch.randn(batch, inputs, size, size, device=device, dtype=torch.bfloat16)
+    w = torch.randn(outputs, inputs, window, window, device=device, dtype=torch.bfloat16)
+    g = torch.randn(batch, outputs, out, out, device=device, dtype=torch.bfloat16)
+    x, w, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, w, g))
 
-
-def _step(model: nn.Module, batch: tuple[Tensor, ...], loss: Callable, device: str) -> Callable[[], object]:
-    def step() -> None:
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-        with torch.autocast(device, torch.bfloat16):
-            value = loss(model, *batch)
-        value.backward()
-
-    return step
-
-
-def _captured(step: Callable[[], object]) -> Callable[[], object]:
-    """The step as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def _torchao() -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """torchao's trainings by name; none where it is not installed."""
-    try:
-        from torchao.float8 import convert_to_float8_training  # type: ignore[import-not-found]
-        from torchao.prototype.quantized_training import int8_mixed_precision_training  # type: ignore[import-not-found]
-        from torchao.quantization import quantize_  # type: ignore[import-not-found]
-    except ImportError:
-        return {}
-
-    def int8(model: nn.Module) -> nn.Module:
-        quantize_(model, int8_mixed_precision_training())
-        return model
-
-    return {"torchao int8": int8, "torchao float8": convert_to_float8_training}
+    fixed = (None, (stride, stride), (pad, pad), (1, 1), False, (0, 0), 1)
+    backward = functools.partial(torch.ops.aten.convolution_backward, g, x, w, *fixed)
+    torch_ms = {
+        "output": bench(functools.partial(F.conv2d, x, w, None, stride, pad)),
+        "grad_input": bench(functools.partial(backward, (True, False, False))),
+        "grad_weight": bench(functools.partial(backward, (False, True, False))),
+    }
+    for recipe, pairs in LAYER_FORMATS.items():
+        for operator, (left, right) in zip(torch_ms, pairs, strict=True):
+            for kernel in serving(operator, device, (Format.parse(left), Format.parse(right)), geometry):
+                here = row | {"recipe": recipe, "operator": operator, "backend": kernel.label}
+                small, large = (((n, size**2, inputs), (outputs, window**2, inputs), (n, out**2, outputs)) for n in (2, batch))
+                function, args = ops.load(kernel.function), operands(operator, left, right, 1.0, large, geometry, device)
+                options = forced(kernel, function, args)
+                found = wrong(kernel, operands(operator, left, right, 1.0, small, geometry), device, **options)
+                if found:
+                    yield here | {"wrong": found}
+                    continue
+                ms = bench(functools.partial(function, *args))
+                yield here | {"ms": ms, "torch_ms": torch_ms[operator], "ratio": torch_ms[operator] / ms}

@@ -1,86 +1,62 @@
 """The part of `gpu_check` that times every tile of a product: is the one that the rule picks the best, and if not by how much?
 
-No tile is chosen by what is found here: whoever has the figures mends the rule (`plan.Rules.tile` of either backend).
+    python -m benchmarks.gpu_tiles FILE.jsonl      writes what was fastest into fqt/tiles.json
+
+What was fastest there is picked by `plan.Rules.tile` from then on: a file that ships, so that all ranks choose alike.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, field, replace
-from typing import Any
+from dataclasses import astuple, replace
+from pathlib import Path
 
-from benchmarks.gpu_parts import Bench, Row, operands, serving, wrong
-from fqt import ops
-from fqt.cuda_kernels import plan as cuda
+from benchmarks.gpu_asked import ASKED
+from benchmarks.gpu_machine import Machine
+from benchmarks.gpu_parts import Row, Task, checked, operands, serving, wrong
+from fqt import measured, ops
 from fqt.formats import Format
-from fqt.triton_kernels import plan as triton
+from fqt.ops import Kernel
 
-# operator, formats, size: large products, one of few tiles, and one that cuts its sum
+# operator, formats, size: large products, of few tiles, and such that cut their sum
 TILED = (
     ("output", "int8:N", "int8:O", 8192),
-    ("output", "int8:N", "int8:O", 1024),
     ("output", "sign", "sign:O", 8192),
+    ("grad_weight", "int8:C", "int8", 8192),
+    ("output", "int8:N", "int8:O", 4096),
+    ("grad_input", "int8:N", "int8", 4096),
     ("grad_weight", "uint4+:C", "sign", 4096),
+    ("output", "int8:N", "int8:O", 1024),
 )
-CHECKED = 256  # a size that Triton compiles no other program for than for those above
 
 
-@dataclass(frozen=True)
-class _TritonAsked(triton.Rules):
-    """The usual rules, and in `found` the tile that they gave last and those that they might have given."""
-
-    found: list[Any] = field(default_factory=list)
-
-    def tile(self, m: int, n: int, k: int, capability: tuple[int, int], programs: int = 1, **needs: Any) -> triton.Tile:
-        picked = super().tile(m, n, k, capability, programs, **needs)
-        limit = triton.shared_bytes(capability)
-        fitting = [t for t in self.tiles if t.bytes <= limit and triton.fits_registers(t, capability, **needs)]
-        self.found[:] = [picked, fitting]
-        return picked
-
-
-@dataclass(frozen=True)
-class _CudaAsked(cuda.Rules):
-    """As `_TritonAsked`."""
-
-    found: list[Any] = field(default_factory=list)
-
-    def tile(self, device: cuda.Device, rows: int, columns: int, slices: int = 1) -> cuda.Tile:
-        picked = super().tile(device, rows, columns, slices)
-        self.found[:] = [picked, self.held(device)]
-        return picked
-
-
-ASKED = {"triton": _TritonAsked, "cuda": _CudaAsked}
-"""Backend -> its rules, which tell what they were asked."""
-
-
-def tiles(device: str, bench: Bench, products: tuple = TILED) -> Iterator[Row]:
+def tiles(machine: Machine, products: tuple = TILED) -> Iterator[Task]:
     """Every tile that fits, compared with the reference and timed; `picked`: the rule's."""
     for operator, left, right, size in products:
-        for kernel in serving(operator, device, (Format.parse(left), Format.parse(right))):
-            if kernel.backend not in ASKED:
-                continue
-            rules, function = ASKED[kernel.backend](), ops.load(kernel.function)
-            shapes = ((size, 1, size),) * 3
-            args = operands(operator, left, right, 1.0, shapes, None, device)
-            function(*args, rules=rules)
-            picked, fitting = rules.found
-            row: Row = {"part": "tiles", "operator": operator, "formats": f"{left} x {right}", "size": size}
-            row |= {"name": f"{operator} {left} x {right} {size}", "backend": kernel.label}
-            for tile in fitting:
-                here = row | {"tile": "x".join(map(str, astuple(tile))), "picked": tile == picked}
-                forced = replace(rules, tiles=(tile,))
-                small = operands(operator, left, right, 1.0, ((CHECKED, 1, CHECKED),) * 3, None)
-                try:
-                    found = wrong(kernel, small, device, rules=forced)
-                    here |= {"wrong": found} if found else {"ms": bench(functools.partial(function, *args, rules=forced))}
-                except TimeoutError:
-                    raise
-                except Exception as error:  # noqa: BLE001  a tile that does not run is a finding, and the rest go on
-                    here |= {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:160]}
-                yield here
+        for kernel in serving(operator, machine.device, (Format.parse(left), Format.parse(right))):
+            if kernel.backend in ASKED:
+                product = (operator, left, right, 64 if machine.small else size)
+                yield f"{operator} {left} x {right} {size} {kernel.label}", functools.partial(_timed, machine, kernel, *product)
+
+
+def _timed(machine: Machine, kernel: Kernel, operator: str, left: str, right: str, size: int) -> Iterator[Row]:
+    rules, function = ASKED[kernel.backend](), ops.load(kernel.function)
+    args = operands(operator, left, right, 1.0, ((size, 1, size),) * 3, None, machine.device)
+    function(*args, rules=rules)
+    picked, fitting, key = rules.found
+    row: Row = {"name": f"{operator} {left} x {right} {size}", "backend": kernel.label, "table": kernel.backend, "key": key}
+    small = operands(operator, left, right, 1.0, checked(None), None)
+    for tile in sorted(fitting, key=lambda tile: tile != picked):
+        here = row | {"tile": list(astuple(tile)), "picked": tile == picked}
+        options = {"rules": replace(rules, tiles=(tile,))}
+        try:
+            found = wrong(kernel, small, machine.device, **options)
+            here |= {"wrong": found} if found else {"ms": machine.bench(functools.partial(function, *args, **options))}
+        except (RuntimeError, ValueError) as error:  # a tile that does not run is a finding, and the rest go on
+            here |= {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:160]}
+        yield here
 
 
 def verdicts(rows: list[Row]) -> list[str]:
@@ -91,11 +67,32 @@ def verdicts(rows: list[Row]) -> list[str]:
     lines = []
     for name, found in grouped.items():
         said = [f"{word}: {row[word]}"[:60] for row in found for word in ("wrong", "failed") if word in row][:1]
-        timed = {str(row["tile"]): float(row["ms"]) for row in found if "ms" in row}  # type: ignore[arg-type]
+        timed = {_named(row): float(row["ms"]) for row in found if "ms" in row}  # type: ignore[arg-type]
         if timed:
             best = min(timed, key=lambda tile: timed[tile])
-            pick = next((str(row["tile"]) for row in found if "ms" in row and row["picked"]), None)
+            pick = next((_named(row) for row in found if "ms" in row and row["picked"]), None)
             ratio = "" if pick is None else f"picked {pick} {timed[pick]:.3g} ms, {timed[pick] / timed[best]:.2f} times "
             said.insert(0, f"{ratio}the best, {best} {timed[best]:.3g} ms")
         lines.append("; ".join([name, *said]))
     return lines
+
+
+def _named(row: Row) -> str:
+    return "x".join(map(str, row["tile"]))  # type: ignore[call-overload]
+
+
+def fastest(rows: list[Row]) -> measured.Tiles:
+    """Backend -> key -> the fastest tile, of those that were right."""
+    found: dict[str, dict[str, tuple[float, list]]] = {}
+    for row in rows:
+        if row["part"] == "tiles" and "ms" in row:
+            ms, tile = float(row["ms"]), row["tile"]  # type: ignore[arg-type]
+            best = found.setdefault(str(row["table"]), {})
+            best[str(row["key"])] = min(best.get(str(row["key"]), (ms, tile)), (ms, tile))  # type: ignore[type-var]
+    return {backend: {key: tile for key, (_, tile) in best.items()} for backend, best in found.items()}
+
+
+if __name__ == "__main__":
+    from benchmarks.gpu_part import rows_of
+
+    measured.keep(fastest(rows_of(Path(sys.argv[1]))))

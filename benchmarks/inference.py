@@ -249,9 +249,7 @@ def main() -> None:
         for batch in (1,) if args.quick else args.batch or batches:
             for threads in (1,) if args.quick else args.threads:
                 turns = 3 if args.quick else 7
-                rows += compare(
-                    name, args.recipe or recipes, batch=batch, threads=threads, turns=turns, compiled=compiled
-                )
+                rows += compare(name, args.recipe or recipes, batch=batch, threads=threads, turns=turns, compiled=compiled)
                 print(show(rows[-len(args.recipe or recipes) :]), flush=True)
     torch.set_num_threads(before)
     print("\n" + show(rows))

@@ -115,12 +115,18 @@ def _elsewhere(operator: str, backend: str) -> str:
 @functools.cache
 def broken(kernel: Kernel) -> str | None:
     """Why a native kernel cannot be used: its library does not load, it is not the reference's equal, or nothing could be
-    compared. Asked once a process; said once in the log."""
+    compared. Asked once a process; said once in the log.
+
+    Raises:
+        torch.OutOfMemoryError: the device is full. That says nothing about the kernel, so the next call asks again.
+    """
     try:
         count, what = selfcheck.compare(kernel, load(kernel.function)), "cannot be used"
         said = "" if count else "the self-check has no case for it: nothing was compared"
     except AssertionError as error:
         what, said = "differs from the reference", str(error)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, AttributeError, RuntimeError) as error:  # what loading and launching raise, no more
         what, said = "cannot be used", str(error.__cause__ or error)  # torch hides the loader's words behind its own
     if not said:

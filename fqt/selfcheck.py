@@ -39,9 +39,9 @@ def compare(row: Kernel, function: Callable) -> int:
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad(), no_autocast:
         for number, (name, args, options) in enumerate(_cases(row)):
             expected = getattr(specification, row.operator)(*args, **options)
-            args, options = _moved(args, row.device), {key: _moved(value, row.device) for key, value in options.items()}
+            args, options = moved(args, row.device), {key: moved(value, row.device) for key, value in options.items()}
             for setting in ({}, *(settings if number % _STRIDE == 0 else ())):
-                actual = _moved(function(*args, **options, **setting), "cpu")
+                actual = moved(function(*args, **options, **setting), "cpu")
                 try:
                     _assert_same(actual, expected)
                 except AssertionError as error:
@@ -69,12 +69,12 @@ def _cases(row: Kernel) -> Iterator[tuple[str, tuple, dict]]:
                 yield name, args, options
 
 
-def _moved(value, device: str):
+def moved(value, device: str):
     """Tensors, and what holds some, on a device; anything else as it is."""
     if isinstance(value, tuple):
-        return tuple(_moved(part, device) for part in value)
+        return tuple(moved(part, device) for part in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _moved(getattr(value, field.name), device) for field in dataclasses.fields(value) if field.init}
+        fields = {field.name: moved(getattr(value, field.name), device) for field in dataclasses.fields(value) if field.init}
         return dataclasses.replace(value, **fields)
     return value.to(device) if isinstance(value, torch.Tensor) else value
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fqt import measured
+
 ROW_BYTES = 128  # of a tile's row, as kRowBytes in tiles.h
 
 
@@ -84,6 +86,12 @@ def slice_units(units: int, splits: int) -> int:
     return -(-units // (splits * per_tile)) * per_tile
 
 
+def measured_key(device: Device, rows: int, columns: int, slices: int) -> str:
+    """What `fqt.measured` knows a product by: two of one key are close enough to take one tile."""
+    sizes = "x".join(str(1 << max(size - 1, 0).bit_length()) for size in (rows, columns, slices))
+    return f"{device.capability[0]}.{device.capability[1]} {sizes}"
+
+
 @dataclass(frozen=True)
 class Rules:
     """How a product's launch is decided. No result depends on it: tests and benchmarks hand a kernel other rules than `RULES`.
@@ -101,11 +109,15 @@ class Rules:
         return [t for t in self.tiles if t.shared <= device.shared and (t not in WGMMA or device.capability[0] == 9)]
 
     def tile(self, device: Device, rows: int, columns: int, slices: int = 1) -> Tile:
-        """The largest tile that the device holds and of which every multiprocessor gets one; else the smallest.
+        """The tile that was measured to be the fastest; where none was, the largest that the device holds and of which every
+        multiprocessor gets one; else the smallest.
 
         A tile that reaches further beyond the result's columns than a smaller one has to is passed over.
         """
         tiles = self.held(device)
+        fastest = measured.tiles("cuda").get(measured_key(device, rows, columns, slices))
+        if fastest is not None and Tile(*fastest) in tiles:
+            return Tile(*fastest)
         for tile in tiles[:-1]:
             wasteful = tile.columns > 64 and columns <= tile.columns // 2
             if not wasteful and tile.blocks(rows, columns) * slices >= device.processors:

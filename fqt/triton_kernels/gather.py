@@ -19,7 +19,7 @@ from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
 from fqt.triton_kernels import plan
 from fqt.triton_kernels.codes import dequantized, expanded, load_codes
-from fqt.triton_kernels.launch import capability, launch
+from fqt.triton_kernels.launch import capability, fitted, launch
 
 
 @triton.jit
@@ -194,8 +194,9 @@ def _forward(
     y = torch.empty(n, height * width, w.shape[0], dtype=dtype, device=x.codes.device)
     rows = n * height * width
     columns, taps, depth = w.shape[0] // window.groups, w.shape[1], w.shape[2]
-    shifted = _shifted(x, w)
-    t = rules.tile(rows, columns, depth, capability(y), window.groups, holds=_holds(x, shifted, window))
+    shifted, rules = _shifted(x, w), fitted(rules, y)
+    wide = _wide(x, w, taps * depth, rules)
+    t = rules.tile(rows, columns, depth, capability(y), window.groups, holds=_holds(x, shifted, window, wide))
     x_bytes = shifted > 0 or rules.expands(x.format, taps * plan.ceil_div(columns, t.n), window.groups)
     w_bytes = shifted > 0 or rules.expands(w.format, plan.ceil_div(rows, t.m), window.groups)
     bias = None if bias is None else bias.float().contiguous()
@@ -223,8 +224,8 @@ def grad_input(
     index = g.index if g.index is not None and g.format.axes == "N" else None
     make = torch.empty if index is None else torch.zeros
     grad = make(n, positions, channels, dtype=torch.float32, device=g.codes.device)
-    shifted = _shifted(g, w)
-    holds = _holds(g, max(shifted, int(mask is not None)), window)
+    shifted, rules = _shifted(g, w), fitted(rules, grad)
+    holds = _holds(g, max(shifted, int(mask is not None)), window, _wide(g, w, taps * depth, rules))
     t = rules.tile(n * positions, columns, depth, capability(grad), window.groups, holds=holds)
     g_bytes = shifted > 0 or rules.expands(g.format, taps * plan.ceil_div(columns, t.n), window.groups)
     a = expanded(g) if g_bytes else g.codes
@@ -244,9 +245,16 @@ def _shifted(a: QTensor, b: QTensor) -> int:
     return sum(q.offset is not None or plan.centre(q.format) != 0 for q in (a, b))
 
 
-def _holds(a: QTensor, extras: int, window: Geometry) -> str:
+def _wide(a: QTensor, b: QTensor, terms: int, rules: plan.Rules) -> bool:
+    """Whether sums of so many terms are kept in 64 bits."""
+    return plan.bound(terms, a.format, b.format) >= rules.wide
+
+
+def _holds(a: QTensor, extras: int, window: Geometry, wide: bool) -> str:
     """See `plan.fits_registers`."""
     linear = plan.is_linear(window)
+    if wide:
+        return "wide"
     if extras == 0:
         return "" if linear and not a.format.is_float else "places"
     return "offset" if linear or extras == 1 else "offsets"
@@ -291,7 +299,7 @@ def _launch(
         A_GRID=a.format.grid, A_BITS=a_bits, A_AXES=a.format.axes, A_OFFSET=a.offset is not None,
         A_CENTRE=plan.centre(a.format), B_GRID=b.format.grid, B_BITS=b_bits, B_AXES=b.format.axes,
         B_OFFSET=b.offset is not None, B_CENTRE=plan.centre(b.format), BIAS=bias is not None, MASK=mask is not None,
-        WIDE=plan.bound(taps * depth, a.format, b.format) >= rules.wide,
+        WIDE=_wide(a, b, taps * depth, rules),
         FLOAT=a.format.is_float, M=t.m, N=t.n, K=t.k, BAND=8, warps=t.warps, stages=t.stages,
     )  # fmt: skip
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
+import torch
 from torch import Tensor
-from torch.cuda import device_of, get_device_capability
+from torch.cuda import device_of, get_device_capability, get_device_properties
+
+from fqt.triton_kernels import plan
 
 
 def launch(kernel, grid: tuple[int, ...], *args: object, warps: int = 4, stages: int = 2, **constants: object) -> None:
@@ -16,6 +22,16 @@ def launch(kernel, grid: tuple[int, ...], *args: object, warps: int = 4, stages:
     like = next(arg for arg in args if isinstance(arg, Tensor))
     with device_of(like):
         kernel[grid](*args, num_warps=warps, num_stages=stages, enable_fp_fusion=False, **constants)
+
+
+def fitted(rules: plan.Rules, like: Tensor) -> plan.Rules:
+    """The usual rules for the device that holds a tensor: as many processors as it has. Other rules as they are."""
+    return _usual(like.device) if rules is plan.RULES and like.is_cuda else rules
+
+
+@functools.cache
+def _usual(device: torch.device) -> plan.Rules:
+    return replace(plan.RULES, processors=get_device_properties(device).multi_processor_count)
 
 
 def capability(like: Tensor) -> tuple[int, int]:

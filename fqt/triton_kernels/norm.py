@@ -128,7 +128,7 @@ def _normalized(
         tl.store(codes_ptr + at, packed((ok & (z >= 0)).to(tl.int32), 1, ROWS, C), mask=byte_ok)
         tl.store(mask_ptr + at, packed((ok & (z >= low) & (z <= high)).to(tl.int32), 1, ROWS, C), mask=byte_ok)
         bad = tl.max(tl.max((ok & (z != z)).to(tl.int32), axis=1), axis=0)
-        tl.atomic_max(flag_ptr, bad, mask=bad > 0)
+        tl.atomic_max(flag_ptr, bad, mask=bad > 0, sem="relaxed")
     else:
         tl.store(z_ptr + row[:, None] * channels + c[None, :], z, mask=ok)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fqt import measured
 from fqt.formats import Format, Grouping, Shape3
 from fqt.geometry import Geometry
 
@@ -35,9 +36,8 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
 def device_capability() -> tuple[int, int]:
-    """Compute capability of the current device; Hopper's where there is none."""
+    """Compute capability of the current device, of which a machine may have several kinds; Hopper's where there is none."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 
 
@@ -181,7 +181,7 @@ TILES = (
 
 HOLDS = {
     "": (64, 128, 64, 128), "places": (64, 64, 64, 128), "added": (32, 64, 64, 128), "offset": (64, 64, 32, 64),
-    "offsets": (32, 32, 32, 64),
+    "offsets": (32, 32, 32, 64), "wide": (32, 32, 32, 64),
 }  # fmt: skip
 """What a thread holds beside its sums of codes -> the most sums that then fit its registers before Hopper, on Hopper, after;
 the most terms at a time."""
@@ -195,7 +195,7 @@ def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False
     Args:
         turned: an operand is read across k and turned in registers.
         holds: "places": of pixels under a window, or a second set of sums (8-bit floats); "added": sums to be added to;
-            "offset": an operand's offset, centre or mask; "offsets": of both, and a window.
+            "offset": an operand's offset, centre or mask; "offsets": of both, and a window; "wide": sums of 64 bits.
     """
     hopper = capability >= (9, 0)
     sums = t.m * t.n // (32 * t.warps)  # of a thread
@@ -203,6 +203,12 @@ def fits_registers(t: Tile, capability: tuple[int, int], *, turned: bool = False
         return False
     *most, terms = HOLDS[holds]
     return sums <= most[min(max(capability[0], 8), 10) - 8] and t.k <= terms
+
+
+def measured_key(m: int, n: int, k: int, capability: tuple[int, int], *, turned: bool = False, holds: str = "") -> str:
+    """What `fqt.measured` knows a product by: two of one key are close enough to take one tile."""
+    sizes = "x".join(str(power_of_two(size)) for size in (m, n, k))
+    return " ".join(filter(None, (f"{capability[0]}.{capability[1]}", sizes, "turned" * turned, holds)))
 
 
 def centre(format: Format) -> int:
@@ -260,8 +266,8 @@ class Rules:
         turned: bool = False,
         holds: str = "",
     ) -> Tile:
-        """The largest tile that fits shared memory, wastes no half of itself and gives each processor work (else the smallest
-        fit).
+        """The tile that was measured to be the fastest; where none was, the largest that fits shared memory, wastes no half of
+        itself and gives each processor work (else the smallest fit).
 
         Args:
             k: terms that lie on end.
@@ -269,9 +275,13 @@ class Rules:
             turned, holds: see `fits_registers`.
         """
         limit = shared_bytes(capability)
-        tiles = [t for t in self.tiles if fits_registers(t, capability, turned=turned, holds=holds)] or [self.tiles[-1]]
-        fits = [t for t in tiles if t.bytes <= limit and t.m < 2 * m and t.n < 2 * n and t.k < 2 * max(k, 17)]
+        tiles = [t for t in self.tiles if t.bytes <= limit and fits_registers(t, capability, turned=turned, holds=holds)]
+        tiles = tiles or [self.tiles[-1]]
+        fits = [t for t in tiles if t.m < 2 * m and t.n < 2 * n and t.k < 2 * max(k, 17)]
         fits = fits or [tiles[-1]]
+        fastest = measured.tiles("triton").get(measured_key(m, n, k, capability, turned=turned, holds=holds))
+        if fastest is not None and Tile(*fastest) in tiles:
+            return Tile(*fastest)
         for candidate in fits:
             if ceil_div(m, candidate.m) * ceil_div(n, candidate.n) * programs >= self.processors:
                 return candidate

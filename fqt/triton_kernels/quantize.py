@@ -115,7 +115,7 @@ def _encode(
     x, folded = load_folded(x_ptr, fold_ptr, r, i, read, row_split, split, r0, r1, l0, l1, f0, f1, f2, f3, FOLD)
     if FIXED:
         spoilt = (tl.max((inside & (folded != folded)).to(tl.int32), axis=1) > 0) & (r < rows)
-        tl.atomic_max(flag_ptr + group, spoilt.to(tl.int32), mask=spoilt)
+        tl.atomic_max(flag_ptr + group, spoilt.to(tl.int32), mask=spoilt, sem="relaxed")
         good = inside & (folded == folded)
     else:
         scale = tl.load(calibrated_ptr + group, mask=r < rows, other=0.0)

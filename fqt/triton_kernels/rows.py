@@ -26,6 +26,7 @@ def _product(operator: str, float8: bool) -> Serves:
 
 
 ROWS = [
+    Kernel("decode", "triton", "cuda", "fqt.triton_kernels.decode:decode", _CODES),
     *(
         Kernel(operator, "triton", "cuda", f"fqt.triton_kernels.quantize:{operator}", _CODES)
         for operator in ("quantize", "calibrate", "encode")

@@ -20,7 +20,7 @@ from fqt.geometry import Geometry
 from fqt.qtensor import QTensor
 from fqt.triton_kernels import plan
 from fqt.triton_kernels.codes import dequantized, expanded, load_codes
-from fqt.triton_kernels.launch import capability, launch
+from fqt.triton_kernels.launch import capability, fitted, launch
 
 
 @triton.jit
@@ -77,10 +77,13 @@ def _multiplied(
 def _sums(
     g_ptr, x_ptr, sums_ptr, index_ptr, outputs, channels, columns, terms, chunk, g_row, x_row, positions, width,
     x_height, x_width, kw, sh, sw, top, left, dh, dw,
-    WINDOW: tl.constexpr, GATHER: tl.constexpr, G_GRID: tl.constexpr, G_BITS: tl.constexpr, WIDE: tl.constexpr,
-    FLOAT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    WINDOW: tl.constexpr, GATHER: tl.constexpr, ALONE: tl.constexpr, G_GRID: tl.constexpr, G_BITS: tl.constexpr,
+    WIDE: tl.constexpr, FLOAT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of the pixels, added to sums (O, K, I), which begin at 0. outputs, channels: of a conv group."""
+    """A chunk of the pixels, added to sums (O, K, I), which begin at 0; or, ALONE, written there.
+
+    outputs, channels: of a conv group.
+    """
     m, tap, c = _place(columns, channels, N, M)
     m_ok = m < outputs
     o = tl.program_id(1) * outputs + m
@@ -98,12 +101,12 @@ def _sums(
     )  # fmt: skip
     at = o.to(tl.int64)[:, None] * columns + (tap * channels + c)[None, :]
     ok = m_ok[:, None] & (c < channels)[None, :]
-    if FLOAT:  # of which there is one chunk
-        tl.store(sums_ptr + at, total, mask=ok)
-    elif WIDE:
-        tl.atomic_add(sums_ptr + at, total.to(tl.int64), mask=ok)
+    if ALONE:  # one chunk, which nobody else adds to
+        tl.store(sums_ptr + at, total.to(sums_ptr.dtype.element_ty), mask=ok)
+    elif WIDE:  # relaxed: the next launch sees the sums, and within this one nobody reads them
+        tl.atomic_add(sums_ptr + at, total.to(tl.int64), mask=ok, sem="relaxed")
     else:
-        tl.atomic_add(sums_ptr + at, total, mask=ok)
+        tl.atomic_add(sums_ptr + at, total, mask=ok, sem="relaxed")
 
 
 @triton.jit
@@ -236,9 +239,11 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None, *, rules: pla
     blocks, linear, is_float = "N" in g.format.axes, plan.is_linear(window), g.format.is_float
     gathered = g.index is not None and (g.format.axes == "N" or (g.format.axes == "C" and groups == 1))
     terms = positions if blocks else n * positions
-    device = g.codes.device
+    device, rules = g.codes.device, fitted(rules, g.codes)
+    wide = plan.bound(terms, g.format, x.format) >= rules.wide
     cuts = n if blocks else plan.ceil_div(terms, 1024)  # into which the sum may be cut
-    t = rules.tile(outputs, channels, terms, capability(g.codes), groups * taps * cuts, turned=not linear, holds="added")
+    holds = "wide" if blocks and wide else "added"  # chunks of one sum are cut such that 32 bits hold each
+    t = rules.tile(outputs, channels, terms, capability(g.codes), groups * taps * cuts, turned=not linear, holds=holds)
     tiles = plan.ceil_div(outputs, t.m) * taps * plan.ceil_div(channels, t.n)
 
     x_codes = expanded(x, (2, 0, 1) if linear else (0, 1, 2))
@@ -265,7 +270,7 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None, *, rules: pla
     }  # fmt: skip
     how = {
         "WINDOW": not linear, "G_GRID": g.format.grid, "G_BITS": g_bits, "FLOAT": is_float,
-        "WIDE": plan.bound(terms, g.format, x.format) >= rules.wide, "M": t.m, "N": t.n, "K": t.k,
+        "WIDE": wide, "M": t.m, "N": t.n, "K": t.k,
         "warps": t.warps, "stages": t.stages,
     }  # fmt: skip
     shape = (all_outputs, taps, channels)
@@ -285,10 +290,11 @@ def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None, *, rules: pla
 
     cut = rules.split(tiles * groups, terms, t, g.format, x.format) if not is_float else plan.Split(terms, 1)
     dtype = torch.float32 if is_float else torch.int64 if how["WIDE"] else torch.int32
-    sums = torch.zeros(shape, dtype=dtype, device=device)
+    alone = cut.splits == 1
+    sums = (torch.empty if alone else torch.zeros)(shape, dtype=dtype, device=device)  # of pruned channels nothing is read
     launch(
         _sums, (tiles, groups, cut.splits), g_codes, x_codes, sums, index, outputs, channels, taps * channels, terms, cut.chunk,
-        g_row, *lie, *where, GATHER=gathered, **how,
+        g_row, *lie, *where, GATHER=gathered, ALONE=alone, **how,
     )  # fmt: skip
     y = (torch.zeros if gathered else torch.empty)(shape, dtype=torch.float32, device=device)
     launch(

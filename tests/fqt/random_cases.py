@@ -24,6 +24,17 @@ FILLS = ("normal", "nan", "inf", "tiny", "constant", "zeros", "huge", "negative 
 LAYOUTS = ("contiguous", "channels_first", "one position", "one channel", "sliced", "transposed", "part", "bfloat16")
 
 
+def narrow_recipes(bits: int = 8) -> list[str]:
+    """Built-in recipes whose products all have operands of at most so many bits: those that GPUs multiply in codes."""
+    found = []
+    for name in recipes():
+        recipe = load_recipe(name).everywhere()
+        quantizers = [recipe.quantizer(product, letter) for product, letters in LEFT_RIGHT.items() for letter in letters]
+        if any(quantizers) and all(quantizer is None or quantizer.bits <= bits for quantizer in quantizers):
+            found.append(name)
+    return found
+
+
 def built_in() -> list[tuple[str, Quantizer]]:
     """Each quantizer of each recipe, and each width and granularity of the uniform ones: (operand, quantizer)."""
     found = {

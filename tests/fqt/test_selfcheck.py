@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,22 @@ def test_a_row_of_which_nothing_can_be_compared_refuses(monkeypatch) -> None:
     served, refusals = ops.select("output", signs)
     assert served.backend != "mine"
     assert refusals[0].broken and "the self-check has no case for it: nothing was compared" in str(refusals[0])
+
+
+def test_a_full_device_says_nothing_about_a_kernel(monkeypatch) -> None:
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    module = type(sys)("a_kernel_on_a_full_device")
+    module.output = full  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    serves = next(row.refuses for row in NATIVE if row.operator == "output")
+    row = Kernel("output", "mine", "cpu", f"{module.__name__}:output", serves, native=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        ops.broken(row)
+    ops.load.cache_clear()
+    module.output = reference.output  # type: ignore[attr-defined]
+    assert ops.broken(row) is None, "asked again once there is memory"
 
 
 @built

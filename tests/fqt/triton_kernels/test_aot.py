@@ -18,6 +18,19 @@ for name, function in aot.calls(True):
             print(row["kernel"], *row["tensor_cores"])
 """
 
+_LOOP = """.L_x_0:
+        /*0000*/                   MOV R1, R2 ;
+.L_x_1:
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+        /*0020*/                   IGMMA.64x128x32.S8.S8 R24, gdesc[UR4], R24, gsb0 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0040*/                   MEMBAR.ALL.CTA ;
+        /*0050*/              @!P5 BRA `(.L_x_1) ;
+        /*0060*/                   NOP ;
+        /*0070*/               @P1 BRA `(.L_x_0) ;
+        /*0080*/                   EXIT ;
+"""
+
 
 def examined(capability: int, *names: str) -> list[str]:
     program = _PROGRAM.format(names=set(names), capability=capability)
@@ -64,3 +77,23 @@ def test_a_kernel_that_is_not_as_it_should_be_is_refused(monkeypatch: pytest.Mon
     code["text"] = "FFMA R1"
     with pytest.raises(RuntimeError, match="holds no tensor-core instruction"):
         aot.examined(launch, 90)
+    code["text"] = "IMMA.16832.S8.S8 R4; MEMBAR.ALL.GPU ; ATOMG.E.ADD"
+    with pytest.raises(RuntimeError, match=r"waits 1 times for the device to see what it wrote \(MEMBAR.GPU\)"):
+        aot.examined(launch, 90)
+    code["text"] = _LOOP.replace("gsb0, 0x0", "gsb0, 0x1")
+    row = aot.examined(launch, 90)
+    assert (row["loop"], row["mmas"], row["pending"], row["blocks"]) == (5, 1, 1, 8)
+
+
+def test_the_roofline_of_a_loop():
+    """The inner loop alone is counted; blocks that share a multiprocessor hide a wait, one alone does not."""
+    from benchmarks import sass
+
+    loop = sass.inner_loop(_LOOP)
+    assert loop == sass.Loop(instructions=5, products=1, pending=0)
+    assert sass.inner_loop("        /*0000*/                   FFMA R1, R2, R3, R4 ;") is None
+    assert sass.blocks(9.0, 236, 196_608, 8) == 1 and sass.blocks(9.0, 128, 98_304, 8) == 2
+    assert sass.blocks(8.9, 40, 4096, 4) == 12
+    alone, shared = (sass.roofline(loop, (128, 256, 128), "int8", 9.0, 8, together) for together in (1, 2))
+    assert alone == {"issue": 10, "tensor": 1024, "share": 1024 / 1034, "bytes": 48} and shared["share"] == 1
+    assert sass.roofline(loop, (32, 32, 32), "int8", 9.0, 8, 2)["share"] == 0.8, "bound by issue"

@@ -8,7 +8,7 @@ import torch
 
 from fqt import convert, load_recipe, ops
 from fqt.formats import Format
-from fqt.recipe_yaml import recipes
+from tests.fqt.random_cases import narrow_recipes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,14 +36,15 @@ def step(name: str, device: str, backend: str, *block: torch.nn.Module) -> list[
     x = torch.randn(4, 16, 9, 9).to(device).requires_grad_()
     model = convert(model.to(device), load_recipe(name).everywhere(), backend=backend)
     key = torch.tensor(1234567, device=device)
-    with pytest.MonkeyPatch.context() as patch:  # devices have generators of their own
+    # devices have generators of their own; a float product that cuDNN rounds to TF32 is off by 2^-11
+    with pytest.MonkeyPatch.context() as patch, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         patch.setattr(torch.ops.fqt, "draw_key", lambda like: key)
         model(x).square().sum().backward()
     assert x.grad is not None
     return [x.grad.cpu(), *(p.grad.cpu() for p in model.parameters() if p.dim() > 1 and p.grad is not None)]
 
 
-@pytest.mark.parametrize("name", [name for name in recipes() if name != "fp32"])
+@pytest.mark.parametrize("name", narrow_recipes())
 def test_a_step_equals_the_reference(name: str):
     quantizer = load_recipe(name).quantizer("output", "w")
     if quantizer is not None and quantizer.transform:
@@ -86,6 +87,6 @@ def test_a_step_can_be_captured_in_a_graph(fused: bool):
 def test_every_operator_is_served_by_triton():
     sign = Format("sign", 1)
     for operator in ops.OPERATORS:
-        if operator != "decode":
-            formats = () if operator in ops.NORM else (sign,) if operator == "quantize" else (sign, sign)
+        if operator not in ("calibrate", "encode"):
+            formats = () if operator in ops.NORM else (sign,) if operator in ("quantize", "decode") else (sign, sign)
             assert ops.select(operator, ops.Request("cuda", formats, backend="triton"))[0].backend == "triton"

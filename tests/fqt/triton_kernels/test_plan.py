@@ -4,6 +4,7 @@ import itertools
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +102,28 @@ def test_samples_are_worked_off_apart_where_tiles_are_few():
     assert not plan.RULES.samples_apart(200, 128, 36_864)
     assert not plan.RULES.samples_apart(10, 1, 36_864)
     assert not plan.RULES.samples_apart(10, 1 << 20, 36_864)
+
+
+def test_capability_and_processors_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch):
+    """A machine may have several kinds of GPUs; rules that a caller hands over stay as they are."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from fqt.triton_kernels import launch
+
+    chips = {0: ((8, 0), 108), 1: ((9, 0), 132)}
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: chips[current[0]][0])
+    assert plan.refuses_float8() == "8-bit floats need compute capability 8.9"
+    current[0] = 1
+    assert plan.refuses_float8() is None
+    monkeypatch.setattr(launch, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=chips[device][1]))
+    launch._usual.cache_clear()
+    there = [SimpleNamespace(is_cuda=True, device=index) for index in chips]
+    assert [launch.fitted(plan.RULES, like).processors for like in there] == [108, 132]  # type: ignore[arg-type]
+    launch._usual.cache_clear()
+    mine = plan.Rules(processors=7)
+    assert launch.fitted(mine, there[0]) is mine  # type: ignore[arg-type]
+    assert launch.fitted(plan.RULES, torch.zeros(1)) is plan.RULES
 
 
 @pytest.mark.parametrize(
