@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import fqt
 from fqt import container, files
+from tests.fqt.frozen_cases import FORWARDS, RECIPES, Convolutions, Linears, Mixed, chain, everywhere, same, trained
 from tests.fqt.helpers import case_seeds, fits_convolutions, random_case
-from tests.fqt.test_freeze import FORWARDS, RECIPES, Convolutions, Linears, Mixed, chain, everywhere, same, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fqt
 from fqt.export import onnx as exporter
-from tests.fqt.export.test_plain import recipe
+from tests.fqt.export.cases import recipe
 
 # torch's exporter warns of its own parts
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

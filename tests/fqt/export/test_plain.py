@@ -12,6 +12,7 @@ import fqt
 from fqt.export.plain import plain_graph
 from fqt.quantizers import build
 from fqt.recipe import Product, Recipe
+from tests.fqt.export.cases import recipe
 
 RECIPES = ("fqt_1bit", "int8", "int4", "bitnet", "dorefa_w1a2g6", "adapt", "int8_token")
 
@@ -27,10 +28,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attend(x, x, x, need_weights=False)[0]
         return x + self.down(torch.relu(self.up(self.norm(x))))
-
-
-def recipe(name: str) -> Recipe:
-    return fqt.load_recipe(name).everywhere()
 
 
 def linear() -> tuple[nn.Module, Tensor]:

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import fqt
 from tests.fqt.helpers import fingerprint
-from tests.fqt.layers.test_variants import INT16
+from tests.fqt.layers.cases import INT16
 
 ONE_BIT = fqt.load_recipe("fqt_1bit").everywhere()
 

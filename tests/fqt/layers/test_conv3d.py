@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 import fqt
-from tests.fqt.layers.test_variants import INT16, step
+from tests.fqt.layers.cases import INT16, step
 
 LAYERS = {
     "cube": (nn.Conv3d(4, 6, 3, padding=1), (2, 4, 5, 6, 5)),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fqt
-from tests.fqt.layers.test_variants import INT16, step
+from tests.fqt.layers.cases import INT16, step
 
 XNOR = fqt.load_recipe("xnor").everywhere()
 LAYERS = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fqt
 from tests.fqt.helpers import fingerprint
-from tests.fqt.layers.test_variants import INT16, step
+from tests.fqt.layers.cases import INT16, step
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import fqt
 from tests.fqt.helpers import fingerprint
-from tests.fqt.layers.test_variants import INT16, step
+from tests.fqt.layers.cases import INT16, step
 
 ONE_BIT = fqt.load_recipe("fqt_1bit").everywhere()
 

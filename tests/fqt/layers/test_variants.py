@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,14 +11,8 @@ from timm.layers import Conv2dSame, Linear, ScaledStdConv2d, ScaledStdConv2dSame
 from torch import nn
 
 import fqt
+from tests.fqt.layers.cases import INT16, step
 
-INT16 = replace(
-    fqt.load_recipe("int8"),
-    name="int16",
-    output=fqt.Product(fqt.Quantizer("int", 16, "sample", "absmax"), fqt.Quantizer("int", 16, "channel", "absmax")),
-    grad_input=fqt.Product(fqt.Quantizer("int", 16, "sample", "absmax"), "saved"),
-    grad_weight=fqt.Product(fqt.Quantizer("int", 16, "channel", "absmax"), "saved"),
-).everywhere()
 LAYERS = {
     "timm linear": (lambda: Linear(6, 5, bias=False), (3, 2, 6)),
     "same": (lambda: Conv2dSame(4, 6, 3, stride=2), (3, 4, 8, 7)),
@@ -31,13 +24,6 @@ LAYERS = {
     "scaled same": (lambda: ScaledStdConv2dSame(4, 6, 2, stride=2, gamma=1.7), (3, 4, 7, 7)),
 }
 layers = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
-
-
-def step(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    leaf = x.clone().requires_grad_()
-    y = layer(leaf)
-    (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
-    return [y.detach(), leaf.grad, *(parameter.grad for parameter in layer.parameters())]
 
 
 @layers
