@@ -224,7 +224,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         why = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} cannot be read ({why[:200]}): give a state dict that torch.save wrote") from error
+        raise ValueError(f"{path} cannot be read ({why[:200]}): give a state dict of torch.save or safetensors") from error
     held: dict[str, Any] = state if isinstance(state, dict) else {}
     key = next((key for key in ("model", "state_dict") if isinstance(held.get(key), dict)), None)
     state = held if key is None else held[key]

@@ -97,7 +97,8 @@ def convert(
         min_speedup: keep a layer float where its float time over its low-bit time, measured as by `fqt.profile` here and
             now, is less than this: 1.0 converts what gains. "auto" is 1.0, and without `example` waits for one: at the first
             eager forward in training the model is converted anew, by the speeds on that batch. Where every layer loses, a
-            number is an error, and "auto" leaves the model float with a warning. Ranks of torch.distributed follow rank 0.
+            number is an error, and "auto" leaves the model float with a warning. In torch.distributed rank 0 decides for all
+            ranks, which therefore have to convert together.
         example: an input of the model: a tensor, a tuple of arguments or a mapping of keyword arguments. One forward of it, on
             a copy, shows what flows where: the rules' <first> and <last> are then the ends of that flow, an activation is
             exchanged where a layer reads it whose recipe says so, and the log says which converted layers are not called, what

@@ -101,9 +101,10 @@ def _sums(
     )  # fmt: skip
     at = o.to(tl.int64)[:, None] * columns + (tap * channels + c)[None, :]
     ok = m_ok[:, None] & (c < channels)[None, :]
-    if ALONE:  # one chunk, which nobody else adds to
+    # Relaxed order is enough for additions: no program of this launch reads the sums, and the next launch sees them all.
+    if ALONE:  # The sum is one chunk, so no other program writes these elements.
         tl.store(sums_ptr + at, total.to(sums_ptr.dtype.element_ty), mask=ok)
-    elif WIDE:  # relaxed: the next launch sees the sums, and within this one nobody reads them
+    elif WIDE:
         tl.atomic_add(sums_ptr + at, total.to(tl.int64), mask=ok, sem="relaxed")
     else:
         tl.atomic_add(sums_ptr + at, total, mask=ok, sem="relaxed")
