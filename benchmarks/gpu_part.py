@@ -40,7 +40,7 @@ def rows_of(path: Path) -> list[Row]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a line, on the disk before this returns to a process that may be killed."""
+    """Add a line, which is in the file when this returns: a process that is killed afterwards loses nothing."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -78,7 +78,8 @@ def main() -> None:
     machine = gpu_machine.dry() if args.dry_run else gpu_machine.gpu()
     torch.manual_seed(0)
     alive = (lambda: None) if args.dry_run else torch.cuda.synchronize
-    append(args.file, {"part": args.part, "name": machine.name, "capability": machine.capability, "torch": torch.__version__})
+    here = {"name": machine.name, "capability": machine.capability, "torch": torch.__version__, "dry": args.dry_run}
+    append(args.file, {"part": args.part, **here})
     sys.exit(work(args.part, TASKS[args.part](machine), args.file, alive))
 
 

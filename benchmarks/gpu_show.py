@@ -17,12 +17,17 @@ TARGETS = (
     ("step fqt_1bit over bf16 autocast", {"part": "steps", "recipe": "fqt_1bit, float32"}, "ratio", 1.3, 2.0),
 )
 """What is to be reached on an H100 or H200: in words, which rows, of which column, must, aim."""
-TROUBLES = ("wrong", "failed", "absent")
+TROUBLES = ("wrong", "failed", "absent", "stopped")
 
 
 def compared(rows: list[Row]) -> list[Row]:
-    """The figures, each set against what it is measured by: bf16's product of the size, bf16's step of the model, a copy."""
+    """The figures, each set against what it is measured by: bf16's product of the size, bf16's step of the model, a copy.
+
+    Those of a dry run, whose clock always says the same, are set against nothing.
+    """
     figures = [row for row in rows if "begun" not in row and ("ended" not in row or "failed" in row)]
+    if any(row.get("dry") for row in rows):
+        return figures
     copies = [row["bytes"] / row["ms"] for row in figures if row.get("name") == "copy"]  # type: ignore[operator]
     bf16 = {row["size"]: row["ms"] for row in figures if row.get("formats") == "bf16 x bf16" and "ms" in row}
     steps = {row["name"]: row["ms"] for row in figures if row.get("recipe") == BASELINE and "ms" in row}

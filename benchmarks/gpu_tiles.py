@@ -82,14 +82,26 @@ def _named(row: Row) -> str:
 
 
 def fastest(rows: list[Row]) -> measured.Tiles:
-    """Backend -> key -> the fastest tile, of those that were right."""
-    found: dict[str, dict[str, tuple[float, list]]] = {}
+    """Backend -> key -> the best tile of those that were right in all products of the key.
+
+    Products of one key may take very different times, so tiles are compared within each: the best tile is the one whose time
+    over the product's fastest, where that is largest, is smallest.
+    """
+    timed: dict[tuple[str, str], dict[str, dict[tuple, float]]] = {}
     for row in rows:
         if row["part"] == "tiles" and "ms" in row:
-            ms, tile = float(row["ms"]), row["tile"]  # type: ignore[arg-type]
-            best = found.setdefault(str(row["table"]), {})
-            best[str(row["key"])] = min(best.get(str(row["key"]), (ms, tile)), (ms, tile))  # type: ignore[type-var]
-    return {backend: {key: tile for key, (_, tile) in best.items()} for backend, best in found.items()}
+            products = timed.setdefault((str(row["table"]), str(row["key"])), {})
+            tile = tuple(row["tile"])  # type: ignore[arg-type]
+            products.setdefault(f"{row['name']} {row['backend']}", {})[tile] = float(row["ms"])  # type: ignore[arg-type]
+    found: measured.Tiles = {}
+    for (backend, key), products in timed.items():
+        slowness = {
+            tile: max(ms[tile] / min(ms.values()) for ms in products.values())
+            for tile in set.intersection(*(set(ms) for ms in products.values()))
+        }
+        if slowness:
+            found.setdefault(backend, {})[key] = list(min(slowness, key=lambda tile: (slowness[tile], tile)))
+    return found
 
 
 if __name__ == "__main__":

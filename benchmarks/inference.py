@@ -234,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--recipe", nargs="+", help="in place of each model's own")
-    parser.add_argument("--batch", nargs="+", type=int, help="in place of each model's own")
+    parser.add_argument("--batch", nargs="+", type=int, help="in place of 1 and 64, where a model has both")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--quick", action="store_true", help="three turns, one thread, no torch.compile, batch 1")
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -246,7 +246,8 @@ def main() -> None:
     before, rows = torch.get_num_threads(), []
     for name in args.model:
         _, recipes, batches = CASES[name]
-        for batch in (1,) if args.quick else args.batch or batches:
+        several = args.batch if args.batch and len(batches) > 1 else batches
+        for batch in (1,) if args.quick else several:
             for threads in (1,) if args.quick else args.threads:
                 turns = 3 if args.quick else 7
                 rows += compare(name, args.recipe or recipes, batch=batch, threads=threads, turns=turns, compiled=compiled)

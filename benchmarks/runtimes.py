@@ -38,7 +38,7 @@ def onnxruntime(model: nn.Module, x: Tensor, *, int8: tuple[str, ...], threads: 
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
-            raise Missing(f"{package} is not installed: pip install 'fqt[export]' onnxruntime")
+            raise Missing(f"{package} is not installed: pip install 'fqt[export]'")
     from onnxruntime.quantization import quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 

@@ -5,6 +5,7 @@ To import torch, its optimizers and the training program takes longer than what 
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -56,6 +57,7 @@ def start(
     """
     process = SERVER.Process(target=_main, args=(file, arguments, folder, out, err, dict(environment or {})))
     process.start()
+    atexit.register(process.kill)  # or whoever fails would wait for it at the end
     return process
 
 

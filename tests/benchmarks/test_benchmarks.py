@@ -8,6 +8,7 @@ from concurrent.futures import Future
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import (
     accuracy,
@@ -15,6 +16,7 @@ from benchmarks import (
     allreduce,
     cases,
     gradients,
+    inference,
     kernels,
     kill_drill,
     layers,
@@ -228,6 +230,25 @@ def test_kernels(monkeypatch, tmp_path, capsys):
     assert {"output", "grad_input", "grad_weight"} <= {row.get("product") for row in found}
     assert {row["layer"] for row in found if "layer" in row} == {"1024 x 1024 -> 1024", "16 x 24 -> 40, 3x3 on 8x8"}
     assert "all kernels equal the reference" in capsys.readouterr().out
+
+
+def test_inference(monkeypatch, tmp_path, capsys):
+    def small(batch):
+        layers = [layer for _ in range(3) for layer in (nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU())]
+        return nn.Sequential(nn.Linear(16, 24), *layers, nn.Linear(24, 5)), torch.randn(batch, 16)
+
+    def missing(*args, **options):
+        raise inference.Missing("it is not installed")
+
+    monkeypatch.setitem(inference.CASES, "mlp", (small, ("fqt_1bit", "int8"), (1, 64)))
+    monkeypatch.setattr(inference.runtimes, "onnxruntime", missing)
+    found = rows(monkeypatch, tmp_path, inference.main, "--model", "mlp")
+    assert [(row["recipe"], row["batch"], row["threads"]) for row in found] == [("fqt_1bit", 1, 1), ("int8", 1, 1)]
+    for row in found:
+        assert row["speedup"] == row["fp32_ms"] / row["fqt_ms"] and row["llama_cpp_ms"] is None
+        median, low, high = row["variants_ms"][row["fqt_variant"]]
+        assert 0 < low <= median <= high
+    assert "onnxruntime is not measured: it is not installed" in capsys.readouterr().out
 
 
 def test_rivals(monkeypatch, tmp_path, capsys):
