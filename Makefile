@@ -93,17 +93,22 @@ data: $(STAMP) ## get Fashion-MNIST: already here, by apt, by apt without root, 
 	   mv data/apt/usr/share/datasets/fashion-mnist data/; rm -rf data/apt; fi; \
 	 found || echo "apt has it not; torchvision will try to download it"
 
+# A second try, past the cache: the pip that Debian puts into a new environment takes a download that was cut short for a wrong
+# hash, and gives up. PATH leads the extension's build to ninja.
+get = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q $(1) || { sleep 5; \
+  PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-cache-dir $(1); }
+
 # torch first, then fqt against it: the extension is built with the torch it will run with
 $(STAMP): pyproject.toml setup.py $(wildcard fqt/cpu/csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "fqt needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "No virtual environment could be made: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install -q $(TORCH) 'setuptools>=77' wheel ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e '.[test]'
+	$(call get,$(TORCH) 'setuptools>=77' wheel ninja)
+	$(call get,--no-build-isolation -e '.[test]')
 	@touch $@
 
 .venv/linted: $(STAMP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
+	$(call get,--no-build-isolation -e '.[dev]')
 	@touch $@
 
 clean: ## remove the environment, builds and caches; runs/ and data/ stay
