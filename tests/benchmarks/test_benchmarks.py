@@ -75,6 +75,8 @@ def test_sizes(monkeypatch, tmp_path, capsys):
 
 
 def test_kill_drill(monkeypatch, tmp_path, capsys):
+    small = [f"data.limit={16 * kill_drill.STEPS_AN_EPOCH}", "data.batch_size=16"]
+    monkeypatch.setattr(kill_drill, "KEYS", [*kill_drill.KEYS, *small])
     (row,) = rows(monkeypatch, tmp_path, kill_drill.main, "--recipes", "fqt_1bit", "--worlds", "1")
     assert row["equal"] and row["differences"] == [] and row["tracebacks"] == 0
     assert row["kills"] == row["kills_start"] + row["kills_step"] + row["kills_write"]

@@ -37,6 +37,7 @@ def _one_thread() -> None:
 
 @recipes
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
+@pytest.mark.every(3)
 def test_checkpointing_is_bit_identical(recipe: Recipe, reentrant: bool) -> None:
     model = net(recipe)
 
@@ -83,6 +84,7 @@ def test_checkpointing_without_the_generators_state_would_be_seen() -> None:
 
 
 @recipes
+@pytest.mark.every(2)
 def test_micro_batches_add_their_gradients(recipe: Recipe) -> None:
     model, (x, target) = net(recipe).eval(), batch(6)
 
@@ -206,6 +208,7 @@ LOW_BIT_THROUGHOUT = {
 
 
 @pytest.mark.parametrize("recipe", LOW_BIT_THROUGHOUT.values(), ids=LOW_BIT_THROUGHOUT)
+@pytest.mark.every(3)
 def test_two_runs_and_two_threads_give_identical_weights(recipe: Recipe) -> None:
     one, again, two = train(recipe, 1), train(recipe, 1), train(recipe, 2)
     for name, value in one.items():
@@ -276,6 +279,7 @@ def _set(layer: nn.Module) -> None:
 
 @recipes
 @pytest.mark.parametrize("change", [_step, _load, _assign, _data, _new_data, _parameter, _set], ids=lambda f: f.__name__)
+@pytest.mark.every(5)
 def test_the_forward_sees_every_change_of_the_weight(recipe: Recipe, change: Callable[[nn.Module], None]) -> None:
     layer = fqt.convert(nn.Linear(7, 5), recipe)
     x = torch.eye(7)  # odd: no sum of signs is zero
@@ -296,6 +300,7 @@ def test_the_forward_sees_every_change_of_the_weight(recipe: Recipe, change: Cal
 
 @recipes
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, torch_saved], ids=lambda f: f.__name__)
+@pytest.mark.every(4)
 def test_a_copy_trains_the_same_and_apart(recipe: Recipe, copied: Callable[[nn.Module], nn.Module]) -> None:
     model = net(recipe)
     twin = copied(model)

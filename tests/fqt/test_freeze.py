@@ -57,6 +57,7 @@ def check(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.every(2)
 def test_every_kind_of_layer_computes_the_same_bits(name: str) -> None:
     x = torch.randint(11, (3, 5))
     model = trained(fqt.convert(Linears(), everywhere(name), example=x), x)

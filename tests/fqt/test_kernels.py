@@ -108,7 +108,7 @@ def assert_quantizes_as_the_reference(row: Kernel, x: Tensor, format: Format, op
 def test_quantize_equals_the_reference(row: Kernel, part: int, rng: np.random.Generator):
     """Random quantizers, sizes, values, layouts, folds, masks, given ranges and thread counts, 450 an instruction set."""
     draw, generator = seeded(rng)
-    for x, format, options in quantizer_cases(row, effort(45), draw, generator):
+    for x, format, options in quantizer_cases(row, effort(30), draw, generator):
         torch.set_num_threads(draw.choice((1, 1, 1, 1, 2, 3, 8)))
         assert_quantizes_as_the_reference(row, x, format, options)
 
@@ -224,7 +224,7 @@ def test_a_key_is_needed_to_draw():
 def test_products_equal_the_reference(row: Kernel, part: int, rng: np.random.Generator):
     """Random layers, formats, pruning, masks, biases and thread counts, 180 an instruction set."""
     draw, generator = seeded(rng)
-    for _ in range(effort(45)):
+    for _ in range(effort(28)):
         x_shape, w_shape, g_shape, geometry = layer(draw)
         assert isinstance(row.refuses, Serves), "its formats are drawn from what it serves"
         left, right = row.refuses.draw(draw, geometry)
@@ -300,6 +300,7 @@ def test_narrow_sums_do_not_overflow(bits: int):
      ("fixed16", "fixed16"), ("fixed8", "fixed16"), ("uint8", "fixed16"), ("fixed16", "uint8"), ("fixed16", "fixed14"),
      ("fixed14", "fixed15"), ("fixed15", "fixed14"), ("sign", "fixed16"), ("fixed9", "fixed10")],
 )  # fmt: skip
+@pytest.mark.every(3)
 def test_sums_of_integers_do_not_overflow(left: str, right: str):
     """Extreme codes, all of one sign: about the terms that 16 bits, 32 bits of bytes and 32 bits of codes hold, and beyond."""
 

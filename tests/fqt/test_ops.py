@@ -52,6 +52,7 @@ QUANTIZE_SAMPLES = {
 
 
 @pytest.mark.parametrize("sample", QUANTIZE_SAMPLES)
+@pytest.mark.every(2)
 def test_opcheck_of_quantize(sample):
     x = torch.randn(3, 4, 5)
     torch.library.opcheck(torch.ops.fqt.quantize.default, quantize_arguments(x, **QUANTIZE_SAMPLES[sample]))
@@ -82,6 +83,7 @@ def encode_arguments(x, name: str, calibrate: str, *, stochastic=False, fold=Non
 
 @pytest.mark.parametrize("backend", ["", "reference"])
 @pytest.mark.parametrize("sample", QUANTIZE_SAMPLES)
+@pytest.mark.every(2)
 def test_opcheck_of_calibrate_and_encode(sample, backend):
     x = torch.randn(3, 4, 5)
     for operator, made in ((torch.ops.fqt.calibrate, calibrate_arguments), (torch.ops.fqt.encode, encode_arguments)):

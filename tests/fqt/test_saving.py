@@ -39,6 +39,7 @@ def saved(model: nn.Module, path: Path, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.every(3)
 def test_what_comes_back_computes_the_same_bits(name: str, tmp_path: Path) -> None:
     cases: list[tuple[type[nn.Module], Tensor]] = [(Linears, torch.randint(11, (3, 5)))]
     if fits_convolutions(fqt.load_recipe(name)):

@@ -66,6 +66,7 @@ LOGGED = {"tracking": {"enabled": True, "every": 3, "variance_every": 4, "baseli
 
 
 @pytest.mark.parametrize(("recipe", "step"), [("fqt_1bit", 1), ("fqt_1bit", 3), ("fqt_1bit", 4), ("fqt_1bit", 6), ("fp32", 3)])
+@pytest.mark.every(3)
 def test_a_run_stopped_by_a_signal_goes_on_within_its_epoch(make, monkeypatch, recipe, step):
     config = make(
         recipe=recipe, data={"augment": "crop_flip", "validation": 0.1}, **{**SAVED, "training": {"epochs": 2}}, **LOGGED

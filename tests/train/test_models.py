@@ -24,6 +24,7 @@ def backward(model, shape, classes=10):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", SMALL)
+@pytest.mark.every(3)
 def test_forward_and_backward(name, shape):
     backward(models.build(name, shape, 10), shape)
 

@@ -61,6 +61,7 @@ def disassembled(code: bytes, tmp_path: Path, *options: str) -> str:
     ids=lambda v: getattr(v, "family", v),
 )
 @pytest.mark.usefixtures("compiler")
+@pytest.mark.every(2)
 def test_products_are_tensor_core_instructions_on_bits(
     tile: plan.Tile, unit: int, architecture: str, instruction: str, tmp_path: Path
 ):

@@ -40,6 +40,7 @@ def integer_ranges(rng: np.random.Generator, groups: int) -> list[float]:
 
 @pytest.mark.parametrize("b", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 7, 8, 16, 33, 600])
+@pytest.mark.every(3)
 def test_probabilities_are_the_exact_water_filling(groups, b, rng):
     """Kept are just the groups whose 24 random bits are below min(1, c R_i), and they are divided by it."""
     for case in range(2 if groups > 100 else 8):

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
     ["sign", "uint1", "fixed1", "ternary", "int2", "uint2", "int3", "int4", "uint4", "fixed4", "uint5", "int8", "uint8",
      "fixed8", "e4m3", "e5m2", "int9", "uint16", "fixed16", "fixed17", "fixed25", "fixed32"],
 )  # fmt: skip
+@pytest.mark.every(2)
 def test_pack_and_unpack_for_every_width_and_ragged_sizes(name, axes, rng):
     base = Format.parse(name)
     format = Format(base.grid, base.bits, axes)

@@ -108,6 +108,7 @@ def test_output(x_name, w_name, rng):
 
 
 @pytest.mark.parametrize(("g_name", "w_name", "keep"), GRAD_INPUT)
+@pytest.mark.every(2)
 def test_grad_input(g_name, w_name, keep, rng):
     for geometry, x_shape, w_shape, g_shape in layers(rng, ":NP" in g_name):
         g = oracle_products.random_operand(rng, Format.parse(g_name), g_shape, keep)
@@ -124,6 +125,7 @@ def test_grad_input(g_name, w_name, keep, rng):
 
 
 @pytest.mark.parametrize(("g_name", "x_name", "keep"), GRAD_WEIGHT)
+@pytest.mark.every(2)
 def test_grad_weight(g_name, x_name, keep, rng):
     for geometry, x_shape, w_shape, g_shape in layers(rng, linear_only=False):
         g = oracle_products.random_operand(rng, Format.parse(g_name), g_shape, keep)
@@ -320,6 +322,7 @@ STOCHASTIC = {
 
 @pytest.mark.parametrize("geometry", [None, Geometry(3, 3, (2, 3), (1, 1), (1, 0, 1, 1), (1, 1), 2)], ids=["linear", "conv"])
 @pytest.mark.parametrize("method", STOCHASTIC)
+@pytest.mark.every(2)
 def test_the_gradients_of_stochastic_codes_are_unbiased(method, geometry, rng):
     """E grad_input(Q(g)) = grad_input(g), and so for grad_weight: z-tests over keys, false alarm 1e-6 a test.
 

@@ -38,6 +38,7 @@ def awkward_values(rng: np.random.Generator, format: Format) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("name", "calibrate"), formats())
+@pytest.mark.every(3)
 def test_codes_equal_the_exact_model(name, calibrate, rng):
     for axes, stochastic in itertools.product(AXES, (False, True)):
         base = Format.parse(name)

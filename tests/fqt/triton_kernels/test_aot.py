@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[3]
 _PROGRAM = """
 from benchmarks import aot
 for name, function in aot.calls(True):
-    if name in {names!r}:
+    if name in {wanted!r}:
         for launch in aot.recorded(name, function):
-            row = aot.examined(launch, {capability})
-            print(row["kernel"], *row["tensor_cores"])
+            row = aot.examined(launch, {wanted!r}[name])
+            print(name, row["kernel"], *row["tensor_cores"], sep="\t")
 """
 
 _LOOP = """.L_x_0:
@@ -32,11 +32,20 @@ _LOOP = """.L_x_0:
 """
 
 
-def examined(capability: int, *names: str) -> list[str]:
-    program = _PROGRAM.format(names=set(names), capability=capability)
+HOPPER, AMPERE, ONE = "grad_input uint4+:N sign 3x3", "output int8:N int8:O linear", "quantize one"
+
+
+@pytest.fixture(scope="module")
+def instructions() -> dict[str, dict[str, list[str]]]:
+    """Name of a call -> name of a kernel of it -> its tensor-core instructions."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    program = _PROGRAM.format(wanted={HOPPER: 90, AMPERE: 80, ONE: 90})
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, kernel, *names in (line.split("\t") for line in done.stdout.splitlines()):
+        found.setdefault(name, {})[kernel.split()[0]] = names
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -44,17 +53,16 @@ def _triton() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
 
 
-def test_products_become_tensor_core_instructions_without_spills():
-    lines = examined(90, "grad_input uint4+:N sign 3x3")
-    (product,) = (line for line in lines if line.startswith("_gather"))
-    assert "IGMMA" in product and {"_expand", "_inside_sums"} <= {line.split()[0] for line in lines}
-    (ampere,) = (line for line in examined(80, "output int8:N int8:O linear") if line.startswith("_gather"))
-    assert "IMMA" in ampere and "IGMMA" not in ampere
+def test_products_become_tensor_core_instructions_without_spills(instructions):
+    kernels = instructions[HOPPER]
+    assert all(name.startswith("IGMMA") for name in kernels["_gather"]) and kernels["_gather"]
+    assert {"_expand", "_inside_sums"} <= kernels.keys()
+    assert all(name.startswith("IMMA") for name in instructions[AMPERE]["_gather"]) and instructions[AMPERE]["_gather"]
 
 
-def test_a_tensor_of_one_element_compiles():
+def test_a_tensor_of_one_element_compiles(instructions):
     """Triton makes arguments that are 1 constants, which have no dtype; its interpreter does not."""
-    assert {"_tree", "_calibrate", "_encode"} <= {line.split()[0] for line in examined(90, "quantize one")}
+    assert {"_tree", "_calibrate", "_encode"} <= instructions[ONE].keys()
 
 
 def test_a_kernel_that_is_not_as_it_should_be_is_refused(monkeypatch: pytest.MonkeyPatch):
