@@ -67,8 +67,8 @@ class Item:
     def __init__(self, nodeid: str, share: int | None) -> None:
         self.nodeid, self.share = nodeid, share
 
-    def get_closest_marker(self, name: str) -> pytest.Mark | None:
-        return pytest.Mark(name, (self.share,), {}) if name == "every" and self.share else None
+    def get_closest_marker(self, name: str) -> SimpleNamespace | None:
+        return SimpleNamespace(args=(self.share,)) if name == "every" and self.share else None
 
 
 def taken(
