@@ -14,7 +14,7 @@ from fqt.ops import Request, call, draw_key
 from fqt.qtensor import QTensor, Scales
 
 
-def _direct(tensor: Tensor) -> bool:
+def direct(tensor: Tensor) -> bool:
     """Whether nothing is active that has to see operators: a compiler, a mode, a profiler, a tensor subclass, a transform of
     torch.func. Then a call goes straight to its kernel, which spares the dispatcher and the schema: a third of a small layer's
     time."""
@@ -30,7 +30,7 @@ def _direct(tensor: Tensor) -> bool:
 
 def key_for(x: Tensor) -> Tensor:
     """The operator `draw_key`: a Philox key from torch's default generator of the tensor's device."""
-    return draw_key(x) if _direct(x) else torch.ops.fqt.draw_key(x)
+    return draw_key(x) if direct(x) else torch.ops.fqt.draw_key(x)
 
 
 def quantize(
@@ -50,7 +50,7 @@ def quantize(
     backend: str,
 ) -> tuple[QTensor, Tensor]:
     """The operator `quantize`: codes, and the estimator's mask (empty without a `pass_range`)."""
-    if _direct(x):
+    if direct(x):
         q, mask = call(
             "quantize", Request(x.device.type, (format,), None, backend), x, format, calibrate=calibrate, limits=limits,
             stochastic=stochastic, prune=prune, keep_one_in=keep_one_in, fold=fold, key=key, stream=stream,
@@ -79,7 +79,7 @@ def calibrate(
     ranges: tuple[Tensor, Tensor] | None,
 ) -> Scales:
     """The operator `calibrate`, by the reference."""
-    if _direct(x):
+    if direct(x):
         return call(
             "calibrate", Request(x.device.type, (format,), None, "reference"), x, format, calibrate=calibrate, limits=limits,
             prune=prune, keep_one_in=keep_one_in, fold=fold, key=key, stream=stream, ranges=ranges,
@@ -95,7 +95,7 @@ def encode(
     x: Tensor, scales: Scales, format: Format, *, fold: Tensor | None, key: Tensor | None, stream: int, backend: str
 ) -> QTensor:
     """The operator `encode`, with the scales of its codes."""
-    if _direct(x):
+    if direct(x):
         request = Request(x.device.type, (format,), None, backend)
         codes = call("encode", request, x, scales, format, fold=fold, key=key, stream=stream)
     else:
@@ -105,21 +105,21 @@ def encode(
 
 def output(x: QTensor, w: QTensor, bias: Tensor | None, geometry: Geometry | None, backend: str) -> Tensor:
     """The operator `output`."""
-    if _direct(x.codes):
+    if direct(x.codes):
         return call("output", _asked(x, w, geometry, backend), x, w, bias, geometry).contiguous()
     return torch.ops.fqt.output(*_schema(x), *_schema(w), bias, _flat(geometry), backend=backend)
 
 
 def accumulate(x: QTensor, w: QTensor, geometry: Geometry | None, backend: str) -> Tensor:
     """The operator `accumulate`."""
-    if _direct(x.codes):
+    if direct(x.codes):
         return call("accumulate", _asked(x, w, geometry, backend), x, w, geometry)
     return torch.ops.fqt.accumulate(*_schema(x), *_schema(w), _flat(geometry), backend=backend)
 
 
 def grad_input(g: QTensor, w: QTensor, mask: Tensor, geometry: Geometry | None, x_shape: Shape3, backend: str) -> Tensor:
     """The operator `grad_input`; an empty mask is none."""
-    if _direct(g.codes):
+    if direct(g.codes):
         given = mask if mask.numel() else None
         return call("grad_input", _asked(g, w, geometry, backend), g, w, given, geometry, x_shape).contiguous()
     return torch.ops.fqt.grad_input(*_schema(g), *_schema(w), mask, x_shape, _flat(geometry), backend=backend)
@@ -127,7 +127,7 @@ def grad_input(g: QTensor, w: QTensor, mask: Tensor, geometry: Geometry | None, 
 
 def grad_weight(g: QTensor, x: QTensor, geometry: Geometry | None, backend: str) -> Tensor:
     """The operator `grad_weight`."""
-    if _direct(g.codes):
+    if direct(g.codes):
         return call("grad_weight", _asked(g, x, geometry, backend), g, x, geometry).contiguous()
     return torch.ops.fqt.grad_weight(*_schema(g), *_schema(x), _flat(geometry), backend=backend)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fqt import calls
 from fqt.autograd import once, positional
+from fqt.evaluation import few_rows
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
 from fqt.multiply import multiply_grad_input, multiply_grad_weight, multiply_output
@@ -213,6 +214,10 @@ def _evaluated(
         x = taken.encoded.q
     elif operand is not None:
         value = operand.transformed(x_NPC, states)
+        if geometry is None and not accumulates and operand.transform is None and recipe.low_bit("output"):
+            y = few_rows(value, operand.quantizer, operand.format, w, bias, backend)
+            if y is not None:
+                return y.to(_output_dtype(x_NPC))
         options = {"geometry": geometry, "states": states, "backend": backend}
         x = operand.encode(value, key=None, training=False, masked=False, **options).q  # type: ignore[arg-type]
     if accumulates:
@@ -223,14 +228,9 @@ def _evaluated(
 
 
 def _multiplied(
-    x: Tensor | QTensor,
-    w: Tensor | QTensor,
-    bias: Tensor | None,
-    recipe: Recipe,
-    geometry: Geometry | None,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
+    x: Tensor | QTensor, w: Tensor | QTensor, bias: Tensor | None, recipe: Recipe, geometry: Geometry | None,
+    dtype: torch.dtype, backend: str,
+) -> Tensor:  # fmt: skip
     """The product `output`, of codes or in float. dtype: of a float product."""
     if recipe.low_bit("output"):
         assert isinstance(x, QTensor) and isinstance(w, QTensor)

@@ -1,8 +1,8 @@
 // The product operators of fqt_cpu, on LibTorch's stable ABI. They take packed codes, scales as (sample, position or
 // channel) views, and `sizes`: those of the layer, see `Convolution`.
 
-#include "../dispatch/grouping.h"
 #include "geometry.h"
+#include "operands.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,19 +17,6 @@ namespace fqt {
 namespace {
 
 using torch::stable::Tensor;
-
-// An axis of size 1 stands for any size.
-Scale scale(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2, "expected a scale of two axes, got ", t.dim());
-  return {t.const_data_ptr<float>(), t.size(0) == 1 ? 0 : t.stride(0), t.size(1) == 1 ? 0 : t.stride(1)};
-}
-
-Scale scale(const std::optional<Tensor>& t) { return t ? scale(*t) : Scale{}; }
-
-template <class T>
-const T* data(const std::optional<Tensor>& t) {
-  return t ? t->const_data_ptr<T>() : nullptr;
-}
 
 // --- signs -------------------------------------------------------------------------------------------------------------------
 
@@ -108,16 +95,6 @@ void sign_grad_weight(Tensor g, int64_t bits, std::string axes, Tensor g_scale, 
 
 // --- integers ----------------------------------------------------------------------------------------------------------------
 
-// Codes of a tensor, described for the kernels.
-Integers integers(const Tensor& codes, const std::string& grid, int64_t bits, const Grouping& by = {}) {
-  return {.data = static_cast<const uint8_t*>(codes.const_data_ptr()),
-          .bits = bits,
-          .storage = bits <= 2 ? bits : bits <= 4 ? 4 : bits <= 8 ? 8 : 16,
-          .meaning = grid == "sign" ? Meaning::sign : grid == "uint" ? Meaning::natural : Meaning::complement,
-          .channel = by.channel,
-          .by_channel = by.channel_alone()};
-}
-
 void integer_gather(Tensor a, std::string a_grid, int64_t a_bits, Tensor a_scale, std::optional<Tensor> a_offset, Tensor b,
                     std::string b_grid, int64_t b_bits, Tensor b_scale, std::optional<Tensor> b_offset,
                     std::optional<Tensor> bias, std::optional<Tensor> mask, std::optional<Tensor> kept,
@@ -125,8 +102,8 @@ void integer_gather(Tensor a, std::string a_grid, int64_t a_bits, Tensor a_scale
   const SeenLayer seen(Convolution(sizes), forward);
   const Layer& l = seen.layer;
   FQT_KERNEL(integer_gather)({.layer = l,
-                              .a = integers(a, a_grid, a_bits),
-                              .b = integers(b, b_grid, b_bits),
+                              .a = integers(a.const_data_ptr(), a_grid, a_bits),
+                              .b = integers(b.const_data_ptr(), b_grid, b_bits),
                               .depth = forward ? l.in : l.out,
                               .columns = forward ? l.out : l.in,
                               .across = !forward,
@@ -155,8 +132,8 @@ void integer_grad_weight(Tensor g, std::string g_grid, int64_t g_bits, std::stri
   }
   const SeenLayer seen(convolution, true);
   FQT_KERNEL(integer_grad_weight)({.layer = seen.layer,
-                                   .g = integers(g, g_grid, g_bits, by),
-                                   .x = integers(x, x_grid, x_bits),
+                                   .g = integers(g.const_data_ptr(), g_grid, g_bits, by),
+                                   .x = integers(x.const_data_ptr(), x_grid, x_bits),
                                    .g_scale = scale(g_scale),
                                    .g_offset = scale(g_offset),
                                    .x_scale = *x_scale.const_data_ptr<float>(),

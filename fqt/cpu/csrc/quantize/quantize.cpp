@@ -3,6 +3,7 @@
 
 #include "cut.h"
 #include "job.h"
+#include "nearest.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -63,7 +64,7 @@ Calibration calibration_of(const std::string& calibrate, double first, double la
 }
 
 // Without a mask. stochastic: nothing is drawn for signs.
-Encoding encoding_of(const CodeGrid& codes, bool stochastic, const std::optional<Tensor>& key, int64_t stream, Tensor& to) {
+Encoding encoding_of(const CodeGrid& codes, bool stochastic, const std::optional<Tensor>& key, int64_t stream, void* to) {
   return {.grid = codes.sign ? Grid::sign : Grid::uniform,
           .storage = static_cast<int>(codes.storage),
           .low = codes.low,
@@ -71,7 +72,7 @@ Encoding encoding_of(const CodeGrid& codes, bool stochastic, const std::optional
           .stochastic = stochastic && !codes.sign,
           .key = number(key),
           .stream = static_cast<uint32_t>(stream),
-          .codes = static_cast<uint8_t*>(to.mutable_data_ptr())};
+          .codes = static_cast<uint8_t*>(to)};
 }
 
 // Rounding draws from an even stream, pruning from the next.
@@ -134,7 +135,7 @@ void encode(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, Ten
             int64_t stream, Tensor codes) {
   if (x.numel() == 0) return;
   const CodeGrid of(grid, bits);
-  Job job{.encoding = encoding_of(of, key.has_value(), key, stream, codes),
+  Job job{.encoding = encoding_of(of, key.has_value(), key, stream, codes.mutable_data_ptr()),
           .groups = scale.numel(),
           .elements = x.numel() / scale.numel()};
   Input input(x, fold);
@@ -150,29 +151,14 @@ void encode(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, Ten
 }
 
 // Both: image by image where groups lie within one, and without a read of its own for a range that is fixed.
-void quantize(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, std::optional<Tensor> low,
-              std::optional<Tensor> high, std::string grid, int64_t bits, std::string axes, std::string calibrate,
-              double first, double last, bool stochastic, std::string prune, int64_t keep_one_in, int64_t stream,
-              double pass_low, double pass_high, Tensor codes, Tensor scale, std::optional<Tensor> offset,
-              std::optional<Tensor> index, std::optional<Tensor> mask) {
-  if (scale.numel() == 0) return;
-  const CodeGrid of(grid, bits);
-  Job job{.encoding = encoding_of(of, stochastic, key, stream, codes),
-          .calibration = calibration_of(calibrate, first, last, of, offset.has_value()),
-          .pruning = pruning_of(prune, keep_one_in, key, stream),
-          .groups = scale.numel(),
-          .elements = x.numel() / scale.numel(),
-          .low = read(low),
-          .high = read(high)};
-  Input input(x, fold);
-  Layout layout{.grouping = Grouping(axes), .storage = of.storage, .stochastic = job.encoding.stochastic, .in_order = false};
+// bytes: of all codes. offsets: null if the format has none. index: of the groups that pruning keeps.
+void calibrate_and_encode(Job& job, Input& input, Layout layout, int64_t bytes, float* scales, float* offsets,
+                          std::optional<Tensor> index) {
   if (!job.empty()) {
-    if (mask) add_mask(job, input, fold.has_value(), layout, pass_low, pass_high, *mask);
     job.plan = input.cut(layout);
     layout.in_order = true, layout.stochastic = false;
     job.ordered = input.cut(layout);
   }
-  float *scales = write(scale), *offsets = write(offset);
   if (job.by_image()) return job.encode_image_by_image(scales, offsets);
 
   Numbers all(job.groups);
@@ -186,16 +172,51 @@ void quantize(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, s
   for (int64_t g = 0; g < job.groups; ++g) {
     const bool kept = factors[g] > 0;
     scales[g] = kept ? all.scale[g] * factors[g] : 0.0f;
-    if (offset) offsets[g] = kept ? all.offset[g] * factors[g] : 0.0f;
+    if (offsets) offsets[g] = kept ? all.offset[g] * factors[g] : 0.0f;
   }
   if (!job.empty() && job.encode(all, job.range_is_fixed())) {
     scales[0] = kNaN;
-    if (offset) offsets[0] = 0.0f;
-    std::memset(job.encoding.codes, 0, codes.numel() * (of.storage <= 8 ? 1 : of.storage / 8));
+    if (offsets) offsets[0] = 0.0f;
+    std::memset(job.encoding.codes, 0, bytes);
   }
 }
 
+void quantize(Tensor x, std::optional<Tensor> fold, std::optional<Tensor> key, std::optional<Tensor> low,
+              std::optional<Tensor> high, std::string grid, int64_t bits, std::string axes, std::string calibrate,
+              double first, double last, bool stochastic, std::string prune, int64_t keep_one_in, int64_t stream,
+              double pass_low, double pass_high, Tensor codes, Tensor scale, std::optional<Tensor> offset,
+              std::optional<Tensor> index, std::optional<Tensor> mask) {
+  if (scale.numel() == 0) return;
+  const CodeGrid of(grid, bits);
+  Job job{.encoding = encoding_of(of, stochastic, key, stream, codes.mutable_data_ptr()),
+          .calibration = calibration_of(calibrate, first, last, of, offset.has_value()),
+          .pruning = pruning_of(prune, keep_one_in, key, stream),
+          .groups = scale.numel(),
+          .elements = x.numel() / scale.numel(),
+          .low = read(low),
+          .high = read(high)};
+  Input input(x, fold);
+  const Layout layout{
+      .grouping = Grouping(axes), .storage = of.storage, .stochastic = job.encoding.stochastic, .in_order = false};
+  if (!job.empty() && mask) add_mask(job, input, fold.has_value(), layout, pass_low, pass_high, *mask);
+  const int64_t bytes = codes.numel() * (of.storage <= 8 ? 1 : of.storage / 8);
+  calibrate_and_encode(job, input, layout, bytes, write(scale), write(offset), index);
+}
+
 }  // namespace
+
+void quantize_nearest(const Tensor& x, const Nearest& how, int64_t groups, uint8_t* codes, int64_t bytes, float* scale,
+                      float* offset) {
+  const CodeGrid of(how.grid, how.bits);
+  Job job{.encoding = encoding_of(of, false, {}, 0, codes),
+          .calibration = calibration_of(how.calibrate, how.first, how.last, of, offset != nullptr),
+          .pruning = pruning_of("", 1, {}, 0),
+          .groups = groups,
+          .elements = x.numel() / groups};
+  Input input(x, {});
+  const Layout layout{.grouping = Grouping(how.axes), .storage = of.storage, .stochastic = false, .in_order = false};
+  calibrate_and_encode(job, input, layout, bytes, scale, offset, {});
+}
 
 STABLE_TORCH_LIBRARY(fqt_cpu, m) {
   m.def(
