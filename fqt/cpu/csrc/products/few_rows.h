@@ -44,7 +44,7 @@ class FewRows {
 
  private:
   static constexpr int64_t kStep = 32;     // bytes of a column at a time
-  static constexpr int64_t kTogether = 4;  // rows
+  static constexpr int64_t kTogether = 4;  // rows, or columns of one row
 
   int16_t* of_row(int64_t m) const { return codes.data + m * row_codes; }
 
@@ -96,16 +96,25 @@ class FewRows {
     for (int64_t row = 0; row < rows; row += kTogether) {
       const int64_t count = least(kTogether, rows - row);
       alignas(64) int32_t sums[kTogether][kColumns] = {};
-      for (int64_t k = 0; k < used; ++k) {
+      const auto put = [&](int64_t m, int64_t k, int32_t dot) {
+        const int64_t shifted = row_sums[row + m] - shift * depth;
+        sums[m][k] = static_cast<int32_t>((int64_t{dot} << up) + add * shifted + shift * column_codes[k]);
+      };
+      int64_t k = 0;
+      if (count == 1 && storage < 8) {
+        for (; k + kTogether <= used; k += kTogether) {
+          int32_t dots[kTogether];
+          multiply_columns(first + k, row, dots);
+          for (int64_t i = 0; i < kTogether; ++i) put(0, k + i, dots[i]);
+        }
+      }
+      for (; k < used; ++k) {
         int32_t dots[kTogether];
         count == 1   ? multiply<1>(first + k, row, dots)
         : count == 2 ? multiply<2>(first + k, row, dots)
         : count == 3 ? multiply<3>(first + k, row, dots)
                      : multiply<4>(first + k, row, dots);
-        for (int64_t m = 0; m < count; ++m) {
-          const int64_t shifted = row_sums[row + m] - shift * depth;
-          sums[m][k] = static_cast<int32_t>((int64_t{dots[m]} << up) + add * shifted + shift * column_codes[k]);
-        }
+        for (int64_t m = 0; m < count; ++m) put(m, k, dots[m]);
       }
       finish_rows(row, count, first, used, sums, columns);
     }
@@ -140,6 +149,15 @@ class FewRows {
                    : multiply_packed<1, M>(column, planes_of, dots);
   }
 
+  // dots[i] = the same of column k + i and one row: what is read of the row serves four columns of less than 8 bits.
+  void multiply_columns(int64_t k, int64_t row, int32_t* dots) const {
+    const uint8_t* const columns = c.b.data + k * row_bytes;
+    const int8_t* const planes_of = reinterpret_cast<const int8_t*>(of_row(row));
+    storage == 4   ? multiply_packed_columns<4>(columns, planes_of, dots)
+    : storage == 2 ? multiply_packed_columns<2>(columns, planes_of, dots)
+                   : multiply_packed_columns<1>(columns, planes_of, dots);
+  }
+
 #if defined(FQT_AVX512) || defined(FQT_AVX2)
   static int32_t total(__m256i sums) {
     const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
@@ -169,6 +187,48 @@ class FewRows {
         sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(v, row));
       }
     }
+  }
+
+  // As `add_packed`, of one row and four columns.
+  template <int kBits>
+  __attribute__((always_inline)) void add_packed_columns(__m256i (&bits)[kTogether], const int8_t* planes_at,
+                                                         __m256i (&sum)[kTogether]) const {
+    const __m256i mask = _mm256_set1_epi8((1 << kBits) - 1);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8 / kBits; ++j, planes_at += plane) {
+      const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(planes_at));
+#pragma GCC unroll 4
+      for (int i = 0; i < kTogether; ++i) {
+        const __m256i v = _mm256_and_si256(_mm256_srli_epi16(bits[i], j * kBits), mask);
+        sum[i] = _mm256_add_epi16(sum[i], _mm256_maddubs_epi16(v, row));
+      }
+    }
+  }
+
+  template <int kBits>
+  void multiply_packed_columns(const uint8_t* columns, const int8_t* row_at, int32_t* dots) const {
+    constexpr int64_t kMost = 4 * kStep;
+    const __m256i flipped = _mm256_set1_epi8(static_cast<char>(flip * (255 / ((1 << kBits) - 1))));
+    __m256i sum[kTogether] = {};
+    for (int64_t at = 0; at < row_bytes;) {
+      __m256i narrow[kTogether] = {}, bits[kTogether];
+      for (const int64_t stop = at + kMost; at < stop && at < row_bytes; at += kStep) {
+        const int64_t left = row_bytes - at;
+#pragma GCC unroll 4
+        for (int i = 0; i < kTogether; ++i) {
+          const uint8_t* const from = columns + i * row_bytes + at;
+          bits[i] = _mm256_xor_si256(left < kStep ? load_last(from, left) : load_column(from), flipped);
+        }
+        add_packed_columns<kBits>(bits, row_at + at, narrow);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kTogether; ++i) {
+        sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(narrow[i], _mm256_set1_epi16(1)));
+      }
+    }
+    const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]), _mm256_hadd_epi32(sum[2], sum[3]));
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dots), four);
   }
 
   template <int kBits, int M>
@@ -218,6 +278,11 @@ class FewRows {
     for (int m = 0; m < M; ++m) dots[m] = total(sum[m]);
   }
 #else
+  template <int kBits>
+  void multiply_packed_columns(const uint8_t* columns, const int8_t* row_at, int32_t* dots) const {
+    for (int i = 0; i < kTogether; ++i) multiply_packed<kBits, 1>(columns + i * row_bytes, row_at, dots + i);
+  }
+
   template <int kBits, int M>
   void multiply_packed(const uint8_t* column, const int8_t* rows_at, int32_t* dots) const {
     for (int m = 0; m < M; ++m) {
