@@ -6,20 +6,26 @@ Takes the smallest model of many families: of timm, of torchvision (classificati
 transformers from tiny configurations, with random weights. Each is converted with `example=`, trained for one step, reverted.
 A row is ok if every parameter that had a gradient in float has a finite one, the state dict of the converted model has the
 names of the plain one and loads back into it, and the reverted model has its classes and gives its output bit for bit. The
-share is that of a float forward's multiply-adds which no float product computes in a forward of the converted model.
+share is that of a float forward's multiply-adds which no float product computes in a forward of the converted model; "of
+layers" leaves out the products of two activations (attention), which no layer holds and which weigh much in tiny models.
+
+Rows are written as they come; models that the file has already are not tried again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import logging
+import statistics
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -220,8 +226,8 @@ def evaluated(model: nn.Module, example: object) -> list[Tensor]:
     return found
 
 
-def check(model: nn.Module, example: object, recipe: str) -> float:
-    """The share that is converted. AssertionError, or whatever the model raises, where something is not as it should be."""
+def check(model: nn.Module, example: object, recipe: str) -> tuple[float, float]:
+    """The share that is converted of all multiply-adds, and of the layers'. AssertionError, or whatever the model raises, where something is not as it should be."""
     kinds, keys = [type(module) for module in model.modules()], list(model.state_dict())
     plain, before = copy.deepcopy(model), evaluated(copy.deepcopy(model), example)
     flow = flow_of(model, example)
@@ -234,7 +240,8 @@ def check(model: nn.Module, example: object, recipe: str) -> float:
         if wanted.grad is not None and bool(wanted.grad.isfinite().all()):
             assert found.grad is not None, f"no gradient for {name}"
             assert bool(found.grad.isfinite().all()), f"a gradient for {name} that is not finite"
-    share = 1 - float_multiply_adds(model, example) / max(flow.total, 1)
+    left = flow.total - float_multiply_adds(model, example)
+    shares = left / max(flow.total, 1), min(1.0, left / max(sum(flow.madds.values()), 1))
     assert list(model.state_dict()) == keys, "other names in the state dict"
     trained = model.state_dict()
     plain.load_state_dict(trained, strict=True)
@@ -244,30 +251,35 @@ def check(model: nn.Module, example: object, recipe: str) -> float:
     again = evaluated(model, example)
     expected = evaluated(plain, example)
     assert len(again) == len(before) and all(map(torch.equal, again, expected)), "another output after revert"
-    return share
+    return shares
 
 
-def run(chosen: Iterable[Case], recipes: Iterable[str]) -> list[dict[str, object]]:
-    """A row for each model and recipe."""
-    rows: list[dict[str, object]] = []
+def run(chosen: Iterable[Case], recipes: Iterable[str], path: Path | None = None) -> list[dict[str, Any]]:
+    """A row for each model and recipe, those of the file `path` first."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path and path.exists() else []
+    tried = {(row["group"], row["model"], row["recipe"]) for row in rows}
     for case in chosen:
         for recipe in recipes:
+            if (case.group, case.name, recipe) in tried:
+                continue
             torch.manual_seed(0)
-            start, share, reason = time.perf_counter(), None, ""
+            start, share, of_layers, reason = time.perf_counter(), None, None, ""
             try:
                 with warnings.catch_warnings(action="ignore"):
-                    share = check(*case.make(), recipe)
+                    share, of_layers = check(*case.make(), recipe)
             except Exception as error:  # noqa: BLE001  a miss is a row
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} ({where.name})"[:200]
             rows.append(
                 {
                     "group": case.group, "model": case.name, "recipe": recipe, "ok": not reason, "share": share,
-                    "reason": reason, "seconds": round(time.perf_counter() - start, 1),
+                    "of_layers": of_layers, "reason": reason, "seconds": round(time.perf_counter() - start, 1),
                 }
             )  # fmt: skip
             print(f"{case.group:22} {case.name:34} {recipe:10} {'ok' if not reason else 'MISS'}", end=" ", flush=True)
-            print(f"{share:.0%}" if share is not None else reason, flush=True)
+            print(f"{share:.0%}, of layers {of_layers:.0%}" if share is not None else reason, flush=True)
+            if path:
+                write_json(path, rows)
     return rows
 
 
@@ -283,18 +295,16 @@ def main() -> None:
     logging.getLogger("fqt").setLevel(logging.ERROR)
     only = QUICK if args.quick else args.only
     chosen = [case for case in cases() if not only or case.name in only or case.group in only]
-    rows = run(chosen, args.recipes[:1] if args.quick else args.recipes)
+    rows = run(chosen, args.recipes[:1] if args.quick else args.recipes, args.json)
     summary = []
     for group in dict.fromkeys(row["group"] for row in rows):
         for recipe in dict.fromkeys(row["recipe"] for row in rows):
             those = [row for row in rows if (row["group"], row["recipe"]) == (group, recipe)]
-            shares = sorted(float(row["share"]) for row in those if row["share"] is not None)  # type: ignore[arg-type]
-            middle = f"{shares[len(shares) // 2]:.0%}" if shares else ""
-            summary.append([group, recipe, f"{sum(bool(row['ok']) for row in those)} of {len(those)}", middle])
+            known = [[row[share] for row in those if row[share] is not None] for share in ("share", "of_layers")]
+            middle = [f"{statistics.median(shares):.0%}" if shares else "" for shares in known]
+            summary.append([group, recipe, f"{sum(row['ok'] for row in those)} of {len(those)}", *middle])
     print()
-    print(table(["group", "recipe", "ok", "median share of multiply-adds"], summary))
-    if args.json:
-        write_json(args.json, rows)
+    print(table(["group", "recipe", "ok", "median share of multiply-adds", "of layers"], summary))
 
 
 if __name__ == "__main__":

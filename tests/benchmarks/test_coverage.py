@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,13 +22,19 @@ class Refuses(nn.Linear):
         raise OSError("no such disk\nanywhere")
 
 
-def test_a_row_says_the_share_or_the_reason() -> None:
+def test_a_row_says_the_share_or_the_reason(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is in the file before the next one is tried, which is then not tried again."""
+    file = tmp_path / "rows.json"
     cases = [
         Case("mine", "small", small),
         Case("mine", "broken", lambda: (nn.Sequential(nn.Linear(8, 8), Refuses(8, 8)), torch.randn(4, 8))),
     ]
-    good, bad = coverage.run(cases, ["int8"])
-    assert good["ok"] and good["share"] == pytest.approx(64 / (64 + 64 + 16))
+    assert len(coverage.run(cases[:1], ["int8"], file)) == len(json.loads(file.read_text())["rows"]) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(coverage, "check", lambda *_: pytest.fail("a finished row was tried again"))
+        coverage.run(cases[:1], ["int8"], file)
+    good, bad = coverage.run(cases, ["int8"], file)
+    assert good["ok"] and good["share"] == good["of_layers"] == pytest.approx(64 / (64 + 64 + 16))
     assert not bad["ok"] and bad["reason"] == "OSError: no such disk (forward)"
 
 
