@@ -227,7 +227,8 @@ def evaluated(model: nn.Module, example: object) -> list[Tensor]:
 
 
 def check(model: nn.Module, example: object, recipe: str) -> tuple[float, float]:
-    """The share that is converted of all multiply-adds, and of the layers'. AssertionError, or whatever the model raises, where something is not as it should be."""
+    """The share that is converted, of all multiply-adds and of the layers'. AssertionError, or whatever the model raises, where
+    something is not as it should be."""
     kinds, keys = [type(module) for module in model.modules()], list(model.state_dict())
     plain, before = copy.deepcopy(model), evaluated(copy.deepcopy(model), example)
     flow = flow_of(model, example)
