@@ -15,7 +15,6 @@ neighbours, and nothing depends on how a model's forward is written.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +25,7 @@ import fqt.fusion.norm_ops  # noqa: F401  registers torch.ops.fqt.norm_*
 from fqt.autograd import once
 from fqt.formats import Format
 from fqt.functional import channels_last
+from fqt.fusion.constants import Norm, affine_of, constants_of
 from fqt.notes import carry_note, kept_samples, note_ranges
 from fqt.operand import Encoded
 from fqt.products import Accumulated, Taken
@@ -47,24 +47,6 @@ _GRADIENTS = (
     | {getattr(Tensor, name).__set__ for name in ("grad", "requires_grad")}
 )
 _SET_DATA = getattr(Tensor, "data").__set__  # noqa: B009
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A batch normalization with its statistics, ready to be applied.
-
-    Attributes:
-        affine: (4, C) float32, rows a, b, mean and inv of `fqt.reference.norm`.
-        weight, bias: (C,) gamma and beta, with their graph.
-        batch: whether the statistics are the batch's, and the gradient flows through them.
-        backend: the one that must serve, "" for the fastest that does.
-    """
-
-    affine: Tensor
-    weight: Tensor
-    bias: Tensor
-    batch: bool
-    backend: str
 
 
 class Deferred(Tensor):
@@ -96,6 +78,8 @@ class Deferred(Tensor):
     def make(
         source: Source, graph: Tensor, norm: Norm | None, windows: Windows, shape_of: Callable[[Tensor, Windows], Tensor]
     ) -> Deferred:
+        if not torch.is_grad_enabled():
+            return Deferred.without_storage(source, graph, norm, windows, shape_of)
         if norm is None:
             return _Accumulate.apply(graph, source, windows, shape_of)  # type: ignore[return-value]
         return _Normalize.apply(graph, norm.weight, norm.bias, *source.tensors(), norm, windows, shape_of)  # type: ignore
@@ -127,8 +111,12 @@ class Deferred(Tensor):
         return self.floats
 
     def signs(self, low: float, high: float) -> tuple[QTensor, Tensor]:
-        """The signs, and the packed mask low <= z <= high."""
+        """The signs, and the packed mask low <= z <= high; an empty one in an evaluation without gradients."""
         assert self.norm is not None
+        if self.norm.constants is not None and not torch.is_grad_enabled():
+            q = self.norm.constants.signs(self.source, self.windows, self.norm.backend)
+            if q is not None:
+                return q, q.codes.new_empty(0)
         args = (*self.source.tensors(), self.norm.affine, self.windows.flat(), low, high)
         codes, mask, scale = torch.ops.fqt.norm_sign(*args, backend=self.norm.backend)
         height, width = self.windows.pooled_size
@@ -228,6 +216,7 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -
     count = source.y.shape[0] * source.y.shape[1]
     if count < 2:  # torch refuses it in training
         return None
+    constants, recording = None, torch.is_grad_enabled()  # what an inference keeps cannot be kept for a backward
     with torch.no_grad():
         if norm.training:
             mean, square = torch.ops.fqt.norm_sums(*source.tensors(), backend=backend) / count
@@ -235,12 +224,14 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -
             norm.num_batches_tracked += 1
             norm.running_mean.lerp_(mean.float(), norm.momentum)
             norm.running_var.lerp_((var * (count / (count - 1))).float(), norm.momentum)
+            affine = affine_of(norm, mean, var)
+        elif recording:
+            affine = affine_of(norm, norm.running_mean.double(), norm.running_var.double())
         else:
-            mean, var = norm.running_mean.double(), norm.running_var.double()
-        mean, inv = mean.float(), (var + norm.eps).sqrt().reciprocal().float()
-        a = norm.weight * inv
-        affine = torch.stack([a, norm.bias - mean * a, mean, inv])
-    return Deferred.make(source, x, Norm(affine, norm.weight, norm.bias, norm.training, backend), windows, shape_of)
+            constants = constants_of(norm)
+            affine = constants.affine
+    made = Norm(affine, norm.weight, norm.bias, norm.training, backend, constants)
+    return Deferred.make(source, x, made, windows, shape_of)
 
 
 def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor | None:

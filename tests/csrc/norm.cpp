@@ -13,12 +13,13 @@ struct Set {
   decltype(&fqt::portable::norm_sums) sums;
   decltype(&fqt::portable::norm_value) value;
   decltype(&fqt::portable::norm_sign) sign;
+  decltype(&fqt::portable::norm_above) above;
   decltype(&fqt::portable::norm_grad_sums) grad_sums;
   decltype(&fqt::portable::norm_grad) grad;
 };
 #define FQT_ROW(set, runs)                                                               \
   {#set, bool(runs), fqt::set::norm_sums, fqt::set::norm_value, fqt::set::norm_sign,     \
-   fqt::set::norm_grad_sums, fqt::set::norm_grad},
+   fqt::set::norm_above, fqt::set::norm_grad_sums, fqt::set::norm_grad},
 const Set kSets[] = {FQT_FOR_EACH_ISA(FQT_ROW)};
 
 // Sums by channel over rows of `values`: in order within blocks of 256 rows, then the blocks in order.
@@ -196,12 +197,42 @@ void check_set(const Set& set, const Input& in, const Found& found) {
   }
 }
 
+// Signs by codes alone: thresholds at both ends of 16 bits and between, some channels turned round, the largest of each window.
+void check_above(Random& r, const Input& in) {
+  const int64_t channels = in.channels, bytes = bytes_of(channels, 1);
+  Fenced<int16_t> above(channels);
+  Fenced<uint8_t> flipped(bytes);
+  std::memset(flipped.data, 0, bytes);
+  std::vector<bool> turned(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    above.data[c] = static_cast<int16_t>(r.chance(0.2) ? r.choose<int64_t>({-32768, 32767}) : r.between(-40, 40));
+    turned[c] = r.chance(0.4);
+    put(flipped.data, c, 1, turned[c]);
+  }
+  std::vector<uint8_t> expected(in.pooled() * bytes);
+  for (int64_t window = 0; window < in.pooled(); ++window) {
+    for (int64_t c = 0; c < channels; ++c) {
+      bool any = false;
+      in.each_of(window, c, [&](int64_t at) { any |= (in.code.data[at] > above.data[c]) != turned[c]; });
+      put(expected.data() + window * bytes, c, 1, any);
+    }
+  }
+  for (const Set& set : kSets) {
+    if (!set.runs) continue;
+    Fenced<uint8_t> signs(in.pooled() * bytes);
+    set.above({in.code.data, above.data, flipped.data, in.windows, in.rows(), channels}, signs.data);
+    same("norm_above", set.name, signs.data, expected);
+    ++served["norm_above"][set.name];
+  }
+}
+
 void check_case(Random& r) {
   const Input in = draw(r);
   const Found found(in);
   for (const Set& set : kSets) {
     if (set.runs) check_set(set, in, found);
   }
+  if (in.codes) check_above(r, in);
 }
 
 }  // namespace

@@ -47,6 +47,14 @@ struct Ranges {
   float *low, *high;
 };
 
+// Signs by the codes alone: (code > above) differs from the bit of `flipped`, channel by channel.
+struct Above {
+  const int16_t *codes, *above;
+  const uint8_t* flipped;  // packed as signs are; no bit behind the last channel
+  Windows windows;
+  int64_t rows, channels;
+};
+
 FQT_DECLARE(
   // The sums of y and of y * y by channel, (2, channels).
   void norm_sums(const Normed& y, double* sums);
@@ -56,6 +64,9 @@ FQT_DECLARE(
 
   // Its signs, and the mask of those in [low, high]. Returns whether a value is NaN.
   bool norm_sign(const Pooled& p, float low, float high, uint8_t* codes, uint8_t* mask);
+
+  // The signs of the pooled z, by codes alone.
+  void norm_above(const Above& of, uint8_t* signs);
 
   // The sums of the gradient of z and of its product with x^ by channel, (2, channels).
   void norm_grad_sums(const Pooled& p, const Gradient& g, double* sums);

@@ -58,6 +58,18 @@ bool norm_sign(Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offs
                                static_cast<float>(high), codes.mutable_data_ptr<uint8_t>(), mask.mutable_data_ptr<uint8_t>());
 }
 
+void norm_above(Tensor y, Tensor above, Tensor flipped, std::vector<int64_t> windows, Tensor signs) {
+  STD_TORCH_CHECK(y.dim() == 3 && y.is_contiguous(), "expected a contiguous tensor of three axes");
+  STD_TORCH_CHECK(windows.size() == 4, "expected the sizes of image and window, got ", windows.size());
+  FQT_KERNEL(norm_above)({.codes = y.const_data_ptr<int16_t>(),
+                          .above = above.const_data_ptr<int16_t>(),
+                          .flipped = flipped.const_data_ptr<uint8_t>(),
+                          .windows = {.height = windows[0], .width = windows[1], .kernel_y = windows[2], .kernel_x = windows[3]},
+                          .rows = y.size(0) * y.size(1),
+                          .channels = y.size(2)},
+                         signs.mutable_data_ptr<uint8_t>());
+}
+
 void norm_grad_sums(Tensor g, std::optional<Tensor> kept, Tensor y, std::optional<Tensor> scale, std::optional<Tensor> offset,
                     Tensor affine, std::vector<int64_t> windows, Tensor sums) {
   FQT_KERNEL(norm_grad_sums)(pooled(normed(y, scale, offset), affine, windows), gradient(g, kept),
@@ -78,6 +90,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fqt_cpu, m) {
   m.def(
       "norm_sign(Tensor y, Tensor? scale, Tensor? offset, Tensor affine, int[] windows, float low, float high,"
       " Tensor(a!) codes, Tensor(b!) mask) -> bool");
+  m.def("norm_above(Tensor y, Tensor above, Tensor flipped, int[] windows, Tensor(a!) signs) -> ()");
   m.def(
       "norm_grad_sums(Tensor g, Tensor? kept, Tensor y, Tensor? scale, Tensor? offset, Tensor affine, int[] windows,"
       " Tensor(a!) sums) -> ()");
@@ -90,6 +103,7 @@ STABLE_TORCH_LIBRARY_IMPL(fqt_cpu, CompositeExplicitAutograd, m) {
   m.impl("norm_sums", TORCH_BOX(&norm_sums));
   m.impl("norm_value", TORCH_BOX(&norm_value));
   m.impl("norm_sign", TORCH_BOX(&norm_sign));
+  m.impl("norm_above", TORCH_BOX(&norm_above));
   m.impl("norm_grad_sums", TORCH_BOX(&norm_grad_sums));
   m.impl("norm_grad", TORCH_BOX(&norm_grad));
 }

@@ -2,6 +2,7 @@
 // fqt/reference/norm.py. Every float rounds as the reference's, so no fused multiply-add may be formed (-ffp-contract=off).
 
 #include "rows.h"
+#include "above.h"
 
 void norm_sums(const Normed& y, double* sums) {
   sum_blocks(y.rows, y.channels, sums, [&](int64_t begin, int64_t end, int64_t first, int64_t last, double* s, double* q) {
