@@ -35,29 +35,32 @@ def _value(y_ptr, scale_ptr, offset_ptr, row, c, ok, channels, CODES: tl.constex
 @triton.jit
 def _largest(
     y_ptr, scale_ptr, offset_ptr, affine_ptr, pooled, c, ok, channels, height, width, kh, kw,
-    CODES: tl.constexpr, OFFSET: tl.constexpr,
+    CODES: tl.constexpr, OFFSET: tl.constexpr, POOLS: tl.constexpr,
 ):  # fmt: skip
     """z of the first largest pixel of windows (counted through all images), its y, and its number; NaN is largest."""
     a = tl.load(affine_ptr + c, mask=c < channels, other=0.0)[None, :]
     b = tl.load(affine_ptr + channels + c, mask=c < channels, other=0.0)[None, :]
-    across = tl.cdiv(width, kw)
-    down = tl.cdiv(height, kh)
-    image = pooled // (across * down)
-    h = pooled % (across * down) // across * kh
-    w = pooled % across * kw
-    first = (image * height + h) * width + w
+    first = pooled
+    if POOLS:  # else a window is a pixel, and no division by a size that is known late is needed to find it
+        across = tl.cdiv(width, kw)
+        down = tl.cdiv(height, kh)
+        image = pooled // (across * down)
+        h = pooled % (across * down) // across * kh
+        w = pooled % across * kw
+        first = (image * height + h) * width + w
     best_y = _value(y_ptr, scale_ptr, offset_ptr, first, c, ok, channels, CODES, OFFSET)
     best = best_y * a + b
     number = tl.zeros_like(best).to(tl.int32)
-    for k in range(1, kh * kw):
-        inside = ok & ((h + k // kw < height) & (w + k % kw < width))[:, None]
-        row = first + k // kw * width + k % kw
-        y = _value(y_ptr, scale_ptr, offset_ptr, row, c, inside, channels, CODES, OFFSET)
-        z = y * a + b
-        better = inside & ((z > best) | (z != z))
-        best = tl.where(better, z, best)
-        best_y = tl.where(better, y, best_y)
-        number = tl.where(better, k, number)
+    if POOLS:
+        for k in range(1, kh * kw):
+            inside = ok & ((h + k // kw < height) & (w + k % kw < width))[:, None]
+            row = first + k // kw * width + k % kw
+            y = _value(y_ptr, scale_ptr, offset_ptr, row, c, inside, channels, CODES, OFFSET)
+            z = y * a + b
+            better = inside & ((z > best) | (z != z))
+            best = tl.where(better, z, best)
+            best_y = tl.where(better, y, best_y)
+            number = tl.where(better, k, number)
     return best, best_y, number
 
 
@@ -65,7 +68,7 @@ def _largest(
 def _block_sums(
     g_ptr, kept_ptr, y_ptr, scale_ptr, offset_ptr, affine_ptr, out_ptr, rows, channels, pooled_positions,
     height, width, kh, kw, CODES: tl.constexpr, OFFSET: tl.constexpr, GRADIENT: tl.constexpr, KEPT: tl.constexpr,
-    BLOCK: tl.constexpr, UNROLLED: tl.constexpr, C: tl.constexpr,
+    POOLS: tl.constexpr, BLOCK: tl.constexpr, UNROLLED: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Over a block of rows, in order: y and its squares, or the gradient and its product with x. (blocks, 2, C) float64."""
     c = tl.program_id(1) * C + tl.arange(0, C)
@@ -79,7 +82,7 @@ def _block_sums(
             ok = (row < rows)[:, None] & c_ok
             if GRADIENT:
                 _, y, _ = _largest(
-                    y_ptr, scale_ptr, offset_ptr, affine_ptr, row, c, ok, channels, height, width, kh, kw, CODES, OFFSET
+                    y_ptr, scale_ptr, offset_ptr, affine_ptr, row, c, ok, channels, height, width, kh, kw, CODES, OFFSET, POOLS
                 )  # fmt: skip
                 x = y - tl.load(affine_ptr + 2 * channels + c, mask=c < channels, other=0.0)[None, :]
                 x = x * tl.load(affine_ptr + 3 * channels + c, mask=c < channels, other=0.0)[None, :]
@@ -113,14 +116,16 @@ def _add_blocks(blocks_ptr, out_ptr, blocks, size, UNROLLED: tl.constexpr, SIZE:
 @triton.jit
 def _normalized(
     y_ptr, scale_ptr, offset_ptr, affine_ptr, z_ptr, codes_ptr, mask_ptr, flag_ptr, rows, channels, row_bytes,
-    height, width, kh, kw, low, high, CODES: tl.constexpr, OFFSET: tl.constexpr, SIGN: tl.constexpr,
-    ROWS: tl.constexpr, C: tl.constexpr,
+    height, width, kh, kw, low, high, CODES: tl.constexpr, OFFSET: tl.constexpr, POOLS: tl.constexpr,
+    SIGN: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """z, or its signs and mask in bits; a NaN is flagged."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * C + tl.arange(0, C)
     ok = (row < rows)[:, None] & (c < channels)[None, :]
-    z, _, _ = _largest(y_ptr, scale_ptr, offset_ptr, affine_ptr, row, c, ok, channels, height, width, kh, kw, CODES, OFFSET)
+    z, _, _ = _largest(
+        y_ptr, scale_ptr, offset_ptr, affine_ptr, row, c, ok, channels, height, width, kh, kw, CODES, OFFSET, POOLS
+    )
     if SIGN:
         byte = tl.program_id(1) * (C // 8) + tl.arange(0, C // 8)
         at = row[:, None] * row_bytes + byte[None, :]
@@ -147,7 +152,8 @@ def _settle_signs(flag_ptr, codes_ptr, scale_ptr, size, SIZE: tl.constexpr):
 @triton.jit
 def _gradient(
     g_ptr, y_ptr, scale_ptr, offset_ptr, affine_ptr, means_ptr, dy_ptr, low_ptr, high_ptr, pooled_positions, channels, span,
-    height, width, kh, kw, CODES: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
+    height, width, kh, kw, CODES: tl.constexpr, OFFSET: tl.constexpr, POOLS: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
     """dy, and its range over a chunk of a sample's windows: (N, chunks, C)."""
     sample = tl.program_id(0).to(tl.int64)
@@ -168,14 +174,20 @@ def _gradient(
         ok = (p < pooled_positions)[:, None] & c_ok[None, :]
         pooled = sample * pooled_positions + p
         _, _, number = _largest(
-            y_ptr, scale_ptr, offset_ptr, affine_ptr, pooled, c, ok, channels, height, width, kh, kw, CODES, OFFSET
+            y_ptr, scale_ptr, offset_ptr, affine_ptr, pooled, c, ok, channels, height, width, kh, kw, CODES, OFFSET, POOLS
         )  # fmt: skip
         g = tl.load(g_ptr + pooled[:, None] * channels + c[None, :], mask=ok, other=0.0)
-        h = p // across * kh
-        w = p % across * kw
+        h = p
+        w = p
+        if POOLS:
+            h = p // across * kh
+            w = p % across * kw
         for k in range(kh * kw):
-            inside = ok & ((h + k // kw < height) & (w + k % kw < width))[:, None]
-            row = (sample * height + h + k // kw) * width + w + k % kw
+            inside = ok
+            row = pooled
+            if POOLS:
+                inside = ok & ((h + k // kw < height) & (w + k % kw < width))[:, None]
+                row = (sample * height + h + k // kw) * width + w + k % kw
             y = _value(y_ptr, scale_ptr, offset_ptr, row, c, inside, channels, CODES, OFFSET)
             x = (y - mean) * inv
             dz = tl.where(number == k, g, 0.0)
@@ -198,6 +210,10 @@ def _source(source: Source) -> tuple[Tensor, Tensor, Tensor, dict[str, bool]]:
     return y, scale, offset, {"CODES": source.scale is not None, "OFFSET": source.offset is not None}
 
 
+def _pools(windows: Windows) -> bool:
+    return windows.kernel != (1, 1)
+
+
 def _channels(channels: int) -> int:
     """Channels of a tile: a multiple of 8, so that bits end at a byte."""
     return min(max(plan.power_of_two(channels), 8), 128)
@@ -215,7 +231,8 @@ def _sums(
     launch(
         _block_sums, (blocks, plan.ceil_div(channels, c)), y if g is None else g.contiguous(),
         y if kept is None else kept.to(torch.uint8), y, scale, offset, y if affine is None else affine.contiguous(), partial,
-        rows, channels, rows // y.shape[0], *windows.flat(), GRADIENT=g is not None, KEPT=kept is not None, BLOCK=BLOCK_ROWS,
+        rows, channels, rows // y.shape[0], *windows.flat(), GRADIENT=g is not None, KEPT=kept is not None,
+        POOLS=_pools(windows), BLOCK=BLOCK_ROWS,
         UNROLLED=_UNROLLED if g is None else _UNROLLED // 4,  # a gradient's rows hold more registers
         C=c, **there,
     )  # fmt: skip
@@ -259,8 +276,8 @@ def _apply(source: Source, affine: Tensor, windows: Windows, limits: tuple[float
         codes, mask = torch.empty(2, *shape, row_bytes, dtype=torch.uint8, device=y.device)
     launch(
         _normalized, (plan.ceil_div(rows, 1024 // c), plan.ceil_div(channels, c)), y, scale, offset, affine.contiguous(), z,
-        codes, mask, flag, rows, channels, row_bytes, *windows.flat(), *(limits or (0.0, 0.0)), SIGN=limits is not None,
-        ROWS=1024 // c, C=c, **there,
+        codes, mask, flag, rows, channels, row_bytes, *windows.flat(), *(limits or (0.0, 0.0)), POOLS=_pools(windows),
+        SIGN=limits is not None, ROWS=1024 // c, C=c, **there,
     )  # fmt: skip
     if limits is None:
         return (z,)
@@ -282,6 +299,7 @@ def norm_grad(
     low, high = torch.empty(2, n, chunks, channels, dtype=torch.float32, device=y.device)
     launch(
         _gradient, (n, chunks, plan.ceil_div(channels, c)), g.float().contiguous(), y, scale, offset, affine.contiguous(),
-        means.contiguous(), dy, low, high, positions, channels, span, *windows.flat(), ROWS=rows, C=c, **there,
+        means.contiguous(), dy, low, high, positions, channels, span, *windows.flat(), POOLS=_pools(windows), ROWS=rows,
+        C=c, **there,
     )  # fmt: skip
     return dy, low.amin(1), high.amax(1)
