@@ -1,4 +1,5 @@
-"""What the autograd functions share: their gradients cannot be differentiated again, and say so."""
+"""What the autograd functions share: their gradients cannot be differentiated again, nor do torch's transforms follow
+what they compute, and they say so."""
 
 from __future__ import annotations
 
@@ -52,3 +53,45 @@ class _DifferentiatedOnce(torch.autograd.Function):
             "the gradient of a quantized layer cannot be differentiated again: codes have no derivative. Where a second "
             "derivative is needed (a gradient penalty, a Hessian), keep the layers float: fqt.convert(..., skip=...)"
         )
+
+
+_WAY_OUT = "work on the float model (fqt.revert), or keep these layers float by fqt.convert(..., skip=...)"
+
+
+class Untransformed(torch.autograd.Function):
+    """A Function that torch.func.jvp refuses by a sentence."""
+
+    @staticmethod
+    def jvp(ctx, *_: Tensor):
+        raise NotImplementedError(f"quantized layers have no forward-mode derivative (torch.func.jvp, jacfwd): {_WAY_OUT}")
+
+
+def refuse_transforms(*tensors: object) -> None:
+    """Raise NotImplementedError within torch.func.vmap, and within torch.jit.trace, whose graphs know no operators of fqt."""
+    if torch.compiler.is_compiling():
+        return
+    if any(map(_is_mapped, tensors)):
+        raise NotImplementedError(
+            f"quantized layers cannot be mapped by torch.func.vmap (jacrev and hessian use it too), whose samples would "
+            f"share ranges: call the model once for each, or {_WAY_OUT}"
+        )
+    if torch._C._get_tracing_state() is not None:
+        raise NotImplementedError(
+            f"torch.jit.trace cannot follow quantized layers: use torch.export on fqt.freeze(model), or {_WAY_OUT}"
+        )
+
+
+def _is_mapped(tensor: object) -> bool:
+    """Whether it stands for one of several, at any level of nested transforms."""
+    while isinstance(tensor, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
+def refuse_script(layer: torch.nn.Module) -> torch.nn.Module:
+    """Raise NotImplementedError: what torch.jit.script calls of a module first."""
+    raise NotImplementedError(
+        f"torch.jit.script cannot compile a {type(layer).__name__}: use torch.export on fqt.freeze(model), or {_WAY_OUT}"
+    )
