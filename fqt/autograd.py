@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]
+from torch.autograd import forward_ad
 
 
 def positional(forward: Callable) -> Callable:
@@ -58,16 +60,8 @@ class _DifferentiatedOnce(torch.autograd.Function):
 _WAY_OUT = "work on the float model (fqt.revert), or keep these layers float by fqt.convert(..., skip=...)"
 
 
-class Untransformed(torch.autograd.Function):
-    """A Function that torch.func.jvp refuses by a sentence."""
-
-    @staticmethod
-    def jvp(ctx, *_: Tensor):
-        raise NotImplementedError(f"quantized layers have no forward-mode derivative (torch.func.jvp, jacfwd): {_WAY_OUT}")
-
-
 def refuse_transforms(*tensors: object) -> None:
-    """Raise NotImplementedError within torch.func.vmap, and within torch.jit.trace, whose graphs know no operators of fqt."""
+    """Raise NotImplementedError within torch.func's vmap and jvp, and torch.jit.trace."""
     if torch.compiler.is_compiling():
         return
     if any(map(_is_mapped, tensors)):
@@ -75,6 +69,11 @@ def refuse_transforms(*tensors: object) -> None:
             f"quantized layers cannot be mapped by torch.func.vmap (jacrev and hessian use it too), whose samples would "
             f"share ranges: call the model once for each, or {_WAY_OUT}"
         )
+    # not by the Function's jvp, with which torch.compile traces none
+    if forward_ad._current_level >= 0 and any(
+        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError(f"quantized layers have no forward-mode derivative (torch.func.jvp, jacfwd): {_WAY_OUT}")
     if torch._C._get_tracing_state() is not None:
         raise NotImplementedError(
             f"torch.jit.trace cannot follow quantized layers: use torch.export on fqt.freeze(model), or {_WAY_OUT}"
@@ -83,10 +82,10 @@ def refuse_transforms(*tensors: object) -> None:
 
 def _is_mapped(tensor: object) -> bool:
     """Whether it stands for one of several, at any level of nested transforms."""
-    while isinstance(tensor, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        if torch._C._functorch.is_batchedtensor(tensor):
+    while isinstance(tensor, Tensor) and _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
             return True
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+        tensor = _functorch.get_unwrapped(tensor)
     return False
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fqt import calls
-from fqt.autograd import Untransformed, once, positional, refuse_transforms
+from fqt.autograd import once, positional, refuse_transforms
 from fqt.evaluation import few_rows
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
@@ -267,7 +267,7 @@ def _output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-class _Products(Untransformed):
+class _Products(torch.autograd.Function):
     """output in the forward, grad_input and grad_weight in the backward."""
 
     @staticmethod
