@@ -1,6 +1,6 @@
 """Which models can be converted, and how much of them is?
 
-    python -m benchmarks.coverage [--only timm resnet18 ...] [--recipes int8 fqt_1bit] [--json F] [--quick]
+    python -m benchmarks.coverage [--only timm resnet18 ...] [--recipes int8 fqt_1bit] [--limit 600] [--json F] [--quick]
 
 Takes the smallest model of many families: of timm, of torchvision (classification, segmentation, detection, video), and of
 transformers from tiny configurations, with random weights. Each is converted with `example=`, trained for one step, reverted.
@@ -18,11 +18,13 @@ import argparse
 import copy
 import json
 import logging
+import signal
 import statistics
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,8 +257,27 @@ def check(model: nn.Module, example: object, recipe: str) -> tuple[float, float]
     return shares
 
 
-def run(chosen: Iterable[Case], recipes: Iterable[str], path: Path | None = None) -> list[dict[str, Any]]:
-    """A row for each model and recipe, those of the file `path` first."""
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """TimeoutError in the block once it has taken so long, between two operations; 0: as long as it takes."""
+    if not seconds:
+        yield
+        return
+
+    def stop(_signal: int, _frame: object) -> None:
+        raise TimeoutError(f"longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run(chosen: Iterable[Case], recipes: Iterable[str], path: Path | None = None, limit: float = 0) -> list[dict[str, Any]]:
+    """A row for each model and recipe, of `limit` seconds at most; those of the file `path` first."""
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path and path.exists() else []
     tried = {(row["group"], row["model"], row["recipe"]) for row in rows}
     for case in chosen:
@@ -266,7 +287,7 @@ def run(chosen: Iterable[Case], recipes: Iterable[str], path: Path | None = None
             torch.manual_seed(0)
             start, share, of_layers, reason = time.perf_counter(), None, None, ""
             try:
-                with warnings.catch_warnings(action="ignore"):
+                with warnings.catch_warnings(action="ignore"), within(limit):
                     share, of_layers = check(*case.make(), recipe)
             except Exception as error:  # noqa: BLE001  a miss is a row
                 where = traceback.extract_tb(error.__traceback__)[-1]
@@ -290,13 +311,14 @@ def main() -> None:
         "--only", nargs="+", default=[], help="names of models, or groups: timm, transformers, 'torchvision video'"
     )
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--limit", type=float, default=600, help="seconds that a row may take (600)")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} alone, and the first recipe")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
     logging.getLogger("fqt").setLevel(logging.ERROR)
     only = QUICK if args.quick else args.only
     chosen = [case for case in cases() if not only or case.name in only or case.group in only]
-    rows = run(chosen, args.recipes[:1] if args.quick else args.recipes, args.json)
+    rows = run(chosen, args.recipes[:1] if args.quick else args.recipes, args.json, args.limit)
     summary = []
     for group in dict.fromkeys(row["group"] for row in rows):
         for recipe in dict.fromkeys(row["recipe"] for row in rows):

@@ -1,4 +1,5 @@
-"""What the autograd functions share: their gradients cannot be differentiated again, and say so."""
+"""What the autograd functions share: their gradients cannot be differentiated again, nor do torch's transforms follow
+what they compute, and they say so."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]
+from torch.autograd import forward_ad
 
 
 def positional(forward: Callable) -> Callable:
@@ -52,3 +55,42 @@ class _DifferentiatedOnce(torch.autograd.Function):
             "the gradient of a quantized layer cannot be differentiated again: codes have no derivative. Where a second "
             "derivative is needed (a gradient penalty, a Hessian), keep the layers float: fqt.convert(..., skip=...)"
         )
+
+
+_WAY_OUT = "work on the float model (fqt.revert), or keep these layers float by fqt.convert(..., skip=...)"
+
+
+def refuse_transforms(*tensors: object) -> None:
+    """Raise NotImplementedError within torch.func's vmap and jvp, and torch.jit.trace."""
+    if torch.compiler.is_compiling():
+        return
+    if any(map(_is_mapped, tensors)):
+        raise NotImplementedError(
+            f"quantized layers cannot be mapped by torch.func.vmap (jacrev and hessian use it too), whose samples would "
+            f"share ranges: call the model once for each, or {_WAY_OUT}"
+        )
+    # not by the Function's jvp, with which torch.compile traces none
+    if forward_ad._current_level >= 0 and any(
+        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError(f"quantized layers have no forward-mode derivative (torch.func.jvp, jacfwd): {_WAY_OUT}")
+    if torch._C._get_tracing_state() is not None:
+        raise NotImplementedError(
+            f"torch.jit.trace cannot follow quantized layers: use torch.export on fqt.freeze(model), or {_WAY_OUT}"
+        )
+
+
+def _is_mapped(tensor: object) -> bool:
+    """Whether it stands for one of several, at any level of nested transforms."""
+    while isinstance(tensor, Tensor) and _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
+
+
+def refuse_script(layer: torch.nn.Module) -> torch.nn.Module:
+    """Raise NotImplementedError: what torch.jit.script calls of a module first."""
+    raise NotImplementedError(
+        f"torch.jit.script cannot compile a {type(layer).__name__}: use torch.export on fqt.freeze(model), or {_WAY_OUT}"
+    )

@@ -97,6 +97,11 @@ def bake(name: str, layer: QuantizedLayer) -> None:
             remove_spectral_norm(layer, hook.name)
         elif isinstance(hook, prune.BasePruningMethod):
             prune.remove(layer, hook._tensor_name)
+    if layer._parameters.get(layer.weight_name, layer) is None:
+        raise ValueError(
+            f"layer {name!r}: it keeps three weights, as keys or values have a size of their own, and a frozen layer has one: "
+            f"convert with skip={name!r}"
+        )
     if layer.weight_name not in layer._parameters:
         raise ValueError(
             f"layer {name!r}: its {layer.weight_name} is no parameter but computed before every forward: make it one first, as "

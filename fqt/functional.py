@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fqt.autograd import refuse_transforms
 from fqt.geometry import Geometry
 from fqt.operand import States
 from fqt.packed import Weight, canonical
@@ -59,6 +60,7 @@ def linear(
     Returns:
         (..., O) in x's dtype, or autocast's when that is on.
     """
+    refuse_transforms(x, weight)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"linear: input of shape {tuple(x.shape)} does not fit weight {tuple(weight.shape)}: "
@@ -105,6 +107,7 @@ def conv2d(
     Returns:
         (N, O, H', W') in x's dtype (or autocast's) and memory format.
     """
+    refuse_transforms(x, weight)
     if weight.dim() != 4 or weight.shape[0] % groups:
         raise ValueError(
             f"conv2d: weight of shape {tuple(weight.shape)} with groups={groups}: expected (O, I/groups, kh, kw), O a multiple "

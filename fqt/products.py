@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fqt import calls
-from fqt.autograd import once, positional
+from fqt.autograd import once, positional, refuse_transforms
 from fqt.evaluation import few_rows
 from fqt.formats import Format, Shape3
 from fqt.geometry import Geometry
@@ -307,6 +307,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_NPO: Tensor, *_: Tensor | None):
+        refuse_transforms(g_NPO)
         with torch.no_grad():
             grads = _Products._gradients(ctx, g_NPO)
         return (*once(grads), *([None] * (len(ctx.needs_input_grad) - 3)))

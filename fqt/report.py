@@ -48,7 +48,10 @@ def log_conversion(
         said.append(f"kept float, slower than {min_speedup:g}x: {speeds(slow)}")
     troubles = _troubles(model, chosen, flow, exchanged, example)
     if not backend and any(
-        by.backend == "reference" for _, layer in quantized_layers(model) for by in backends(layer).values()
+        by.backend == "reference"
+        for _, layer in quantized_layers(model)
+        if not layer.weight.is_meta  # the device on which it will compute is not known yet
+        for by in backends(layer).values()
     ):
         troubles.append("some products have no low-bit kernel here and run on the reference, see fqt.summary(model)")
     _log.log(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fqt.layers import QuantizedLayer, quantized_layers
+from fqt.layers.attention import QuantMultiheadAttention
+from fqt.layers.changing import watched
 from fqt.quantizers.base import quantize
 
 
@@ -63,12 +66,13 @@ def observe_gradients(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]
         seen["features.3"]["grad_input"]
 
     Forward and backward both belong in the block. Draws come from a key of their own: torch's generator and the training
-    are not touched. A product whose gradient stays float has no entry; nor has a layer whose gradient is zero, nor an
-    attention, whose projections' gradients are none of its output.
+    are not touched. A product whose gradient stays float has no entry; nor has a layer whose gradient is zero. Of an
+    attention, the error is that of its three projections' gradients together.
     """
     seen: dict[str, dict[str, float]] = {}
+    sums: dict[tuple[str, str], Tensor] = {}
 
-    def measure(name: str, layer: QuantizedLayer, g: Tensor) -> None:
+    def measure(name: str, layer: QuantizedLayer, g: Tensor, together: bool) -> None:
         g_NPO = layer.canonical(g).float()
         key = torch.zeros((), dtype=torch.int64, device=g.device)
         power = g_NPO.double().square().sum()
@@ -76,22 +80,27 @@ def observe_gradients(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]
             operand = layer.recipe.operand(product, "g")
             if operand is not None and power > 0:
                 q, _ = quantize(g_NPO, operand.quantizer, "g", key=key, state=operand.state(layer.states), product=product)
-                error = (q.decode() - g_NPO).double().square().sum() / power
-                seen.setdefault(name, {})[product] = float(error)
+                both = torch.stack([(q.decode() - g_NPO).double().square().sum(), power])
+                if together:
+                    both = sums[name, product] = sums.get((name, product), 0) + both
+                seen.setdefault(name, {})[product] = float(both[0] / both[1])
 
-    def watch(name: str, layer: QuantizedLayer):
-        def hook(_module: nn.Module, _inputs: object, output: object) -> Tensor | None:
-            if not isinstance(output, Tensor) or not output.requires_grad:
-                return None
-            output = output.clone()  # no view, off which an activation in place would cut the hook
-            output.register_hook(lambda g: measure(name, layer, g))
-            return output
-
-        return layer.register_forward_hook(hook)
-
-    handles = [watch(name, layer) for name, layer in quantized_layers(model)]
-    try:
+    with ExitStack() as until_the_end:
+        for name, layer in quantized_layers(model):
+            look = partial(measure, name, layer)
+            if isinstance(layer, QuantMultiheadAttention):
+                layer.observer = partial(look, together=True)
+                until_the_end.callback(delattr, layer, "observer")
+            else:
+                until_the_end.callback(layer.register_forward_hook(_Watch(partial(look, together=False))).remove)
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+class _Watch:
+    """A hook after a layer's forward that has the gradient of its output looked at."""
+
+    def __init__(self, look: Callable[[Tensor], None]) -> None:
+        self.look = look
+
+    def __call__(self, _module: nn.Module, _inputs: object, output: object) -> Tensor | None:
+        return watched(output, self.look) if isinstance(output, Tensor) and output.requires_grad else None

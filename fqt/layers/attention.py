@@ -1,16 +1,23 @@
 """QuantMultiheadAttention: nn.MultiheadAttention with a recipe, its projections of query, key and value as three linear layers.
 
+Where keys or values have a size of their own (kdim, vdim), torch keeps three weights, else one of three times the rows.
+
 Torch multiplies all four weights of an attention within one function, so `out_proj` is no layer that is called. Here it is: it
 is converted, kept float and hooked as any other layer. Scores and their softmax stay float.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fqt import functional
+from fqt.layers import changing
 from fqt.layers.base import QuantizedLayer, register_layer
 from fqt.layers.linear import QuantLinear
 from fqt.packed import Weight
@@ -23,13 +30,11 @@ register_layer("torch.nn.modules.linear.NonDynamicallyQuantizableLinear")(QuantL
 class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     """nn.MultiheadAttention whose three input projections follow `recipe`, each with ranges of its own."""
 
-    options = ("embed_dim", "num_heads", "dropout", "add_zero_attn", "batch_first")
+    options = ("embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim", "batch_first")
     borrows = ("out_proj",)
     weight_name = "in_proj_weight"
-
-    @classmethod
-    def refuses(cls, plain: nn.Module) -> str:
-        return "" if getattr(plain, "in_proj_weight", None) is not None else "its key or value has a size of its own"
+    observer: Callable[[Tensor], None] | None = None
+    """Given the gradient of each projection's output in turn, see `fqt.observe_gradients`."""
 
     # torch's fast paths in evaluation multiply the float weights; both of their callers ask for this first
     @property
@@ -42,8 +47,11 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Those of query, key and value, (3 E, E)."""
-        return self.in_proj_weight
+        """Those of query, key and value: (3 E, E), or beside each other, (E, E + kdim + vdim), where each has its own."""
+        return _weight(self)
+
+    def weights(self) -> Sequence[Weight]:
+        return _own(self) if _apart(self) else super().weights()  # not parts of a copy
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
@@ -68,7 +76,8 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             x if batched and self.batch_first else x.transpose(0, 1) if batched else x.unsqueeze(0) for x in (query, key, value)
         ]
         weights = self.weights()  # once: a parametrization computes it
-        q, k, v = (self._projected(x, weights[part], part) for part, x in enumerate(inputs))
+        project = partial(changing.compute, self) if self.changing else self.compute
+        q, k, v = (self._seen(project(x, weights[part], part)) for part, x in enumerate(inputs))
         n, length, heads = q.shape[0], q.shape[1], self.num_heads
         if self.bias_k is not None and self.bias_v is not None:
             k, v = torch.cat([k, self.bias_k.expand(n, 1, -1)], 1), torch.cat([v, self.bias_v.expand(n, 1, -1)], 1)
@@ -96,30 +105,54 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             weights = weights if batched else weights.squeeze(0)
         return (y if batched and self.batch_first else y.transpose(0, 1) if batched else y.squeeze(0)), weights
 
-    def _projected(self, x_NPC: Tensor, w_OI: Weight, part: int) -> Tensor:
+    def compute(self, x_NPC: Tensor, w_OI: Weight, part: int) -> Tensor:  # type: ignore[override]
         """The projection of the query (0), key (1) or value (2)."""
         rows = slice(part * self.embed_dim, (part + 1) * self.embed_dim)
         bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
         options = {"training": self.training, "states": self.states, "backend": self.backend}
         return functional.linear(x_NPC, w_OI, bias, self.recipe, **options)  # type: ignore[arg-type]
 
-    def split(self, weight: Tensor) -> list[Tensor]:
-        return list(weight.split(self.embed_dim))
+    def _seen(self, y: Tensor) -> Tensor:
+        return y if self.observer is None or not y.requires_grad else changing.watched(y, self.observer)
+
+    def split(self, weight: Tensor) -> Sequence[Tensor]:
+        if _apart(self):
+            return weight.split([self.embed_dim, self.kdim, self.vdim], 1)
+        return weight.split(self.embed_dim)
 
     def weight_OKI(self) -> Tensor:
-        return self.in_proj_weight.unsqueeze(1)
+        """Own weights have so many taps that none is of two of them, nor of two blocks of a block format."""
+        if _apart(self):
+            return _weight(self).unflatten(1, (-1, math.gcd(self.embed_dim, self.kdim, self.vdim, 32)))
+        return _weight(self).unsqueeze(1)
 
     def multiply_adds(self, output: tuple[Tensor, Tensor | None]) -> int:  # type: ignore[override]
         """With as many keys as queries."""
         y = output[0]
-        return y.shape[1 if self.batch_first and y.dim() == 3 else 0] * self.in_proj_weight.numel()
+        return y.shape[1 if self.batch_first and y.dim() == 3 else 0] * _weight(self).numel()
 
     def exercise(self, x: Tensor) -> Tensor:
-        return self(x, x, x, need_weights=False)[0]
+        """Of keys and values that are x, cut or padded to their sizes."""
+        key, value = (F.pad(x, (0, size - x.shape[-1])) for size in (self.kdim, self.vdim))
+        return self(x, key, value, need_weights=False)[0]
 
     def like(self, kind: type[nn.Module]) -> nn.Module:
         sizes = {name: getattr(self, name) for name in self.options}
         return kind(**sizes, bias=self.in_proj_bias is not None, add_bias_kv=self.bias_k is not None)
+
+
+def _apart(layer: nn.MultiheadAttention) -> bool:
+    """Whether keys or values have a size of their own, so that there is no joint weight."""
+    return (layer.kdim, layer.vdim) != (layer.embed_dim, layer.embed_dim)
+
+
+def _own(layer: nn.MultiheadAttention) -> list[Tensor]:
+    return [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]  # type: ignore[list-item]
+
+
+def _weight(layer: nn.MultiheadAttention) -> Tensor:
+    """The joint weight, or all three beside each other."""
+    return layer.in_proj_weight if layer.in_proj_weight is not None else torch.cat(_own(layer), 1)
 
 
 def _added(mask: Tensor, dtype: torch.dtype, keys: int) -> Tensor:

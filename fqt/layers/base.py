@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fqt import ops
+from fqt.autograd import refuse_script
 from fqt.functional import Fusion
 from fqt.geometry import Geometry
 from fqt.layers import changing
@@ -68,6 +69,7 @@ class QuantizedLayer(nn.Module):
     watcher: Callable[[Tensor], None] | None = None  # given the gradient of the output, in a layer that is `changing`
     changing = False  # whether its recipe may be another at any step, see `let_recipe_change`
     unshard: Callable | None = None  # FSDPModule's method, in a layer that `fully_shard` was called on by itself
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, input: Tensor) -> Tensor:
         output = changing.compute(self, input) if self.changing else self.compute(input)
@@ -207,8 +209,7 @@ class QuantizedLayer(nn.Module):
         recipe.check(self.kind)
         if self.frozen:
             raise ValueError(f"this {type(self).__name__} is frozen: its codes are of recipe {self.recipe.name!r} for good")
-        before = self.__dict__.get("recipe")
-        self.__dict__["recipe"] = recipe
+        before, self.__dict__["recipe"] = self.__dict__.get("recipe"), recipe
         if before is None or before.stages != recipe.stages:
             with at_rest(self):
                 self._make_states(recipe)
@@ -220,8 +221,7 @@ class QuantizedLayer(nn.Module):
 
     def states_names(self, *, parameters: bool = False) -> list[str]:
         """Names of these within the layer; of the parameters alone, if asked."""
-        states = self._modules.get(STATES)
-        if states is None:
+        if (states := self._modules.get(STATES)) is None:
             return []
         named = states.named_parameters() if parameters else states.state_dict().items()
         return [f"{STATES}.{name}" for name, _ in named]

@@ -153,6 +153,12 @@ class AdaPT(Policy):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, known))}")
         super().__init__(model)
+        for name, layer in self.layers.items():
+            if not layer.weight.is_leaf:
+                raise ValueError(
+                    f"layer {name!r}: its weight is computed before every forward or of several parameters, and adapt reads a "
+                    f"parameter's gradient: convert with skip={name!r}, or choose the policy 'variance'"
+                )
         self.strategy, self.gradient_normalization = strategy, gradient_normalization
         self._l1, self._l2, self._word_length_penalty = l1, l2, word_length_penalty
         self._of = self._remembered(common, layers or {})

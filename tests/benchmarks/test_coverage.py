@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -36,6 +37,8 @@ def test_a_row_says_the_share_or_the_reason(tmp_path, monkeypatch: pytest.Monkey
     good, bad = coverage.run(cases, ["int8"], file)
     assert good["ok"] and good["share"] == good["of_layers"] == pytest.approx(64 / (64 + 64 + 16))
     assert not bad["ok"] and bad["reason"] == "OSError: no such disk (forward)"
+    (slow,) = coverage.run([Case("mine", "slow", lambda: time.sleep(60))], ["int8"], limit=0.05)  # type: ignore[arg-type]
+    assert not slow["ok"] and slow["reason"].startswith("TimeoutError: longer than 0.05 s")
 
 
 @pytest.mark.parametrize(

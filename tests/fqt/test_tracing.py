@@ -77,3 +77,36 @@ def test_copies_and_pickles_stay_leaves_and_revert_takes_it_away() -> None:
     assert type(model[4]).__module__ == "fqt.layers.conv"
     fqt.revert(model)
     assert [sorted(module.__dict__) for module in model.modules()] == before
+
+
+TRANSFORMS = {
+    "vmap": (lambda model, x: torch.func.vmap(model)(x), r"torch\.func\.vmap"),
+    "samples": (lambda model, x: torch.func.vmap(torch.func.grad(lambda x: model(x).sum()))(x), r"torch\.func\.vmap"),
+    "ensemble": (
+        lambda model, x: torch.func.vmap(lambda w: torch.func.functional_call(model, {"0.weight": w}, (x,)))(
+            x.new_ones(3, 8, 8)
+        ),
+        r"torch\.func\.vmap",
+    ),
+    "jacrev": (lambda model, x: torch.func.jacrev(model)(x), r"torch\.func\.vmap \(jacrev"),
+    "jvp": (lambda model, x: torch.func.jvp(model, (x,), (x,)), "no forward-mode derivative"),
+    "trace": (torch.jit.trace, r"torch\.jit\.trace cannot"),
+    "script": (lambda model, x: torch.jit.script(model), r"torch\.jit\.script cannot compile a QuantLinear"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize(("transform", "words"), TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("recipe", ["int8", "fqt_1bit"])
+def test_other_transforms_are_refused_with_the_way_out(recipe: str, transform, words: str) -> None:
+    model = fqt.convert(nn.Sequential(nn.Linear(8, 8)), fqt.load_recipe(recipe).everywhere())
+    with pytest.raises(NotImplementedError, match=words + r".*fqt\.revert"):
+        transform(model, torch.randn(4, 8))
+    transform(fqt.revert(model), torch.randn(4, 8))
+
+
+def test_no_kernel_is_missed_on_the_meta_device(caplog: pytest.LogCaptureFixture) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    fqt.convert(model, fqt.load_recipe("int8").everywhere())
+    assert "reference" not in caplog.text

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fqt
+from fqt.precision import build_policy
 from tests.fqt.helpers import fingerprint
 from tests.fqt.layers.cases import INT16
 
@@ -38,6 +39,8 @@ OPTIONS = [
     {"bias": False},
     {"add_bias_kv": True, "add_zero_attn": True},
     {"batch_first": True, "add_zero_attn": True},
+    {"kdim": 6, "vdim": 4},
+    {"vdim": 4, "bias": False, "batch_first": True},
 ]
 CALLS = {
     "plain": {},
@@ -64,7 +67,7 @@ def test_sixteen_bits_give_what_torch_does(options, call) -> None:
     for layer in (made, plain):
         x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
         x = (x if layer.batch_first else x.transpose(0, 1)).detach().requires_grad_()
-        y, weights = layer(x, x, x, **call)
+        y, weights = layer(x, x[..., : layer.kdim], x[..., : layer.vdim], **call)
         (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
         results.append([y, weights, x.grad, *(parameter.grad for parameter in layer.parameters())])
     for one, other in zip(*results, strict=True):
@@ -100,20 +103,17 @@ def test_the_output_projection_is_a_layer_that_is_called() -> None:
     assert {row.layer for row in fqt.profile(model["a"], (x, x, x), seconds=0.0).rows} == {"", "out_proj"}
     with fqt.observe_gradients(model) as seen:
         model["b"](model["a"](x, x, x)[0]).sum().backward()
-    assert "a.out_proj" in seen
+    assert {"a", "a.out_proj"} <= set(seen)
     fqt.revert(model)
     assert [type(m) for m in model.modules()] == kinds and list(model.state_dict()) == keys
 
 
 def test_where_the_attention_stays_float_its_output_projection_does() -> None:
-    model = nn.ModuleDict({"a": attention(), "kdim": nn.MultiheadAttention(8, 2, kdim=4), "b": nn.Linear(8, 8)})
+    model = nn.ModuleDict({"a": attention(), "b": nn.Linear(8, 8)})
     fqt.convert(model, ONE_BIT, skip="a")
     assert [name for name, _ in fqt.quantized_layers(model)] == ["b"]
     notes = {row.name: row.note for row in fqt.summary(model).rows}
     assert notes["a.out_proj"] == "kept float with 'a', which multiplies its weight itself"
-    assert notes["kdim"] == "left alone: its key or value has a size of its own"
-    with pytest.raises(ValueError, match="held by 1 MultiheadAttention|stay float with"):
-        fqt.convert(nn.MultiheadAttention(8, 2, kdim=4), ONE_BIT)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
@@ -162,3 +162,35 @@ def test_copies_compile_and_masks() -> None:
     prune.l1_unstructured(pruned, "in_proj_weight", 0.5)
     with pytest.raises(ValueError, match="is pruned"):
         fqt.convert(pruned, ONE_BIT)
+
+
+def test_keys_and_values_with_sizes_of_their_own() -> None:
+    """Three weights: codes of each by what it multiplies, names and classes back after revert, a refusal to freeze by name."""
+    model = nn.ModuleDict({"a": attention(kdim=6, vdim=4)})
+    keys, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
+    fqt.convert(model, ONE_BIT)
+    layer = model["a"]
+    whole = layer.quantized_weight().decode()
+    parts = [q.decode() for q in layer.quantized_weights()]
+    assert torch.equal(whole.flatten(1), torch.cat([part.flatten(1) for part in parts], 1))
+    assert [part.shape for part in parts] == [(8, 1, 8), (8, 1, 6), (8, 1, 4)]
+    assert layer.exercise(torch.randn(5, 3, 8)).shape == (5, 3, 8)
+    with pytest.raises(ValueError, match=r"layer 'a': it keeps three weights.*skip='a'"):
+        fqt.freeze(model)
+    assert list(model.state_dict()) == keys
+    fqt.revert(model)
+    assert [type(m) for m in model.modules()] == kinds and list(model.state_dict()) == keys
+
+
+def test_the_gradients_of_its_projections_are_seen() -> None:
+    """One error of the three together, and the gradient bits that the variance policy chooses by it."""
+    model = fqt.convert(nn.ModuleDict({"a": attention(batch_first=True)}), fqt.load_recipe("psq_b4").everywhere())
+    x, errors = torch.randn(16, 5, 8), []
+    for parts in ((x, x, x), (x, x, 0 * x)):
+        with fqt.observe_gradients(model) as seen:
+            model["a"](*parts)[0].square().sum().backward()
+        errors.append(seen["a"]["grad_weight"])
+    assert all(0 < error < 0.05 for error in errors)
+    policy = build_policy("variance", model, fraction=1e9, bits=[2, 8], every=1)
+    model["a"](x, x, x)[0].square().sum().backward()
+    assert {decision.layer for decision in policy.step(1.0)} == {"a", "a.out_proj"}

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import fqt
 from fqt.cpu import library
@@ -412,3 +413,11 @@ def test_the_step_says_what_it_cost(train: Run) -> None:
     assert controller.switching_cost() > 0
     shown = controller.scalars()
     assert {"strategy", "resolution/5", "lookback/5", "diversity/5", "sparsity/5"} <= shown.keys()
+
+
+@pytest.mark.parametrize("kind", ["kdim", "weight_norm"])
+def test_a_weight_that_is_no_parameter_is_refused(kind: str) -> None:
+    layer = nn.MultiheadAttention(8, 2, kdim=4) if kind == "kdim" else weight_norm(nn.Linear(8, 8))
+    model = fqt.convert(nn.ModuleDict({"odd": layer}), fqt.load_recipe("adapt").everywhere())
+    with pytest.raises(ValueError, match=r"layer 'odd': its weight is computed .* skip='odd'"):
+        fqt.AdaPT(model)
