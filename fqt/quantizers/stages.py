@@ -83,7 +83,8 @@ class Calibration(Stage):
         raise NotImplementedError
 
     def resume(self, state: nn.Module, q: QTensor) -> None:
-        """Have the state of a weight, just made, go on from the scale of these codes of it."""
+        """Have the operand's state go on from the scale (and offset) of these codes, of a frozen weight that is to train again
+        or of a range that `fqt.calibrate` found."""
 
 
 @dataclass(frozen=True)
