@@ -218,7 +218,7 @@ class _Seen:
             error = squared_error(values, low.cpu(), high.cpu(), operand.format, counts)
             before = None if self.error is None else self.error / self.power
             after = float(error) / self.histogram.power()
-        return Ranged(name, "x", method, float(low), float(high), before, after)
+        return Ranged(name, "x", method, low.item(), high.item(), before, after)
 
 
 @dataclass(frozen=True)
