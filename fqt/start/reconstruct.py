@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from fqt.convert import revert
+from fqt.exchange import exchange_back
 from fqt.freeze import not_copied
 from fqt.inspect.table import aligned
 from fqt.inspect.trial import floats_of, undisturbed
@@ -108,7 +108,8 @@ def reconstruct(
         method: "adaround" for weights of the grids int and uint that are rounded to nearest, or "adaquant" for any.
         steps: of Adam for each layer, each on one batch.
         batches: how many are taken, at most.
-        lr: of Adam; None: 0.01 for "adaround", and for "adaquant" 0.001 times each parameter's mean size.
+        lr: of Adam; None: for "adaround" 10 / steps, at most 0.1 (the way that the authors' 10,000 steps of 0.001 can go), and
+            for "adaquant" 0.002 times each parameter's mean size, falling to 0.
         skip: fnmatch patterns of layers that are left as they are.
 
     Returns:
@@ -130,7 +131,7 @@ def reconstruct(
     inputs = list(taken(loader, batches, "reconstruct"))
     if len(inputs) < 2:
         raise ValueError("reconstruct needs at least two batches, one of which judges: the loader has one")
-    teacher = revert(copy.deepcopy(model, not_copied(model)))
+    teacher = _teacher(model)
     skipped = {name: reason for name, layer in layers.items() if (reason := _no_move(model, layer, method))}
     rows = []
     with evaluating(model, teacher), undisturbed(model):
@@ -145,6 +146,16 @@ def reconstruct(
                 raise ValueError(f"layer {name!r} puts out a value that is not finite, in float: look for the batch or layer")
             rows.append(_move(name, layer, pairs, method, steps, lr))
     return Reconstructed(method, tuple(rows), dict(sorted(skipped.items())))
+
+
+def _teacher(model: nn.Module) -> nn.Module:
+    """A copy that computes in float, every layer called as in the model (within a plain attention not all are)."""
+    teacher, floats = copy.deepcopy(model, not_copied(model)), Product("float", "float")
+    for module in list(teacher.modules()):
+        exchange_back(module)
+        if isinstance(module, QuantizedLayer):
+            module.__dict__.update(recipe=Recipe("float", floats, floats, floats), fusion=None)
+    return teacher
 
 
 def _no_move(model: nn.Module, layer: QuantizedLayer, method: str) -> str:
@@ -311,33 +322,35 @@ def _descend(
     steps: int,
     groups: list[dict[str, Any]],
     values: Callable[[], dict[str, Tensor]],
-    penalty: Callable[[float], Tensor | float],
+    penalty: Callable[[float], Tensor | float] | None = None,
 ) -> None:
     """Adam on the squared error of the layer's output, relative to what it is at first, plus a penalty.
 
     Args:
         groups: what Adam moves.
         values: of the layer's parameters, by these.
-        penalty: of the share of the steps done.
+        penalty: of the share of the steps done. Without one the rate falls to 0, so that codes come to rest.
     """
     optimizer = torch.optim.Adam(groups)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if penalty else 1 - step / steps)
     first: float | None = None
     for step in range(steps):
         pair = pairs[step % len(pairs)]
         y = floats_of(functional_call(layer, values(), pair.args, pair.kwargs))[0]
         error = (y - pair.y).float().square().mean()
-        first = first or float(error) or 1.0
+        first = first or float(error.detach()) or 1.0
         optimizer.zero_grad()
-        (error / first + penalty(step / steps)).backward()
+        (error / first + (penalty(step / steps) if penalty else 0.0)).backward()
         optimizer.step()
+        falling.step()
 
 
 def _adaquant(layer: QuantizedLayer, pairs: list[_Pair], steps: int, lr: float | None) -> dict[str, Tensor]:
     free = {key: p.detach().clone().requires_grad_() for key, p in _trained(layer, "adaquant").items()}
-    rate = 1e-3 if lr is None else lr
+    rate = 2e-3 if lr is None else lr
     groups = [{"params": [p], "lr": rate * float(p.detach().float().abs().mean())} for p in free.values()]
     with _following(layer, layer.recipe.frozen()):
-        _descend(layer, pairs, steps, groups, lambda: free, lambda share: 0.0)
+        _descend(layer, pairs, steps, groups, lambda: free)
     return {key: p.detach() for key, p in free.items()}
 
 
@@ -372,7 +385,7 @@ def _adaround(layer: QuantizedLayer, pairs: list[_Pair], steps: int, lr: float |
     saved = "saved" if layer.recipe.operand("output", "x") is not None else "float"
     floats = Recipe("rounding", Product(layer.recipe.output.left, "float"), Product("float", "float"), Product("float", saved))
     with _following(layer, floats):
-        _descend(layer, pairs, steps, [{"params": [v], "lr": 0.01 if lr is None else lr}], values, penalty)
+        _descend(layer, pairs, steps, [{"params": [v], "lr": min(0.1, 10 / steps) if lr is None else lr}], values, penalty)
     with torch.no_grad():
         learned = torch.where(free, (y.floor() + (up() >= 0.5)).clamp(low, high), nearest)
         return {name: torch.where(learned == nearest, weight, (learned * scale + offset).to(weight.dtype))}
