@@ -31,7 +31,7 @@ def taken(loader: Loader, batches: int, what: str) -> Iterator[object]:
         raise ValueError(f"batches is {batches!r}, not a positive integer")
     count = 0
     length = len(loader) if isinstance(loader, Sized) else batches
-    for batch in tqdm(islice(loader, batches), what, min(length, batches), leave=False):
+    for batch in tqdm(islice(loader, batches), what, min(length, batches), leave=False, disable=None):
         count += 1
         if isinstance(batch, tuple | list):
             if not batch:

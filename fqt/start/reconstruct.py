@@ -137,7 +137,7 @@ def reconstruct(
     with evaluating(model, teacher), undisturbed(model):
         calls = _calls(model, layers, inputs[0])
         skipped |= dict.fromkeys(layers.keys() - calls.keys(), "not reached by the first batch")
-        for name in tqdm([name for name in calls if name not in skipped], method, leave=False):
+        for name in tqdm([name for name in calls if name not in skipped], method, leave=False, disable=None):
             layer = layers[name]
             read = _captured(model, layer, calls[name], inputs, output=False)
             wanted = _captured(teacher, teacher.get_submodule(name), calls[name], inputs, output=True)
