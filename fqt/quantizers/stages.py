@@ -261,7 +261,9 @@ class Estimated(torch.autograd.Function):
 
 
 def estimated(x: Tensor, estimator: Estimator, q: QTensor, state: nn.Module | None) -> Tensor:
-    """x, with a gradient that the estimator decides."""
+    """x, with a gradient that the estimator decides; as it is where none is asked for."""
+    if not torch.is_grad_enabled():
+        return x
     with torch.no_grad():
         saved = estimator.save(x.detach(), q, state)
     parameters = [] if state is None else list(state.parameters())

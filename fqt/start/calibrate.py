@@ -62,8 +62,8 @@ class Calibrated:
     def __str__(self) -> str:
         lines = [("layer", "operand", "method", "from", "to", "error before", "after")]
         for row in self.rows:
-            errors = ("" if error is None else f"{error:.2e}" for error in (row.before, row.after))
-            lines.append((row.layer, row.operand, row.method, f"{row.low:.4g}", f"{row.high:.4g}", *errors))
+            before, after = ("" if error is None else f"{error:.2e}" for error in (row.before, row.after))
+            lines.append((row.layer, row.operand, row.method, f"{row.low:.4g}", f"{row.high:.4g}", before, after))
         text = "\n".join(aligned(lines, right=range(3, 7)))
         return text + "".join(f"\nleft as it was: {name}: {reason}" for name, reason in self.skipped.items())
 

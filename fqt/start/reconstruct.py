@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
 
 from fqt.exchange import exchange_back
 from fqt.freeze import not_copied
@@ -38,8 +36,9 @@ from fqt.quantizers.stored import Stored
 from fqt.recipe import Product, Recipe
 from fqt.reference import spread, unpack
 from fqt.sharded import is_dtensor
-from fqt.start.batches import Loader, evaluating, fed, taken
+from fqt.start.batches import Loader, evaluating, taken
 from fqt.start.calibrate import chosen_layers
+from fqt.start.capture import Pair, calls_of, captured
 
 METHODS = ("adaround", "adaquant")
 HELD_OUT = 4
@@ -135,13 +134,13 @@ def reconstruct(
     skipped = {name: reason for name, layer in layers.items() if (reason := _no_move(model, layer, method))}
     rows = []
     with evaluating(model, teacher), undisturbed(model):
-        calls = _calls(model, layers, inputs[0])
+        calls = calls_of(model, layers, inputs[0])
         skipped |= dict.fromkeys(layers.keys() - calls.keys(), "not reached by the first batch")
         for name in tqdm([name for name in calls if name not in skipped], method, leave=False, disable=None):
             layer = layers[name]
-            read = _captured(model, layer, calls[name], inputs, output=False)
-            wanted = _captured(teacher, teacher.get_submodule(name), calls[name], inputs, output=True)
-            pairs = [_Pair(*arguments, y) for arguments, y in zip(read, wanted, strict=True)]
+            read = captured(model, layer, calls[name], inputs, output=False)
+            wanted = captured(teacher, teacher.get_submodule(name), calls[name], inputs, output=True)
+            pairs = [Pair(args, kwargs, y) for (args, kwargs), y in zip(read, wanted, strict=True)]
             if not all(bool(pair.y.isfinite().all()) for pair in pairs):
                 raise ValueError(f"layer {name!r} puts out a value that is not finite, in float: look for the batch or layer")
             rows.append(_move(name, layer, pairs, method, steps, lr))
@@ -187,78 +186,10 @@ def _no_move(model: nn.Module, layer: QuantizedLayer, method: str) -> str:
     return ""
 
 
-# --- what a layer reads and should put out ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A call of a layer, and what the float layer put out."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    y: Tensor
-
-
-class _Enough(Exception):
-    """Ends a forward that has reached what was looked for."""
-
-
-@torch.no_grad()
-def _calls(model: nn.Module, layers: dict[str, QuantizedLayer], input: object) -> Counter[str]:
-    """How often a forward calls each layer, in the order of the first calls."""
-    calls: Counter[str] = Counter()
-    hooks = [
-        layer.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))  # type: ignore[misc]
-        for name, layer in layers.items()
-    ]
-    try:
-        fed(model, input)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
-
-
-@torch.no_grad()
-def _captured(model: nn.Module, layer: nn.Module, calls: int, inputs: list[object], *, output: bool) -> list[Any]:
-    """The arguments of each call of a layer, or its output; a forward goes no further than the last of them."""
-    found: list[Any] = []
-    left = 0
-
-    def copied(value: object) -> object:
-        return tree_map_only(Tensor, torch.clone, value)  # a later operation in place may change it
-
-    def before(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        found.append((copied(args), copied(kwargs)))
-        count()
-
-    def after(_: nn.Module, args: object, y: object) -> None:
-        found.append(copied(floats_of(y)[0]))
-        count()
-
-    def count() -> None:
-        nonlocal left
-        left -= 1
-        if not left:
-            raise _Enough
-
-    hook = layer.register_forward_hook(after) if output else layer.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        for input in inputs:
-            left = calls
-            try:
-                fed(model, input)
-            except _Enough:
-                continue
-    finally:
-        hook.remove()
-    return found
-
-
 # --- moving -------------------------------------------------------------------------------------------------------------
 
 
-def _move(name: str, layer: QuantizedLayer, pairs: list[_Pair], method: str, steps: int, lr: float | None) -> Moved:
+def _move(name: str, layer: QuantizedLayer, pairs: list[Pair], method: str, steps: int, lr: float | None) -> Moved:
     held = pairs[HELD_OUT - 1 :: HELD_OUT] or pairs[-1:]
     used = [pair for pair in pairs if not any(pair is other for other in held)]
     parameters = _trained(layer, method)
@@ -295,7 +226,7 @@ def _assign(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> N
 
 
 @torch.no_grad()
-def _error(layer: QuantizedLayer, pairs: list[_Pair]) -> float:
+def _error(layer: QuantizedLayer, pairs: list[Pair]) -> float:
     """||y - y_float||^2 / ||y_float||^2."""
     error = power = 0.0
     for pair in pairs:
@@ -318,7 +249,7 @@ def _following(layer: QuantizedLayer, recipe: Recipe) -> Iterator[None]:
 
 def _descend(
     layer: QuantizedLayer,
-    pairs: list[_Pair],
+    pairs: list[Pair],
     steps: int,
     groups: list[dict[str, Any]],
     values: Callable[[], dict[str, Tensor]],
@@ -345,7 +276,7 @@ def _descend(
         falling.step()
 
 
-def _adaquant(layer: QuantizedLayer, pairs: list[_Pair], steps: int, lr: float | None) -> dict[str, Tensor]:
+def _adaquant(layer: QuantizedLayer, pairs: list[Pair], steps: int, lr: float | None) -> dict[str, Tensor]:
     free = {key: p.detach().clone().requires_grad_() for key, p in _trained(layer, "adaquant").items()}
     rate = 2e-3 if lr is None else lr
     groups = [{"params": [p], "lr": rate * float(p.detach().float().abs().mean())} for p in free.values()]
@@ -354,7 +285,7 @@ def _adaquant(layer: QuantizedLayer, pairs: list[_Pair], steps: int, lr: float |
     return {key: p.detach() for key, p in free.items()}
 
 
-def _adaround(layer: QuantizedLayer, pairs: list[_Pair], steps: int, lr: float | None) -> dict[str, Tensor]:
+def _adaround(layer: QuantizedLayer, pairs: list[Pair], steps: int, lr: float | None) -> dict[str, Tensor]:
     weight, name = layer.weight.detach(), layer.weight_name
     scale, offset = _steps(layer)
     format = layer.recipe.format("output", "w")

@@ -82,8 +82,8 @@ def test_calibrate(monkeypatch, tmp_path, capsys):
     assert all(0 < error < 1 for error in errors.values()) and len(set(errors.values())) == len(errors)
     assert errors["adaround"] < errors["mse + weights"] < errors["max"]
     assert "| `int4` | adaquant" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmark"])
     with pytest.raises(SystemExit):
-        monkeypatch.setattr(sys, "argv", ["benchmark"])
         calibrate.main()
 
 
