@@ -94,7 +94,10 @@ def main() -> None:
     name = "digits" if args.quick else "cifar10"
     images = data.load(parse({"model": {"name": args.model}, "data": {"name": name, "path": args.cifar10}}).data)
     (x, y), (x_test, y_test) = whole(images.train), whole(images.test)
-    x_test, y_test = x_test[: args.images], y_test[: args.images]
+    asked = torch.randperm(len(x_test), generator=torch.Generator().manual_seed(0))[
+        : args.images
+    ]  # a folder is sorted by class
+    x_test, y_test = x_test[asked], y_test[asked]
     if args.quick:
         model = trained(x, y, images.shape)
     else:
