@@ -35,9 +35,12 @@ from fqt.quantizers.stages import (
 from fqt.recipe import Product, Recipe, Rule
 from fqt.recipe_yaml import load_recipe, recipes
 from fqt.saving import load, save
+from fqt.start.calibrate import Calibrated, calibrate
+from fqt.start.reconstruct import Reconstructed, reconstruct
 
 __all__ = [
     "AdaPT",
+    "Calibrated",
     "Calibration",
     "Estimator",
     "Exported",
@@ -57,12 +60,14 @@ __all__ = [
     "Quantizer",
     "Recipe",
     "Recommendation",
+    "Reconstructed",
     "Rule",
     "Scales",
     "Summary",
     "Transform",
     "bisect",
     "build_policy",
+    "calibrate",
     "convert",
     "count_saved_bytes",
     "diff",
@@ -78,6 +83,7 @@ __all__ = [
     "quantized_layers",
     "recipes",
     "recommend",
+    "reconstruct",
     "register",
     "register_calibration",
     "register_estimator",

@@ -25,6 +25,7 @@ from train.sections import (
     Precision,
     Schedule,
     Section,
+    Start,
     Tracking,
     Training,
     expanded,
@@ -45,6 +46,7 @@ class Config(Section):
     """name of a recipe or path of a recipe's YAML file; fp32: do not convert the model"""
     skip: Names | None = None
     """patterns of layer names to leave in float; null: as the recipe says"""
+    start: Start = Start()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     training: Training = Training()
@@ -78,6 +80,7 @@ class Config(Section):
         if self.recipe == "fp32":
             refuse_unused(self, "recipe fp32", ("skip",), "")
             refuse_unused(self.precision, "recipe fp32", ("policy",), "precision.")
+            refuse_unused(self.start, "recipe fp32", ("calibrate", "reconstruct"), "start.")
         task, wanted = f"task {self.task}", DATA_OF.get(self.task, "")
         if not self.data.name.startswith(wanted) or (not wanted and self.data.name.startswith(tuple(DATA_OF.values()))):
             fits = next((name for name, begin in DATA_OF.items() if self.data.name.startswith(begin)), "classify")
@@ -94,6 +97,9 @@ class Config(Section):
                 raise ValueError(
                     f"precision.policy = {self.precision.policy}: a policy reads whole weights, not with {because}"
                 )
+            for name in ("calibrate", "reconstruct"):
+                if (method := getattr(self.start, name)) != "none":
+                    raise ValueError(f"start.{name} = {method}: it does not go with {because}; leave one of them out")
             if self.training.ema is not None:
                 raise ValueError(f"training.ema = {self.training.ema}: it does not go with {because}; leave one of them out")
             if self.training.compile:

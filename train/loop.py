@@ -41,7 +41,7 @@ from train.config import Config, dump
 from train.feed import Feed
 from train.monitors import Monitors
 from train.optim import build_optimizer, build_schedule
-from train.start import convert, find, load_recipe, load_weights, seed
+from train.start import begin, convert, find, load_recipe, load_weights, seed
 from train.state import Progress, RunState
 from train.step import Outcome, Parts, Step
 from train.stop import Stop, Stopped
@@ -101,7 +101,7 @@ class Trainer:
     found: the checkpoint to continue from.
 
     done: how far it is. ms_fp32: a step of the unconverted model, as timed last. saved_step: when the newest checkpoint was
-    written.
+    written. begun: what was done to the converted model before the first step, "" if nothing.
     """
 
     def __init__(self, config: Config, place: ranks.Ranks, found: Path | None = None, stop: Stop | None = None) -> None:
@@ -124,6 +124,8 @@ class Trainer:
         self.unconverted = copy.deepcopy(self.model) if compares else None
         self.example = self.feed.example()
         convert(self.model, self.recipe, config, self.task.inputs(self.example))
+        first = (self.task.inputs(x) for parts in self.feed.batches(0) for x, _ in parts)
+        self.begun = begin(self.model, config, first, resumed=found is not None)
         self.ema = regularize.averaged(self.model, config.training.ema)
         self.policy = precision.build(config.precision, self.model)  # what it draws, every rank draws
         seed(config.seed + place.rank)  # quantization noise of its own on every rank
@@ -160,6 +162,8 @@ class Trainer:
         tracker.config(dump(config))
         tracker.text("summary", str(summary))
         self.say(messages.opening(config, self.place, self.folder, self.done.epoch, self.done.position))
+        if self.begun and resumed_at is None:
+            self.say(f"start: {self.begun}")
         try:
             if self.unconverted is not None:
                 comparison = self.compare(self.unconverted)

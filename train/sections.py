@@ -225,6 +225,37 @@ class Training(Section):
         return self
 
 
+class Start(Section):
+    calibrate: Literal["none", "max", "percentile", "mse"] = "none"
+    """static ranges of activations before the first step: of all values, a percentile, or the least error"""
+    percent: float = Field(default=99.99, gt=0, le=100)
+    """percentile only: values that the range holds"""
+    weights: bool = True
+    """with calibrate only: static ranges of weights too, those of the least squared error"""
+    batches: int = Field(default=8, ge=0)
+    """training batches that are looked at; 0: none, ranges are those behind BatchNorms"""
+    reconstruct: Literal["none", "adaround", "adaquant"] = "none"
+    """move weights so that each layer puts out what the float layer does, by learned rounding or through the quantizers"""
+    steps: int = Field(default=200, ge=1)
+    """with reconstruct only: steps for each layer"""
+
+    @model_validator(mode="after")
+    def _used(self) -> "Start":
+        ranges, moves = self.calibrate != "none", self.reconstruct != "none"
+        refuse_unused(self, "start.calibrate none", () if ranges else ("weights",), "start.")
+        others = () if self.calibrate == "percentile" else ("percent",)
+        refuse_unused(self, f"start.calibrate {self.calibrate}", others, "start.")
+        refuse_unused(self, "start.reconstruct none", () if moves else ("steps",), "start.")
+        refuse_unused(
+            self, "start.calibrate none and start.reconstruct none", () if ranges or moves else ("batches",), "start."
+        )
+        if moves and self.batches < 2:
+            raise ValueError(
+                f"start.batches = {self.batches}: start.reconstruct {self.reconstruct} needs at least 2, one of which judges"
+            )
+        return self
+
+
 class Precision(Section):
     model_config = ConfigDict(extra="allow")
 

@@ -1,7 +1,10 @@
-"""How a run starts: where it continues, its random numbers, recipe and weights, and the conversion of its model."""
+"""How a run starts: where it continues, its random numbers, recipe and weights, the conversion of its model, its ranges."""
 
 import random
+import statistics
 import sys
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +53,38 @@ def convert(model: nn.Module, recipe: fqt.Recipe, config: Config, example: objec
         fqt.convert(model, recipe, skip=config.skip, example=example)
     except ValueError as error:
         raise ConfigError(f"recipe = {config.recipe}: {error}.") from error
+
+
+def begin(model: nn.Module, config: Config, batches: Iterable[object], *, resumed: bool) -> str:
+    """Static ranges and moved weights of a converted model, as the configuration says; what was done, in one line.
+
+    batches: the model's inputs. resumed: a checkpoint follows, which has ranges in the same places and weights of its own.
+    Raises ConfigError with fqt's own words.
+    """
+    wanted, said = config.start, []
+    ranges, moves = wanted.calibrate != "none", wanted.reconstruct != "none" and not resumed
+    seen = [(inputs,) for inputs in islice(batches, wanted.batches)] if ranges or moves else []
+    try:
+        if ranges:
+            options = {"percent": wanted.percent, "weights": wanted.weights}
+            found = fqt.calibrate(model, seen or None, method=wanted.calibrate, batches=max(len(seen), 1), **options)
+            source = f"{len(seen)} batches" if seen else "BatchNorms"
+            left = f", {len(found.skipped)} operands left as they were" if found.skipped else ""
+            said.append(f"{len(found.rows)} ranges ({wanted.calibrate}) from {source}{left}")
+        if moves:
+            moved = fqt.reconstruct(model, seen, method=wanted.reconstruct, steps=wanted.steps, batches=len(seen))
+            before, after = (
+                statistics.mean(getattr(row, name) if row.kept else row.before for row in moved.rows) if moved.rows else 0.0
+                for name in ("before", "after")
+            )
+            kept = sum(row.kept for row in moved.rows)
+            said.append(
+                f"{wanted.reconstruct} moved {kept} of {len(moved.rows) + len(moved.skipped)} layers, "
+                f"mean error of their outputs {before:.2e} -> {after:.2e}"
+            )
+    except ValueError as error:
+        raise ConfigError(f"start: {error}.") from error
+    return "; ".join(said)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

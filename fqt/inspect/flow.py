@@ -171,10 +171,10 @@ def _flops(model: nn.Module, example: object) -> dict[str, dict[Any, int]]:
     return {name: dict(counts) for name, counts in counter.get_flop_counts().items()} or {"Global": {}}
 
 
-def traced_flow(model: nn.Module) -> Flow | None:
-    """The flow that torch.fx finds, without values and multiply-adds; None of a model that it cannot trace."""
-    modules = dict(model.named_modules())
-    holders = {name: module for name, module in modules.items() if matrix_weights(module)}
+def traced(model: nn.Module) -> fx.Graph | None:
+    """The graph that torch.fx finds, modules with matrices and those of torch.nn its leaves; None of a model that it cannot
+    trace."""
+    holders = {name for name, module in model.named_modules() if matrix_weights(module)}
 
     class Tracer(fx.Tracer):
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -186,8 +186,17 @@ def traced_flow(model: nn.Module) -> Flow | None:
 
     try:
         with warnings.catch_warnings(action="ignore"):
-            graph = Tracer().trace(model)
+            return Tracer().trace(model)
     except _UNTRACEABLE:
+        return None
+
+
+def traced_flow(model: nn.Module) -> Flow | None:
+    """The flow that torch.fx finds, without values and multiply-adds; None of a model that it cannot trace."""
+    modules = dict(model.named_modules())
+    holders = {name: module for name, module in modules.items() if matrix_weights(module)}
+    graph = traced(model)
+    if graph is None:
         return None
 
     def names(node: fx.Node) -> list[str]:

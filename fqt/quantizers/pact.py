@@ -64,6 +64,11 @@ class PACT(Calibration, Estimator):
         scale = torch.where(bad, torch.nan, alpha / steps).reshape(1)
         return Scales(scale, torch.where(scale.isnan(), 0.0, (steps / alpha).reshape(1)))
 
+    def resume(self, state: nn.Module, q: QTensor) -> None:
+        assert isinstance(state, LearnedClip)
+        with torch.no_grad():
+            state.alpha.copy_(q.scale[0] * q.format.code_range[1])
+
     def save(self, x: Tensor, q: QTensor, state: nn.Module | None) -> tuple[Tensor, ...]:
         assert isinstance(state, LearnedClip)
         alpha = state.alpha.detach()

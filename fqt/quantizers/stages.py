@@ -83,7 +83,8 @@ class Calibration(Stage):
         raise NotImplementedError
 
     def resume(self, state: nn.Module, q: QTensor) -> None:
-        """Have the state of a weight, just made, go on from the scale of these codes of it."""
+        """Have the operand's state go on from the scale (and offset) of these codes, of a frozen weight that is to train again
+        or of a range that `fqt.calibrate` found."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,9 @@ class Estimated(torch.autograd.Function):
 
 
 def estimated(x: Tensor, estimator: Estimator, q: QTensor, state: nn.Module | None) -> Tensor:
-    """x, with a gradient that the estimator decides."""
+    """x, with a gradient that the estimator decides; as it is where none is asked for."""
+    if not torch.is_grad_enabled():
+        return x
     with torch.no_grad():
         saved = estimator.save(x.detach(), q, state)
     parameters = [] if state is None else list(state.parameters())

@@ -117,8 +117,11 @@ def spread(scale_G: Tensor, q: QTensor) -> Tensor:
     return _unstored(scale_G.view([size if i < grouping.lead else 1 for i, size in enumerate(stored)]), q.format)
 
 
-def pass_mask(x_NPC: Tensor, low: float, high: float) -> Tensor:
-    """Where the clipped straight-through estimator passes the gradient, low <= x <= high: (N, P, ceil(C/8)) uint8 bits."""
+def pass_mask(x_NPC: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """Where the clipped straight-through estimator passes the gradient, low <= x <= high: (N, P, ceil(C/8)) uint8 bits.
+
+    low, high: numbers, or tensors that broadcast to x.
+    """
     bit = Format("sign", 1)
     x_NPC = x_NPC.float()  # else the limits would be rounded to a narrower dtype
     inside = ((x_NPC >= low) & (x_NPC <= high)).to(torch.uint8)

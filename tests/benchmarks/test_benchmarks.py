@@ -14,6 +14,7 @@ from benchmarks import (
     accuracy,
     adapt,
     allreduce,
+    calibrate,
     cases,
     gradients,
     inference,
@@ -72,6 +73,18 @@ def test_sizes(monkeypatch, tmp_path, capsys):
         assert row["layers_bytes"] < row["memory_bytes"] < row["file_bytes"] < row["fp32_file_bytes"]
     monkeypatch.setitem(sizes.LIMITS, "sign", 33.0)
     assert sizes.main() == 1 and "not 1/33" in capsys.readouterr().out
+
+
+def test_calibrate(monkeypatch, tmp_path, capsys):
+    found = rows(monkeypatch, tmp_path, calibrate.main, "--recipes", "int4")
+    assert [row["method"] for row in found] == list(calibrate.METHODS)
+    errors = {row["method"]: row["error"] for row in found}
+    assert all(0 < error < 1 for error in errors.values()) and len(set(errors.values())) == len(errors)
+    assert errors["adaround"] < errors["mse + weights"] < errors["max"]
+    assert "| `int4` | adaquant" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmark"])
+    with pytest.raises(SystemExit):
+        calibrate.main()
 
 
 def test_kill_drill(monkeypatch, tmp_path, capsys):

@@ -18,13 +18,13 @@ import fqt
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = [
-    "AdaPT", "Calibration", "Estimator", "Exported", "Format", "Grid", "Grouping", "Memory", "Policy", "Precision", "Product",
-    "ProductTransform", "Profile", "QTensor", "QuantConv2d", "QuantLinear", "QuantizedLayer", "Quantizer", "Recipe",
-    "Recommendation", "Rule", "Scales", "Summary", "Transform", "bisect", "build_policy", "convert", "count_saved_bytes",
-    "diff", "export", "freeze", "load", "load_recipe", "memory",
-    "modelled_speedup", "observe_gradients", "profile", "quantize", "quantized_layers", "recipes", "recommend", "register",
-    "register_calibration", "register_estimator", "register_grid", "register_layer", "register_policy",
-    "register_transform", "revert", "save", "summary",
+    "AdaPT", "Calibrated", "Calibration", "Estimator", "Exported", "Format", "Grid", "Grouping", "Memory", "Policy",
+    "Precision", "Product", "ProductTransform", "Profile", "QTensor", "QuantConv2d", "QuantLinear", "QuantizedLayer",
+    "Quantizer", "Recipe", "Recommendation", "Reconstructed", "Rule", "Scales", "Summary", "Transform", "bisect",
+    "build_policy", "calibrate", "convert", "count_saved_bytes", "diff", "export", "freeze", "load", "load_recipe",
+    "memory", "modelled_speedup", "observe_gradients", "profile", "quantize", "quantized_layers", "recipes", "recommend",
+    "reconstruct", "register", "register_calibration", "register_estimator", "register_grid", "register_layer",
+    "register_policy", "register_transform", "revert", "save", "summary",
 ]  # fmt: skip
 NOT_AT_IMPORT = (
     "triton", "torchvision", "timm", "train", "tensorboard", "sklearn", "torch._dynamo", "torch._inductor", "gguf",
