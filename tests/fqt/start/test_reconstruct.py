@@ -44,6 +44,7 @@ def output_error(model: nn.Module, plain: nn.Module) -> float:
 
 @pytest.mark.parametrize("calibrated", [True, False])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.every(2)
 def test_outputs_come_nearer_to_the_float_networks(method, calibrated):
     model = network()
     plain = fqt.revert(copy.deepcopy(model))
