@@ -214,7 +214,7 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -
         windows, shape_of = (Windows(1, 1), rows) if x.dim() == 2 else (Windows(x.shape[2], x.shape[3]), images(x))
         source = Source(_canonical(x.detach()).contiguous())
     count = source.y.shape[0] * source.y.shape[1]
-    if count < 2:  # torch refuses it in training
+    if count < 2 and norm.training:  # which torch refuses
         return None
     constants, recording = None, torch.is_grad_enabled()  # what an inference keeps cannot be kept for a backward
     with torch.no_grad():

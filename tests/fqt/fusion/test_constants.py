@@ -164,6 +164,19 @@ def test_constants_follow_what_they_were_found_from(change: str, calls: list[boo
     assert torch.equal(after, fresh(x).detach()) and not torch.equal(after, before) and seen == [False, True, True] * 2
 
 
+def test_one_sample_is_evaluated_like_many(calls: list[bool]) -> None:
+    """In an MLP, where it is one row, which a BatchNorm refuses in training."""
+    layers = [each for _ in range(3) for each in (nn.Linear(20, 20), nn.BatchNorm1d(20), nn.ReLU())]
+    model, x = fqt.convert(nn.Sequential(nn.Linear(8, 20), *layers, nn.Linear(20, 4)), "fqt_1bit"), torch.randn(6, 8)
+    model(x)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x[:1]), model(x)[:1])  # the last layer is torch's
+    assert calls == [True, True] * 2
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model.train()(x[:1])
+
+
 def test_another_kernel_is_asked_for_floats(calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 3, 8, 8)
     model = network(backend="reference")
