@@ -225,7 +225,7 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -
             norm.running_mean.lerp_(mean.float(), norm.momentum)
             norm.running_var.lerp_((var * (count / (count - 1))).float(), norm.momentum)
             affine = affine_of(norm, mean, var)
-        elif recording:
+        elif recording or x.device.type != "cpu":  # to compare the values on a GPU would be to wait for it
             affine = affine_of(norm, norm.running_mean.double(), norm.running_var.double())
         else:
             constants = constants_of(norm)
