@@ -154,7 +154,7 @@ class AdaPT(Policy):
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, known))}")
         super().__init__(model)
         for name, layer in self.layers.items():
-            if not layer.weight.is_leaf:
+            if layer._parameters.get(layer.weight_name) is None:
                 raise ValueError(
                     f"layer {name!r}: its weight is computed before every forward or of several parameters, and adapt reads a "
                     f"parameter's gradient: convert with skip={name!r}, or choose the policy 'variance'"
