@@ -176,7 +176,7 @@ def _torchvision(name: str, group: str) -> tuple[nn.Module, object]:
     if group in ("segment", "detect"):
         options["weights_backbone"] = None
     if group == "video":
-        size = 224 if name.startswith("mvit") else 64
+        size = 224 if name.startswith(("mvit", "s3d")) else 64
         frames = 16 if name.startswith(("mvit", "s3d")) else 4
         return torchvision.models.get_model(name, num_classes=10, **options), torch.randn(2, 3, frames, size, size)
     model = torchvision.models.get_model(name, num_classes=10, **options)
