@@ -75,6 +75,7 @@ def test_a_compiled_convolution_is_eager_bit_for_bit_in_one_graph(name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["int8_token", "bitnet", "fqt_1bit"])
+@pytest.mark.every(3)
 def test_a_compiled_linear_layer_is_eager_bit_for_bit_in_one_graph(name: str) -> None:
     model = fqt.convert(nn.Linear(10, 7), RECIPES[name])
     fast, counter = compiled(copy.deepcopy(model))
@@ -138,6 +139,7 @@ def test_a_training_run_compiles_two_graphs_and_one_for_the_last_batch() -> None
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.every(2)
 def test_memory_format_survives(memory_format: torch.memory_format) -> None:
     layer = fqt.convert(nn.Conv2d(3, 4, 3, padding="same", padding_mode="reflect", groups=1), ONE_BIT)
     fast, _ = compiled(copy.deepcopy(layer))

@@ -1,4 +1,4 @@
-"""The quantized all-reduce: its codes alone, and two and three gloo ranks."""
+"""The quantized all-reduce: its codes alone, and three gloo ranks."""
 
 import pytest
 import torch
@@ -66,9 +66,9 @@ dist.destroy_process_group()
 """
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[3])
 def ranks(request, tmp_path_factory):
-    """What each of two or three ranks found."""
+    """What each of three ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
     run_ranks(PROGRAM, request.param, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]

@@ -101,6 +101,7 @@ def test_curves_say_formats_kernels_and_speed(tracked):
 
 
 @pytest.mark.parametrize("policy", ["adapt", "variance"])
+@pytest.mark.every(2)
 def test_a_resumed_run_decides_bit_for_bit_alike(make, monkeypatch, policy):
     options = {"adapt": ADAPT, "variance": {"policy": "variance", "every": 3}}[policy]
     config_ = make(

@@ -161,6 +161,7 @@ def test_encode_equals_the_reference(rng: np.random.Generator):
 
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("shape", [(3, 5000, 33), (2, 1100, 72), (700, 3, 17), (1, 1, 9001), (40, 9, 64)], ids=str)
+@pytest.mark.every(2)
 def test_tensors_that_are_cut_equal_the_reference(shape: Shape3):
     """Into tasks, long rows, tiles and threads; calibrated and encoded in two steps, which are also the two in one."""
     generator = torch.Generator().manual_seed(sum(shape))

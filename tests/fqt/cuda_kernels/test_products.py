@@ -50,7 +50,7 @@ def test_products_equal_the_reference(operator: str, tile: plan.Tile, emulator: 
     draw = random.Random(int(rng.integers(2**62)))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     wanted, tried = set() if operator == "grad_weight" else {4, 8}, 0
-    while tried < effort(4) or not bytes_at_a_time(emulator) >= wanted:
+    while tried < effort(2) or not bytes_at_a_time(emulator) >= wanted:
         assert_multiplies_as_the_reference(operator, case(operator, draw, generator), plan.Rules(tiles=(tile,)))
         tried += 1
     assert {kernel.file for kernel, *_ in emulator.launched if kernel.instance} == {tile.family}
@@ -120,6 +120,7 @@ def test_pruned_samples_cost_no_product(emulator: machine.Emulator):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.every(2)
 def test_the_check_before_a_row_first_serves_runs_every_tile(operator: str, emulator: machine.Emulator):
     every = [{"rules": plan.Rules(tiles=(tile,))} for tile in TILES]
     emulated, function = replace(row(operator), device="cpu", settings=lambda: every), getattr(products, operator)

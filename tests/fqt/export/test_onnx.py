@@ -46,6 +46,7 @@ def types(path: Path) -> list[str]:
         ("nbits", 21, {"Conv", "MatMulNBits", "DequantizeLinear"}, ["INT4", "INT8"] + ["UINT8"] * 4),
     ],
 )
+@pytest.mark.every(2)
 def test_onnxruntime_computes_what_the_frozen_model_does(multiply, opset, operators, codes, tmp_path):
     model, x = network()
     path = tmp_path / "m.onnx"

@@ -80,6 +80,7 @@ def test_everything_that_asks_about_layers_knows_it(layer: nn.Module, shape: tup
     ],
     ids=["1d", "2d", "3d"],
 )
+@pytest.mark.every(3)
 def test_it_compiles_whole(layer: nn.Module, shape: tuple[int, ...]) -> None:
     layer, x = fqt.convert(copy.deepcopy(layer), fqt.load_recipe("fqt_1bit").everywhere()).eval(), torch.randn(shape)
     torch._dynamo.reset()

@@ -83,6 +83,7 @@ def test_copies_pickles_and_revert() -> None:
     ],
     ids=["beit", "swin", "swin v2"],
 )
+@pytest.mark.every(2)
 def test_attention_blocks_of_real_models(make, size: int, name: str) -> None:
     made = make()
     if made is None:

@@ -11,7 +11,7 @@ import pytest
 from tests.fqt.helpers import effort
 
 ROOT = Path(__file__).parents[3]
-COUNTS = {"quantize": 5, "scales": 2, "prune": 1, "products": 4, "float8": 1, "norm": 2, "steps": 1}
+COUNTS = {"quantize": 5, "scales": 2, "prune": 1, "products": 3, "float8": 1, "norm": 2, "steps": 1}
 
 
 def test_every_kernel_equals_the_reference_under_the_interpreter(rng: np.random.Generator):
