@@ -88,6 +88,7 @@ def test_calibrate(monkeypatch, tmp_path, capsys):
 
 
 def test_kill_drill(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(kill_drill, "STEPS_AN_EPOCH", 4)
     small = [f"data.limit={16 * kill_drill.STEPS_AN_EPOCH}", "data.batch_size=16"]
     monkeypatch.setattr(kill_drill, "KEYS", [*kill_drill.KEYS, *small])
     (row,) = rows(monkeypatch, tmp_path, kill_drill.main, "--recipes", "fqt_1bit", "--worlds", "1")

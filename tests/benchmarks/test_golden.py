@@ -23,7 +23,7 @@ def _quiet():
 
 @pytest.mark.parametrize("part", [0, 1])
 @pytest.mark.parametrize("recipe", fqt.recipes())
-@pytest.mark.every(3)
+@pytest.mark.every(4)
 def test_every_bit_is_what_it_was(recipe, part, monkeypatch):
     # One backend: that all give the same bits is shown by tests/fqt/test_kernels.py. The program itself compares both.
     monkeypatch.setattr(golden, "BACKENDS", ("reference" if library.refuses() else "cpu",))

@@ -64,7 +64,7 @@ def images(n: int = 4) -> Tensor:
 @pytest.mark.parametrize(
     "name", ["adapt", "dorefa_w1a1g4", "dorefa_w8a8g8", "fqt_1bit", "fqt_1bit_topk", "int4", "psq_b2", "xnor"]
 )
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 def test_a_compiled_convolution_is_eager_bit_for_bit_in_one_graph(name: str) -> None:
     model = fqt.convert(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), RECIPES[name])
     fast, counter = compiled(copy.deepcopy(model))

@@ -223,9 +223,9 @@ def test_a_key_is_needed_to_draw():
 @pytest.mark.parametrize("row", MULTIPLY, ids=lambda row: f"{row.operator}-{row.label}")
 @pytest.mark.usefixtures("instruction_set", "poisoned_memory")
 def test_products_equal_the_reference(row: Kernel, part: int, rng: np.random.Generator):
-    """Random layers, formats, pruning, masks, biases and thread counts, 80 an instruction set."""
+    """Random layers, formats, pruning, masks, biases and thread counts, 60 an instruction set."""
     draw, generator = seeded(rng)
-    for _ in range(effort(20)):
+    for _ in range(effort(15)):
         x_shape, w_shape, g_shape, geometry = layer(draw)
         assert isinstance(row.refuses, Serves), "its formats are drawn from what it serves"
         left, right = row.refuses.draw(draw, geometry)

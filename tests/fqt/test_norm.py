@@ -61,7 +61,7 @@ def arguments(operator: str, draw: random.Random, generator: torch.Generator) ->
 
 @pytest.mark.parametrize("part", range(6))
 @pytest.mark.parametrize("row", CPU, ids=lambda row: row.operator)
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 def test_the_kernel_equals_the_specification(row: Kernel, part: int, best: int, rng: np.random.Generator):
     """170 random cases a part, over instruction sets and thread counts. The specification has one thread: that is faster."""
     kernel, specification = ops.load(row.function), getattr(norm, row.operator)

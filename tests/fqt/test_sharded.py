@@ -151,6 +151,7 @@ def apart(a, b):
 
 
 @pytest.mark.parametrize("case", [0, 1])
+@pytest.mark.every(2)
 def test_two_ranks_of_fsdp2_train_as_ddp_bit_for_bit(ranks, case):
     for rank in ranks[:2]:
         found = rank["two"][case]

@@ -32,7 +32,7 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     [("vgg_small", 32, torch.optim.Adam), ("alexnet", 16, SGD), ("resnet20", 4, SGD)],
     ids=["vgg_small", "alexnet", "resnet20"],
 )
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 def test_the_prediction_is_within_a_tenth_of_the_measurement(name: str, batch: int, optimizer) -> None:
     model = models.build(name, (3, 32, 32), 10).to(memory_format=torch.channels_last)
     images = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)

@@ -63,6 +63,7 @@ def interesting(values: list[float]) -> list[float]:
 
 
 @pytest.mark.parametrize("format", MX_FORMATS)
+@pytest.mark.every(2)
 def test_mx_codes_are_the_specifications(format):
     name = MX_FORMATS[format]
     values, quantizer = table(name), build("mx", "x", format=format)
