@@ -94,9 +94,8 @@ def main() -> None:
     name = "digits" if args.quick else "cifar10"
     images = data.load(parse({"model": {"name": args.model}, "data": {"name": name, "path": args.cifar10}}).data)
     (x, y), (x_test, y_test) = whole(images.train), whole(images.test)
-    asked = torch.randperm(len(x_test), generator=torch.Generator().manual_seed(0))[
-        : args.images
-    ]  # a folder is sorted by class
+    # In random order: a folder's images are sorted by class.
+    asked = torch.randperm(len(x_test), generator=torch.Generator().manual_seed(0))[: args.images]
     x_test, y_test = x_test[asked], y_test[asked]
     if args.quick:
         model = trained(x, y, images.shape)
@@ -109,7 +108,7 @@ def main() -> None:
         for seed in args.seeds:
             chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: args.batches * BATCH]
             for method in args.methods:
-                if seed != args.seeds[0] and method in ("measured", "data-free"):  # which no training image changes
+                if seed != args.seeds[0] and method in ("measured", "data-free"):  # These see no training images.
                     continue
                 begun = time.perf_counter()
                 converted = fqt.convert(copy.deepcopy(model), recipe)

@@ -57,7 +57,8 @@ def start(
     """
     process = SERVER.Process(target=_main, args=(file, arguments, folder, out, err, dict(environment or {})))
     process.start()
-    atexit.register(process.kill)  # or whoever fails would wait for it at the end
+    # A caller that fails leaves the process behind, and at its exit multiprocessing would wait for the process to end.
+    atexit.register(process.kill)
     return process
 
 

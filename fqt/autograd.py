@@ -69,7 +69,7 @@ def refuse_transforms(*tensors: object) -> None:
             f"quantized layers cannot be mapped by torch.func.vmap (jacrev and hessian use it too), whose samples would "
             f"share ranges: call the model once for each, or {_WAY_OUT}"
         )
-    # not by the Function's jvp, with which torch.compile traces none
+    # Not by giving the autograd functions a `jvp` that raises: torch.compile refuses to trace functions that have one.
     if forward_ad._current_level >= 0 and any(
         isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):

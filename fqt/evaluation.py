@@ -83,6 +83,7 @@ def _evaluate(
     w: Format,
     bias: Tensor | None,
 ) -> Tensor:
+    """The C++ operator, of an x of any float dtype, (N, P, C), and a weight's codes, scale and offset."""
     x_NPC = x_NPC if x_NPC.dtype in (torch.float32, torch.bfloat16) else x_NPC.float()
     bias = None if bias is None else bias.float().contiguous()
     return operators().evaluate(

@@ -50,7 +50,7 @@ def log_conversion(
     if not backend and any(
         by.backend == "reference"
         for _, layer in quantized_layers(model)
-        if not any(parameter.is_meta for parameter in layer.parameters())  # where it will compute is not known yet
+        if not any(parameter.is_meta for parameter in layer.parameters())  # on meta: its device is not known yet
         for by in backends(layer).values()
     ):
         troubles.append("some products have no low-bit kernel here and run on the reference, see fqt.summary(model)")

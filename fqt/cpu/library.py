@@ -38,7 +38,8 @@ def operators():
     """The extension's own operators. OSError where the file is no library that this torch can load."""
     refuse_truncated(LIBRARY)
     torch.ops.load_library(LIBRARY)
-    if hasattr(torch.ops.fqt_cpu, "evaluate"):  # else whoever calls an operator of it says so
+    # A library of another version may lack the operator. The self-check, which calls the operators, then says what is missing.
+    if hasattr(torch.ops.fqt_cpu, "evaluate"):
         torch.library.register_fake("fqt_cpu::evaluate", _evaluated)
     return torch.ops.fqt_cpu
 

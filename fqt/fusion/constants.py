@@ -59,7 +59,7 @@ class Thresholds:
         if not (first.isfinite() & last.isfinite()).all():
             return Thresholds(scale, offset, None, None)
         before, after = first >= 0, last >= 0
-        for _ in range(16):  # z at `low` has the sign `before`, z at `high` has not, where the two ends differ
+        for _ in range(16):  # Where the ends differ, z(low) always has the sign `before`, and z(high) the other one.
             middle = (low + high) // 2
             same = (z(middle) >= 0) == before
             low, high = torch.where(same, middle, low), torch.where(same, high, middle)

@@ -214,9 +214,12 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -
         windows, shape_of = (Windows(1, 1), rows) if x.dim() == 2 else (Windows(x.shape[2], x.shape[3]), images(x))
         source = Source(_canonical(x.detach()).contiguous())
     count = source.y.shape[0] * source.y.shape[1]
-    if count < 2 and norm.training:  # which torch refuses
+    if count < 2 and norm.training:  # torch's own module refuses it with a message
         return None
-    constants, recording = None, torch.is_grad_enabled()  # what an inference keeps cannot be kept for a backward
+    constants, recording = (
+        None,
+        torch.is_grad_enabled(),
+    )  # Tensors kept from torch.inference_mode cannot be saved for a backward.
     with torch.no_grad():
         if norm.training:
             mean, square = torch.ops.fqt.norm_sums(*source.tensors(), backend=backend) / count
@@ -225,7 +228,7 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -
             norm.running_mean.lerp_(mean.float(), norm.momentum)
             norm.running_var.lerp_((var * (count / (count - 1))).float(), norm.momentum)
             affine = affine_of(norm, mean, var)
-        elif recording or x.device.type != "cpu":  # to compare the values on a GPU would be to wait for it
+        elif recording or x.device.type != "cpu":  # Comparing values of a GPU would wait for the GPU.
             affine = affine_of(norm, norm.running_mean.double(), norm.running_var.double())
         else:
             constants = constants_of(norm)

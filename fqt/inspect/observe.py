@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fqt.layers import QuantizedLayer, quantized_layers
-from fqt.layers.attention import QuantMultiheadAttention
 from fqt.layers.changing import watched
 from fqt.quantizers.base import quantize
 
@@ -88,9 +87,9 @@ def observe_gradients(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]
     with ExitStack() as until_the_end:
         for name, layer in quantized_layers(model):
             look = partial(measure, name, layer)
-            if isinstance(layer, QuantMultiheadAttention):
-                layer.observer = partial(look, together=True)
-                until_the_end.callback(delattr, layer, "observer")
+            if hasattr(type(layer), "observer"):  # A layer of several products shows the gradient of each of them itself.
+                layer.__dict__["observer"] = partial(look, together=True)
+                until_the_end.callback(layer.__dict__.pop, "observer")
             else:
                 until_the_end.callback(layer.register_forward_hook(_Watch(partial(look, together=False))).remove)
         yield seen

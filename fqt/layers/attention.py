@@ -51,7 +51,8 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         return _weight(self)
 
     def weights(self) -> Sequence[Weight]:
-        return _own(self) if _apart(self) else super().weights()  # not parts of a copy
+        # The three parameters themselves: to split `weight` would first copy all three into one tensor.
+        return _own(self) if _apart(self) else super().weights()
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
@@ -121,7 +122,8 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         return weight.split(self.embed_dim)
 
     def weight_OKI(self) -> Tensor:
-        """Own weights have so many taps that none is of two of them, nor of two blocks of a block format."""
+        """Three weights are cut into taps of one width, which divides the width of each and a block of 32: no tap has elements of
+        two weights, or of two blocks."""
         if _apart(self):
             return _weight(self).unflatten(1, (-1, math.gcd(self.embed_dim, self.kdim, self.vdim, 32)))
         return _weight(self).unsqueeze(1)

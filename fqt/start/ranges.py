@@ -82,7 +82,7 @@ class Histogram:
 
     def _widen(self, size: float) -> None:
         if not self.limit:
-            self.limit = size  # only zeros so far, which lie in the middle of any range
+            self.limit = size  # All values counted so far are 0, whose bin is the same whatever the limit is.
         while self.limit < size:
             self.limit *= 2
             for bins in (self.counts, self.sums):

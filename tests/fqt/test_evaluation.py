@@ -114,7 +114,7 @@ def test_what_is_not_for_it_goes_the_other_way(calls: list[int], monkeypatch: py
             model(x)  # 16 bits; a weight that is not packed
         assert not calls
         model = frozen("int8", 40, 24)
-        with torch.autograd.profiler.profile():  # it is to see the operators
+        with torch.autograd.profiler.profile():  # A profiler is to see both operators.
             model(x)
         monkeypatch.setenv("FQT_BACKEND", "reference")
         model(x)
