@@ -122,8 +122,8 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         return weight.split(self.embed_dim)
 
     def weight_OKI(self) -> Tensor:
-        """Three weights are cut into taps of one width, which divides the width of each and a block of 32: no tap has elements of
-        two weights, or of two blocks."""
+        """Three weights are cut into taps of one width, which divides the width of each and a block of 32: no tap has elements
+        of two weights, or of two blocks."""
         if _apart(self):
             return _weight(self).unflatten(1, (-1, math.gcd(self.embed_dim, self.kdim, self.vdim, 32)))
         return _weight(self).unsqueeze(1)
