@@ -19,14 +19,14 @@ os.environ.setdefault(
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test marked `every(n)`, one case in n, others with another FQT_TEST_SEED. All of them where FQT_TEST_EFFORT is more
-    than 1, or where a test is named, so that any case can be run alone."""
+    """Of a test marked `every(n)`, one case in n, others with another FQT_TEST_SEED; tests of one `of` count as cases of one.
+    All of them where FQT_TEST_EFFORT is more than 1, or where a test is named, so that any case can be run alone."""
     if EFFORT > 1 or any("::" in name for name in config.args) or config.option.keyword:
         return
     groups: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("every"):
-            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        if marker := item.get_closest_marker("every"):
+            groups.setdefault(marker.kwargs.get("of", item.nodeid.partition("[")[0]), []).append(item)
     left: set[pytest.Item] = set()
     for cases in groups.values():
         (share,) = cases[0].get_closest_marker("every").args  # type: ignore[union-attr]

@@ -41,6 +41,8 @@ from fqt.rows import Codes, Serves
 SMALL = ((24, 40, 8), (64, 64, 4))
 """Layers in the place of VGG-16's: inputs, outputs, size of an image. The benchmark itself checks and times all of VGG-16's."""
 
+slow = pytest.mark.every(3, of="benchmarks that take seconds")
+
 
 @pytest.fixture(autouse=True)
 def _loud_again():
@@ -75,6 +77,7 @@ def test_sizes(monkeypatch, tmp_path, capsys):
     assert sizes.main() == 1 and "not 1/33" in capsys.readouterr().out
 
 
+@slow
 def test_calibrate(monkeypatch, tmp_path, capsys):
     found = rows(monkeypatch, tmp_path, calibrate.main, "--recipes", "int4")
     assert [row["method"] for row in found] == list(calibrate.METHODS)
@@ -87,6 +90,7 @@ def test_calibrate(monkeypatch, tmp_path, capsys):
         calibrate.main()
 
 
+@slow
 def test_kill_drill(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(kill_drill, "STEPS_AN_EPOCH", 4)
     small = [f"data.limit={16 * kill_drill.STEPS_AN_EPOCH}", "data.batch_size=16"]
@@ -238,6 +242,7 @@ def test_random_codes_are_codes_of_their_format(name):
     assert q.index is not None and int((q.index >= 0).sum()) == max(1, q.scale.numel() // 2)
 
 
+@slow
 def test_kernels(monkeypatch, tmp_path, capsys):
     if library.refuses() is not None:
         pytest.skip("the C++ kernels are not built")
@@ -277,6 +282,7 @@ def test_rivals(monkeypatch, tmp_path, capsys):
     assert all(row["ms"] > 0 for row in found)
 
 
+@slow
 def test_step(monkeypatch, tmp_path, capsys):
     arguments = ("--model", "resnet20", "mlp_small", "--recipe", "fqt_1bit", "xnor", "--threads", "1", "--optimizer", "sgd")
     found = rows(monkeypatch, tmp_path, step.main, *arguments)
@@ -332,6 +338,7 @@ def test_layers_names_strides_and_groups():
     assert described == ["3x1, 8 -> 8, /2, depthwise, on 5x6", "1x1, 8 -> 4, 2 groups, on 5x6"]
 
 
+@slow
 def test_pareto(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "picture.svg"
