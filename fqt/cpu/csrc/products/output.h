@@ -121,12 +121,13 @@ class SignOutputRun {
   // Strips of pixels, and of panels where there are few strips.
   void sum_strips() {
     const int64_t pixels = l.n * l.positions();
-    const int64_t strip = most(kRows, least(64, 16384 / (kWordBytes * words + 1) / kRows * kRows));
+    const int64_t strip = most(kRows, least(kMostRows, kStripBytes / (kWordBytes * words + 1) / kRows * kRows));
     const int64_t strips = ceil_div(pixels, strip);
     const int64_t parts = strips >= 32 ? 1 : least(panels, 8), part = ceil_div(panels, parts);
     parallel(strips * l.groups * parts, 1, [&](int64_t begin, int64_t end) {
       Buffer<uint8_t> windows(strip * words * kWordBytes);
       Buffer<Pixel> met(strip);
+      Buffer<int32_t[kLanes]> differ(strip);
       int64_t filled = -1;
       for (int64_t item = begin; item < end; ++item) {
         const int64_t group = item / parts % l.groups, first = item / parts / l.groups * strip;
@@ -141,16 +142,8 @@ class SignOutputRun {
         for (int64_t number = item % parts * part; number < least(panels, (item % parts + 1) * part); ++number) {
           const Panel panel{columns.data + (group * panels + number) * words * kColumnBytes, group * l.out + number * kLanes,
                             least(kLanes, l.out - number * kLanes)};
-          for (int64_t i = 0; i < count;) {
-            const bool full = count - i >= kRows;
-            const uint8_t* window = windows.data + i * words * kWordBytes;
-            if (full) {
-              sum_tile<kRows>(window, met.data + i, panel, first + i);
-            } else {
-              sum_tile<1>(window, met.data + i, panel, first + i);
-            }
-            i += full ? kRows : 1;
-          }
+          differing_bits(windows.data, words * kWordBytes, count, panel.columns, words, panel.lanes, differ.data);
+          for (int64_t i = 0; i < count; ++i) finish(met[i], panel, first + i, differ[i]);
         }
       }
     });
@@ -189,14 +182,6 @@ class SignOutputRun {
         lay(of_image + ((y * l.other_x + x_at) * l.groups + group) * bytes, bytes, out);
       }
     }
-  }
-
-  // M pixels x kLanes output channels: count, then the epilogue in the reference's order.
-  template <int M>
-  void sum_tile(const uint8_t* window, const Pixel* pixels, const Panel& panel, int64_t first) {
-    int32_t differ[M][kLanes];
-    differing_bits<M>(window, words * kWordBytes, panel.columns, words, panel.lanes, differ);
-    for (int m = 0; m < M; ++m) finish(pixels[m], panel, first + m, differ[m]);
   }
 
   // The epilogue for a pixel and some output channels. differ: bits in which they do.

@@ -2,6 +2,7 @@
 
 #include "vector.h"
 #include "bits.h"
+#include "differing.h"
 #include "output.h"
 #include "lookup.h"
 #include "grad_input.h"
