@@ -36,17 +36,24 @@ inline void lay_window(const uint8_t* bits, int64_t bytes, uint8_t* out) {
 // 32 bits of the weights of kLanes output channels, 4 * kSpread bytes for each: as they are, or a byte for each nibble.
 inline void lay_weights(const uint32_t* words, uint8_t* out) {
 #if defined(FQT_AVX2)
-  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // what packing exchanged
+  const __m256i by_byte = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // what unpacking exchanged
+  const __m256i low = _mm256_set1_epi8(15);
   for (int first = 0; first < kLanes; first += 32) {
-    for (int j = 0; j < 8; ++j) {
-      __m256i nibble[4];
-      for (int i = 0; i < 4; ++i) {
-        const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + first + 8 * i));
-        nibble[i] = _mm256_and_si256(_mm256_srli_epi32(eight, 4 * j), _mm256_set1_epi32(15));
-      }
-      const __m256i low = _mm256_packus_epi32(nibble[0], nibble[1]), high = _mm256_packus_epi32(nibble[2], nibble[3]);
-      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), in_order);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j * kLanes + first), bytes);
+    __m256i four[4];
+    for (int i = 0; i < 4; ++i) {
+      const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + first + 8 * i));
+      four[i] = _mm256_shuffle_epi8(eight, by_byte);
+    }
+    const __m256i low01 = _mm256_unpacklo_epi32(four[0], four[1]), high01 = _mm256_unpackhi_epi32(four[0], four[1]);
+    const __m256i low23 = _mm256_unpacklo_epi32(four[2], four[3]), high23 = _mm256_unpackhi_epi32(four[2], four[3]);
+    const __m256i byte[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
+                             _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
+    for (int i = 0; i < 4; ++i) {
+      const __m256i bytes = _mm256_permutevar8x32_epi32(byte[i], in_order);
+      __m256i* to = reinterpret_cast<__m256i*>(out + 2 * i * kLanes + first);
+      _mm256_storeu_si256(to, _mm256_and_si256(bytes, low));
+      _mm256_storeu_si256(to + kLanes / 32, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low));
     }
   }
 #else

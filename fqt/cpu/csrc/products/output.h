@@ -34,7 +34,7 @@ class SignOutputRun {
 
  private:
   static constexpr int64_t kWordBytes = 4 * kSpread, kColumnBytes = kWordBytes * kLanes;
-  static constexpr int64_t kFewPixels = 8;
+  static constexpr int64_t kFewPixels = 3;
   static bool outside(int32_t at) { return at < 0; }
 
   // What the epilogue needs of a pixel.
@@ -52,7 +52,7 @@ class SignOutputRun {
   void compare_pixels() {
     const int64_t pixels = l.n * l.positions(), row = taps * bytes, window = 4 * words;
     parallel(l.groups * panels, most(1, 65536 / (row * pixels * kLanes + 1)), [&](int64_t begin, int64_t end) {
-      Buffer<int64_t> ones(taps);
+      Buffer<int32_t> ones(taps * kLanes);
       Buffer<uint8_t> windows(pixels * window);
       int64_t filled = -1;
       for (int64_t item = begin; item < end; ++item) {
@@ -60,7 +60,7 @@ class SignOutputRun {
         const Panel panel{nullptr, group * l.out + first, least(kLanes, l.out - first)};
         for (int64_t i = 0; i < pixels && filled != group; ++i) copy_window<1>(group, i, windows.data + i * window);
         filled = group;
-        for (int64_t lane = 0; lane < panel.lanes; ++lane) count_terms(panel.channel + lane, ones);
+        count_terms(panel.channel, panel.lanes, ones.data);
         for (int64_t i = 0; i < pixels; ++i) {
           int32_t differ[kLanes];
           for (int64_t lane = 0; lane < panel.lanes; ++lane) {
@@ -75,46 +75,55 @@ class SignOutputRun {
 
   void pack_weights() {
     parallel(l.groups * panels, 1, [&](int64_t begin, int64_t end) {
-      Buffer<int64_t> ones(taps);
+      Buffer<int32_t> ones(taps * kLanes);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t group = item / panels, first = item % panels * kLanes;
         const int64_t channel = group * l.out + first, lanes = least(kLanes, l.out - first);
         pack_panel(c.w + channel * taps * bytes, lanes, columns.data + item * words * kColumnBytes);
-        for (int64_t lane = 0; lane < lanes; ++lane) count_terms(channel + lane, ones);
+        count_terms(channel, lanes, ones.data);
       }
     });
   }
 
-  // The weights of some output channels, (word, lane) as `lay_weights` has them.
+  // The weights of some output channels, (word, lane) as `lay_weights` has them: by squares of words where rows are of whole words.
   void pack_panel(const uint8_t* rows, int64_t lanes, uint8_t* to) {
-    uint32_t column[kLanes] = {};
-    for (int64_t k = 0; k < words; ++k) {
-      const int64_t used = taps * bytes - 4 * k;
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const uint8_t* from = rows + lane * taps * bytes + 4 * k;
-        if (used >= 4) {
-          std::memcpy(column + lane, from, 4);
-        } else {
-          column[lane] = 0;
-          std::memcpy(column + lane, from, used);
+    constexpr int64_t kSide = kWidth / 4;
+    uint32_t square[kSide][kLanes] = {};
+    const int64_t row = taps * bytes, turned = row % 4 == 0 ? lanes / kSide * kSide : 0;
+    for (int64_t k = 0; k < words; k += kSide) {
+      const int64_t count = least(kSide, words - k), first = count == kSide ? turned : 0;
+      for (int64_t lane = 0; lane < first; lane += kSide) {
+        transpose(reinterpret_cast<const uint32_t*>(rows + lane * row + 4 * k), row / 4, &square[0][lane], kLanes);
+      }
+      for (int64_t lane = first; lane < lanes; ++lane) {
+        for (int64_t i = 0; i < count; ++i) {
+          square[i][lane] = 0;
+          std::memcpy(&square[i][lane], rows + lane * row + 4 * (k + i), least(4, row - 4 * (k + i)));
         }
       }
-      lay_weights(column, to + k * kColumnBytes);
+      for (int64_t i = 0; i < count; ++i) lay_weights(square[i], to + (k + i) * kColumnBytes);
     }
   }
 
-  // For each kind of pixel the terms inside the image, corrected for those outside. ones: room for a number a tap.
-  void count_terms(int64_t channel, Buffer<int64_t>& ones) {
-    const uint8_t* row = c.w + channel * taps * bytes;
-    for (int64_t tap = 0; tap < taps && padded; ++tap) ones[tap] = count_bits(row + tap * bytes, bytes);
+  // Of some output channels, for each kind of pixel, the terms inside the image, corrected for those outside. ones: room for
+  // kLanes numbers a tap.
+  void count_terms(int64_t channel, int64_t lanes, int32_t* ones) {
+    for (int64_t lane = 0; lane < lanes && padded; ++lane) {
+      const uint8_t* row = c.w + (channel + lane) * taps * bytes;
+      for (int64_t tap = 0; tap < taps; ++tap) ones[tap * kLanes + lane] = static_cast<int32_t>(count_bits(row + tap * bytes, bytes));
+    }
     for (int64_t kind = 0; kind < kinds; ++kind) {
       const int64_t y = l.y.example[kind / l.x.kinds], x_at = l.x.example[kind % l.x.kinds];
-      int64_t count = 0;
+      int32_t *of_kind = terms.data + kind * channels + channel, inside = 0;
+      std::memset(of_kind, 0, lanes * sizeof(int32_t));
       for (int64_t tap = 0; tap < taps; ++tap) {
-        const bool inside = l.y.at[y * l.y.taps + tap / l.x.taps] >= 0 && l.x.at[x_at * l.x.taps + tap % l.x.taps] >= 0;
-        count += inside ? l.in : 2 * ones[tap];
+        if (l.y.at[y * l.y.taps + tap / l.x.taps] >= 0 && l.x.at[x_at * l.x.taps + tap % l.x.taps] >= 0) {
+          inside += static_cast<int32_t>(l.in);
+        } else {
+          for (int64_t lane = 0; lane < lanes; ++lane) of_kind[lane] += 2 * ones[tap * kLanes + lane];
+        }
       }
-      terms[kind * channels + channel] = static_cast<int32_t>(count);
+      for (int64_t lane = 0; lane < lanes; ++lane) of_kind[lane] += inside;
     }
   }
 
