@@ -61,24 +61,25 @@ def linear(
         (..., O) in x's dtype, or autocast's when that is on.
     """
     refuse_transforms(x, weight)
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    shape = x.shape  # asked once: of an activation that is deferred it costs a call of Python
+    if weight.dim() != 2 or not shape or shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"linear: input of shape {tuple(x.shape)} does not fit weight {tuple(weight.shape)}: "
+            f"linear: input of shape {tuple(shape)} does not fit weight {tuple(weight.shape)}: "
             f"the input's last axis must be {weight.shape[-1]}"
         )
-    n = x.shape[0] if x.dim() > 1 else 1
+    n = shape[0] if len(shape) > 1 else 1
     positions = 1
-    for size in x.shape[1:-1]:
+    for size in shape[1:-1]:
         positions *= size
-    fusion = fusion if x.dim() == 2 else None
+    fusion = fusion if len(shape) == 2 else None
     taken = None if fusion is None else fusion.take(x, recipe)
-    x_NPC = x.reshape(n, positions, x.shape[-1]) if taken is None else taken.x_NPC
+    given = x.reshape(n, positions, shape[-1]) if taken is None else taken
     gives = fusion is not None and fusion.gives(x, recipe)
-    y_NPO = layer(x_NPC, canonical(weight), bias, recipe, None, training, states, taken, gives, backend)
+    y_NPO = layer(given, canonical(weight), bias, recipe, None, training, states, gives, backend)
     if isinstance(y_NPO, Accumulated):
         assert fusion is not None
         return fusion.give(y_NPO, None, False)
-    return y_NPO.reshape(*x.shape[:-1], weight.shape[0])
+    return y_NPO.reshape(*shape[:-1], weight.shape[0])
 
 
 def conv2d(
@@ -113,15 +114,15 @@ def conv2d(
             f"conv2d: weight of shape {tuple(weight.shape)} with groups={groups}: expected (O, I/groups, kh, kw), O a multiple "
             f"of groups"
         )
-    if x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
+    shape = x.shape
+    if len(shape) not in (3, 4) or shape[-3] != weight.shape[1] * groups:
         raise ValueError(
-            f"conv2d: input of shape {tuple(x.shape)} does not fit weight {tuple(weight.shape)} with groups={groups}: "
+            f"conv2d: input of shape {tuple(shape)} does not fit weight {tuple(weight.shape)} with groups={groups}: "
             f"expected (N, {weight.shape[1] * groups}, H, W)"
         )
-    fusion = fusion if x.dim() == 4 else None
+    fusion = fusion if len(shape) == 4 else None
     taken = None if fusion is None else fusion.take(x, recipe)
-    x_NCHW = x if x.dim() == 4 else x.unsqueeze(0)
-    n, _, height, width = x_NCHW.shape
+    x_NCHW, height, width = x if len(shape) == 4 else x.unsqueeze(0), shape[-2], shape[-1]
     kernel = (weight.shape[2], weight.shape[3])
     geometry = Geometry(height, width, kernel, stride, padding, dilation, groups)
     out_height, out_width = geometry.output_size
@@ -130,18 +131,18 @@ def conv2d(
             f"conv2d: a {kernel[0]}x{kernel[1]} window (dilation {dilation}) does not fit the padded "
             f"{height}x{width} input: enlarge the input or the padding"
         )
-    x_NPC = x_NCHW.flatten(2).transpose(1, 2) if taken is None else taken.x_NPC
+    given = x_NCHW.flatten(2).transpose(1, 2) if taken is None else taken
     last = channels_last(x_NCHW) if taken is None else taken.channels_last
     gives = fusion is not None and fusion.gives(x, recipe)
-    y_NPO = layer(x_NPC, canonical(weight), bias, recipe, geometry, training, states, taken, gives, backend)
+    y_NPO = layer(given, canonical(weight), bias, recipe, geometry, training, states, gives, backend)
     if isinstance(y_NPO, Accumulated):
         assert fusion is not None
         return fusion.give(y_NPO, (out_height, out_width), last)
     if last:
-        y_NCHW = y_NPO.flatten().view(n, out_height, out_width, weight.shape[0]).permute(0, 3, 1, 2)
+        y_NCHW = y_NPO.flatten().view(y_NPO.shape[0], out_height, out_width, weight.shape[0]).permute(0, 3, 1, 2)
     else:
-        y_NCHW = y_NPO.transpose(1, 2).flatten().view(n, weight.shape[0], out_height, out_width)
-    return y_NCHW if x.dim() == 4 else y_NCHW.squeeze(0)
+        y_NCHW = y_NPO.transpose(1, 2).flatten().view(y_NPO.shape[0], weight.shape[0], out_height, out_width)
+    return y_NCHW if len(shape) == 4 else y_NCHW.squeeze(0)
 
 
 def channels_last(x_NCHW: Tensor) -> bool:

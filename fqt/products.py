@@ -53,18 +53,13 @@ class Taken:
     encoded: Encoded
     channels_last: bool
 
-    @property
-    def x_NPC(self) -> Tensor:
-        """What tells the canonical shape."""
-        return placeholder(self.encoded.q.codes, self.encoded.q.shape)
-
 
 @dataclass(frozen=True)
 class Accumulated:
     """A product of signs that is not scaled yet.
 
     Attributes:
-        y_NPO: a placeholder with the product's graph.
+        y_NPO: a placeholder with the product's graph; without one, anything.
         sums: (N, P', O) int16.
         scale: (O,) float32, of the sums.
         bias: (O,) float32 or None.
@@ -116,34 +111,38 @@ class _Call:
 
 
 def layer(
-    x_NPC: Tensor,
+    given: Tensor | Taken,
     weight: Tensor | QTensor,
     bias: Tensor | None,
     recipe: Recipe,
     geometry: Geometry | None,
     training: bool,
     states: States | None,
-    taken: Taken | None,
     gives: bool,
     backend: str,
 ) -> Tensor | Accumulated:
     """y (N, P', O); or with `gives`, where sums fit 16 bits, a placeholder and the accumulators behind it.
 
-    The weight is (O, K, I) floats, or codes that were made before: of these the backward only goes to x, and nothing is drawn.
+    What is given is x (N, P, I), and a weight (O, K, I), as floats or as codes that were made before. Of a weight's codes the
+    backward only goes to x, and nothing is drawn.
     """
     packed = weight if isinstance(weight, QTensor) else None
-    w_OKI = weight if isinstance(weight, Tensor) else placeholder(weight.codes, weight.shape)
-    for name, tensor in (("input", x_NPC), ("weight", w_OKI)):
+    taken, x = (given, given.encoded.q) if isinstance(given, Taken) else (None, given)
+    for name, tensor in (("input", x), ("weight", weight)):
+        if isinstance(tensor, QTensor):
+            continue
         if not tensor.is_floating_point():
             raise TypeError(f"the {name} is {tensor.dtype}, not a float tensor: convert it, for instance by .float()")
         if type(tensor) is not Tensor:
             refuse_dtensor(tensor)
-    if x_NPC.device != w_OKI.device:
-        raise ValueError(f"the input is on {x_NPC.device}, the weight on {w_OKI.device}: move one of them")
-    accumulates = gives and w_OKI.shape[1] * w_OKI.shape[2] < 1 << 15
-    if packed is not None and not _wants_gradient(x_NPC if taken is None else taken.x, bias):
-        return _evaluated(x_NPC, packed, bias, recipe, geometry, states, taken, accumulates, backend)
-    dtype = _output_dtype(x_NPC)
+    of_x, of_w = ((tensor.codes if isinstance(tensor, QTensor) else tensor).device for tensor in (x, weight))
+    if of_x != of_w:
+        raise ValueError(f"the input is on {of_x}, the weight on {of_w}: move one of them")
+    accumulates = gives and weight.shape[1] * weight.shape[2] < 1 << 15
+    if packed is not None and not _wants_gradient(given.x if isinstance(given, Taken) else given, bias):
+        return _evaluated(x, packed, bias, recipe, geometry, states, accumulates, backend)
+    x_NPC, w_OKI = (placeholder(t.codes, t.shape) if isinstance(t, QTensor) else t for t in (x, weight))
+    _, dtype = _dtypes(x_NPC)
     draws = packed is None and recipe.random and (training or torch.is_grad_enabled())
     key = calls.key_for(x_NPC) if draws else None
     if packed is not None and not recipe.saved("grad_input", "w") and x_NPC.requires_grad and torch.is_grad_enabled():
@@ -184,8 +183,7 @@ def layer(
         states, backend,
     )  # fmt: skip
     run = _Products.apply if keeps_graph(values["x"], values["w"], bias) else _Products.forward
-    x = values["x"] if taken is None else taken.x
-    y = run(x, values["w"], bias, key, masks["x"], masks["w"], call, *flat)
+    y = run(values["x"] if taken is None else taken.x, values["w"], bias, key, masks["x"], masks["w"], call, *flat)
     if isinstance(y, Tensor):
         return y.to(dtype)
     q = call.qtensors(flat)
@@ -197,34 +195,31 @@ def _wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
 
 
 def _evaluated(
-    x_NPC: Tensor,
+    x: Tensor | QTensor,
     w: QTensor,
     bias: Tensor | None,
     recipe: Recipe,
     geometry: Geometry | None,
     states: States | None,
-    taken: Taken | None,
     accumulates: bool,
     backend: str,
 ) -> Tensor | Accumulated:
     """As `layer`, by packed weights and without a graph: nothing is kept for a backward, the estimator's mask included."""
     operand = recipe.operand("output", "x")
-    x: Tensor | QTensor = x_NPC
-    if taken is not None:
-        x = taken.encoded.q
-    elif operand is not None:
-        value = operand.transformed(x_NPC, states)
+    dtype, wanted = _dtypes(x)
+    if isinstance(x, Tensor) and operand is not None:
+        value = operand.transformed(x, states)
         if geometry is None and not accumulates and operand.transform is None and recipe.low_bit("output"):
             y = few_rows(value, operand.quantizer, operand.format, w, bias, backend)
             if y is not None:
-                return y.to(_output_dtype(x_NPC))
+                return y.to(wanted)
         options = {"geometry": geometry, "states": states, "backend": backend}
         x = operand.encode(value, key=None, training=False, masked=False, **options).q  # type: ignore[arg-type]
     if accumulates:
         assert isinstance(x, QTensor)
         sums = calls.accumulate(x, w, geometry, backend)
-        return _accumulated(placeholder(sums, tuple(sums.shape)), sums, x, w, bias)
-    return _multiplied(x, w, bias, recipe, geometry, x_NPC.dtype, backend).to(_output_dtype(x_NPC))
+        return _accumulated(sums, sums, x, w, bias)
+    return _multiplied(x, w, bias, recipe, geometry, dtype, backend).to(wanted)
 
 
 def _multiplied(
@@ -259,12 +254,12 @@ def placeholder(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_full((), torch.nan, dtype=torch.float32).expand(shape)
 
 
-def _output_dtype(x: Tensor) -> torch.dtype:
-    """The input's, or autocast's, which leaves float64 alone."""
-    device = x.device.type
-    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
+def _dtypes(x: Tensor | QTensor) -> tuple[torch.dtype, torch.dtype]:
+    """An input's, float32 where it is codes already; and the output's, the same or autocast's, which leaves float64 alone."""
+    dtype, device = (x.dtype, x.device.type) if isinstance(x, Tensor) else (torch.float32, x.codes.device.type)
+    if device == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return dtype, dtype
+    return dtype, torch.get_autocast_dtype(device)
 
 
 class _Products(torch.autograd.Function):

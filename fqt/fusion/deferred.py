@@ -178,12 +178,11 @@ def _each(tree: Any, change: Callable[[Deferred], Tensor]) -> Any:
 
 def possible(x: Tensor) -> bool:
     """Whether activations may be deferred: eager, plain float32 where kernels serve them, outside autocast and torch.func."""
-    device = x.device.type
+    device = (x.source.y if isinstance(x, Deferred) else x).device.type
     return (
         not torch.compiler.is_compiling()
         and serves(device)
-        and type(x) in (Tensor, nn.Parameter, Deferred)
-        and x.dtype == torch.float32
+        and (isinstance(x, Deferred) or (type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32))
         and not torch.is_autocast_enabled("cpu" if device == "meta" else device)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
@@ -204,22 +203,20 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -
     """
     if not possible(x) or not (norm.affine and norm.track_running_stats) or norm.momentum is None:
         return None
-    if norm.weight.dtype != torch.float32 or x.dim() not in (2, 4) or x.shape[1] != norm.num_features:
+    shape = x.shape
+    if norm.weight.dtype != torch.float32 or len(shape) not in (2, 4) or shape[1] != norm.num_features:
         return None
     assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
     if isinstance(x, Deferred) and x.norm is None and x.whole():
         source, windows, shape_of = x.source, x.windows, x.shape_of
     else:
         x = x.value() if isinstance(x, Deferred) else x
-        windows, shape_of = (Windows(1, 1), rows) if x.dim() == 2 else (Windows(x.shape[2], x.shape[3]), images(x))
+        windows, shape_of = (Windows(1, 1), rows) if len(shape) == 2 else (Windows(shape[2], shape[3]), images(x))
         source = Source(_canonical(x.detach()).contiguous())
     count = source.y.shape[0] * source.y.shape[1]
     if count < 2 and norm.training:  # torch's own module refuses it with a message
         return None
-    constants, recording = (
-        None,
-        torch.is_grad_enabled(),
-    )  # Tensors kept from torch.inference_mode cannot be saved for a backward.
+    constants, recording = None, torch.is_grad_enabled()  # Tensors kept from inference_mode cannot be saved for a backward.
     with torch.no_grad():
         if norm.training:
             mean, square = torch.ops.fqt.norm_sums(*source.tensors(), backend=backend) / count
@@ -228,7 +225,7 @@ def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, backend: str) -
             norm.running_mean.lerp_(mean.float(), norm.momentum)
             norm.running_var.lerp_((var * (count / (count - 1))).float(), norm.momentum)
             affine = affine_of(norm, mean, var)
-        elif recording or x.device.type != "cpu":  # Comparing values of a GPU would wait for the GPU.
+        elif recording or source.y.device.type != "cpu":  # Comparing values of a GPU would wait for the GPU.
             affine = affine_of(norm, norm.running_mean.double(), norm.running_var.double())
         else:
             constants = constants_of(norm)

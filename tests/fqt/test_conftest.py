@@ -64,32 +64,35 @@ def test_the_z_test_finds_a_small_bias_and_passes_none():
 class Item:
     """A case as pytest collects it."""
 
-    def __init__(self, nodeid: str, share: int | None) -> None:
-        self.nodeid, self.share = nodeid, share
+    def __init__(self, nodeid: str, share: int | None, **options: str) -> None:
+        self.nodeid, self.share, self.options = nodeid, share, options
 
     def get_closest_marker(self, name: str) -> SimpleNamespace | None:
-        return SimpleNamespace(args=(self.share,)) if name == "every" and self.share else None
+        return SimpleNamespace(args=(self.share,), kwargs=self.options) if name == "every" and self.share else None
 
 
 def taken(
     monkeypatch, seed: int = 1, effort: float = 1, named: str = "tests", keyword: str = ""
 ) -> tuple[list[str], list[str]]:
-    """Of seven cases of a test marked every(3) and one of another, those that run and those that are counted as left out."""
+    """Of seven cases of a test marked every(3), four tests marked every(2, of="of") and one of another, those that run and those
+    that are counted as left out."""
     monkeypatch.setattr(conftest, "SEED", seed)
     monkeypatch.setattr(conftest, "EFFORT", effort)
     left: list[Item] = []
     hook = SimpleNamespace(pytest_deselected=lambda items: left.extend(items))
     config = SimpleNamespace(args=[named], option=SimpleNamespace(keyword=keyword), hook=hook)
-    items = [*(Item(f"a.py::test_n[{n}]", 3) for n in range(7)), Item("a.py::test_other", None)]
+    several = (Item(f"b.py::test_{n}", 2, of="of") for n in range(4))
+    items = [*(Item(f"a.py::test_n[{n}]", 3) for n in range(7)), *several, Item("a.py::test_other", None)]
     conftest.pytest_collection_modifyitems(config, items)
     return [item.nodeid for item in items], sorted(item.nodeid for item in left)
 
 
 def test_a_default_run_takes_a_share_of_a_marked_test_and_counts_the_rest(monkeypatch):
-    every = {*(f"a.py::test_n[{n}]" for n in range(7)), "a.py::test_other"}
+    every = {*(f"a.py::test_n[{n}]" for n in range(7)), *(f"b.py::test_{n}" for n in range(4)), "a.py::test_other"}
     ran, left = taken(monkeypatch)
-    assert len(ran) == 4 and ran[-1] == "a.py::test_other" and {*ran, *left} == every
+    assert [sum(name.startswith(file) for name in ran) for file in ("a", "b")] == [4, 2]
+    assert len(ran) == 6 and ran[-1] == "a.py::test_other" and {*ran, *left} == every
     assert taken(monkeypatch) == (ran, left), "the same in every process"
     assert {case for seed in range(30) for case in taken(monkeypatch, seed)[0]} == every, "others with another seed"
     for options in ({"effort": 2}, {"named": "a.py::test_n[4]"}, {"keyword": "test_n"}):
-        assert len(taken(monkeypatch, **options)[0]) == 8
+        assert len(taken(monkeypatch, **options)[0]) == 12
