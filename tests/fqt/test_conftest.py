@@ -74,8 +74,8 @@ class Item:
 def taken(
     monkeypatch, seed: int = 1, effort: float = 1, named: str = "tests", keyword: str = ""
 ) -> tuple[list[str], list[str]]:
-    """Of seven cases of a test marked every(3), four tests marked every(2, of="of") and one of another, those that run and those
-    that are counted as left out."""
+    """Of seven cases of a test marked every(3), four tests marked every(2, of="of") and one of another, those that run and
+    those that are counted as left out."""
     monkeypatch.setattr(conftest, "SEED", seed)
     monkeypatch.setattr(conftest, "EFFORT", effort)
     left: list[Item] = []
