@@ -78,10 +78,14 @@ class FewRows {
 
   // Columns [first, first + used): their numbers, then some rows at a time.
   void multiply_panel(int64_t first, int64_t used) {
-    alignas(64) int32_t base[kColumns] = {};
-    alignas(64) float column_sum[kColumns] = {}, scale[kColumns] = {}, offset[kColumns] = {}, bias[kColumns] = {};
-    int64_t column_codes[kColumns] = {};
-    for (int64_t k = 0; k < used; ++k) {
+    static constexpr int32_t base[kColumns] = {};
+    alignas(64) float column_sum[kColumns], scale[kColumns], offset[kColumns], bias[kColumns];
+    int64_t column_codes[kColumns];
+    const int64_t width = round_up(used, kInts);
+    for (int64_t k = 0; k < width; ++k) {
+      column_codes[k] = 0;
+      column_sum[k] = scale[k] = offset[k] = bias[k] = 0;
+      if (k >= used) continue;
       if (need_column_sums) {
         int32_t ones;
         multiply<1>(first + k, rows, &ones);
@@ -89,13 +93,16 @@ class FewRows {
         column_sum[k] = static_cast<float>(column_codes[k]);
       }
       scale[k] = c.b_scale(first + k, 0);
-      offset[k] = c.b_offset.data ? c.b_offset(first + k, 0) : 0;
-      bias[k] = c.bias ? c.bias[first + k] : 0;
+      if (c.b_offset.data) offset[k] = c.b_offset(first + k, 0);
+      if (c.bias) bias[k] = c.bias[first + k];
     }
     const Columns<int32_t> columns{base, column_sum, scale, c.b_offset.data ? offset : nullptr, c.bias ? bias : nullptr};
     for (int64_t row = 0; row < rows; row += kTogether) {
       const int64_t count = least(kTogether, rows - row);
-      alignas(64) int32_t sums[kTogether][kColumns] = {};
+      alignas(64) int32_t sums[kTogether][kColumns];
+      for (int64_t m = 0; m < count; ++m) {
+        for (int64_t k = used; k < width; ++k) sums[m][k] = 0;
+      }
       const auto put = [&](int64_t m, int64_t k, int32_t dot) {
         const int64_t shifted = row_sums[row + m] - shift * depth;
         sums[m][k] = static_cast<int32_t>((int64_t{dot} << up) + add * shifted + shift * column_codes[k]);
