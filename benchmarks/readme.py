@@ -121,6 +121,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "adapt": adapt,
     "step_avx2": step,
     "step_avx2_blocks": step,
+    "step_zen3": step,
 }
 CHOICE = "choice"
 """The table that is made of several."""
@@ -150,7 +151,7 @@ def _block(name: str) -> str:
     where = results[name]["where"]
     code = f"torch {where['torch']}, commit {where['commit']}, {where['date']}"
     module, _, capability = name.partition("_")
-    limited = f", limited to {capability.split('_')[0].upper()}" if capability else ""
+    limited = f", limited to {capability.split('_')[0].upper()}" if capability.startswith("avx") else ""
     source = f"`python -m benchmarks.{module}`{limited}; {where['machine']}, {code}"
     return f"{TABLES[name](results[name]['rows'])}\n\n{source}"
 
