@@ -197,11 +197,9 @@ void bounds() {
       bound(s, [&](Random& r) { check_output(r, s, false, opposite); });
     }
   }
-  for (const int64_t terms : {57343, 57344, 57345, 120000}) {  // AVX2 adds up to 57,344 in 16 bits
-    for (const bool opposite : {false, true}) {
-      const Shape s = linear(1, 9, terms, 35, true);
-      bound(s, [&](Random& r) { check_output(r, s, false, opposite); });
-    }
+  for (const int64_t terms : {57344, 57345, 114689}) {  // AVX2 adds up to 57,344 in 16 bits
+    const Shape s = linear(1, 5, terms, 35, true);
+    bound(s, [&](Random& r) { check_output(r, s, false, true); });
   }
   for (const int bits : {4, 5, 6, 8}) {
     for (const int64_t terms : {4095, 4096, 4097, 9000}) {
