@@ -54,6 +54,7 @@ def step(model: nn.Module) -> list[torch.Tensor]:
     return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("backend", "compiled"),
     [("reference", False), pytest.param("cpu", False, marks=built), pytest.param("cpu", True, marks=built)],

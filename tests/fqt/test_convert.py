@@ -438,6 +438,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("recipe", ["fqt_1bit", "int8"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_whole_networks_convert_and_train_a_step(network: str, recipe: str) -> None:

@@ -117,6 +117,7 @@ def test_ddp_learns_with_accumulation_clipping_and_unused_parameters(ranks):
     assert first["sent"] > 0
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("rotate", [False, True])
 def test_the_codes_are_unbiased(bits, rotate):

@@ -128,6 +128,7 @@ def test_what_is_not_for_it_goes_the_other_way(calls: list[int], monkeypatch: py
     assert leaf.grad is not None and leaf.grad.any() and not calls
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("recipe", ["bitnet", "fqt_1bit"])
 def test_a_graph_holds_the_operator_itself(recipe: str) -> None:
     """So that no Python runs between it and the next; with a number of rows that varies the graph serves all of them."""

@@ -97,6 +97,7 @@ def followed(layer: Layer, name: str) -> fqt.Recipe:
     return recipe
 
 
+@pytest.mark.every(3)
 @layers
 @pytest.mark.parametrize("name", LOW_BIT)
 def test_recipes_equal_products_of_decoded_codes(layer: Layer, name: str) -> None:

@@ -101,6 +101,7 @@ def assert_quantizes_as_the_reference(row: Kernel, x: Tensor, format: Format, op
         assert expected_mask is None or torch.equal(actual_mask, expected_mask), "masks differ"
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("part", range(10))
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("row", QUANTIZE, ids=lambda row: row.label)
@@ -218,6 +219,7 @@ def test_a_key_is_needed_to_draw():
 # --- products --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("row", MULTIPLY, ids=lambda row: f"{row.operator}-{row.label}")

@@ -47,6 +47,7 @@ sys.exit(main.main(["--config", "fp32", *(word for key in keys for word in ("--s
 SAVED = {"checkpoint": {"enabled": True}, "training": {"epochs": 3}}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("recipe", ["fp32", "fqt_1bit"])
 def test_resumed_run_ends_like_one_that_never_stopped(make, monkeypatch, recipe):
     config = make(recipe=recipe, data={"augment": "crop_flip", "validation": 0.1}, **SAVED)

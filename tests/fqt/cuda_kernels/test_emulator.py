@@ -38,7 +38,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory):
         ("product_overwritten", "which wgmma still reads|others touch without a barrier in between"),
     ],
 )
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_a_fault_is_found_in_any_order(name: str, said: str, faults: ctypes.CDLL, rng: np.random.Generator):
     for seed in rng.integers(2**32, size=20):
         found = faults.run(name.encode(), 128 if name.startswith("product") else 64, ctypes.c_uint(int(seed))).decode()

@@ -45,7 +45,7 @@ def assert_multiplies_as_the_reference(operator: str, args: tuple, rules: plan.R
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.family}-{tile.rows}x{tile.columns}")
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_products_equal_the_reference(operator: str, tile: plan.Tile, emulator: machine.Emulator, rng: np.random.Generator):
     """Random layers, windows, formats, pruning, masks and biases, whose results are smaller than a tile, and ragged."""
     draw = random.Random(int(rng.integers(2**62)))

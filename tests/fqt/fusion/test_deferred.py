@@ -116,6 +116,7 @@ def floats(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return compute
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -414,6 +415,7 @@ def test_activations_are_deferred_where_kernels_of_norm_serve(monkeypatch: pytes
         assert [deferred.serves(device) for device in ("cpu", "meta", "cuda", "mps")] == [True, True, cuda, False]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("fold_shape", [(1, 1, 9), (5, 1, 1), (5, 1, 9), (5, 6, 1)], ids=str)
 @pytest.mark.parametrize("axes", ["", "N", "C", "NC"])
 def test_ranges_of_a_folded_gradient_follow_from_its_own(

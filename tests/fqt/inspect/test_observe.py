@@ -51,6 +51,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_error_is_that_of_the_layers_own_quantizers(kind: str, recipe: Recipe) -> None:
