@@ -61,7 +61,7 @@ def linear(
         (..., O) in x's dtype, or autocast's when that is on.
     """
     refuse_transforms(x, weight)
-    shape = x.shape  # asked once: of an activation that is deferred it costs a call of Python
+    shape = x.shape  # read once, because a deferred activation answers in Python
     if weight.dim() != 2 or not shape or shape[-1] != weight.shape[1]:
         raise ValueError(
             f"linear: input of shape {tuple(shape)} does not fit weight {tuple(weight.shape)}: "

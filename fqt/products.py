@@ -59,7 +59,7 @@ class Accumulated:
     """A product of signs that is not scaled yet.
 
     Attributes:
-        y_NPO: a placeholder with the product's graph; without one, anything.
+        y_NPO: a placeholder with the product's graph. Where no graph is kept it is not read, and may be any tensor.
         sums: (N, P', O) int16.
         scale: (O,) float32, of the sums.
         bias: (O,) float32 or None.

@@ -54,7 +54,7 @@ class Deferred(Tensor):
 
     Attributes:
         source: y, canonical (N, P, C): what the convolution accumulated, or floats.
-        graph: y in the shape of the module's input or output, with its graph.
+        graph: y in the shape of the module's input or output, with its graph. Where none is kept it may be any tensor.
         norm: what follows, None if nothing.
         windows: the images' size and the pooling that follows `norm`.
         shape_of: from canonical (N, P', C) to the shape that the module's caller expects.

@@ -1,5 +1,5 @@
-// The bits in which rows and columns differ, of which `output` of signs and signs is made. AVX2 counts no bits: it looks up four
-// of them at a time.
+// The number of bits in which rows and columns differ, of which `output` of signs by signs is made. AVX2 has no instruction
+// that counts bits, so four bits at a time are looked up in a table.
 
 namespace {
 
@@ -72,7 +72,7 @@ inline void add_entries(const uint8_t* entries, const __m256i (&index)[V], __m25
   if constexpr (V == 1) {
     sum[0] = _mm256_add_epi8(sum[0], _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(table)), index[0]));
   } else {
-    // In one piece: the compiler looks up everything first, and has no registers left for what then waits to be added.
+    // Written in assembler, because the compiler does all lookups first and has no registers left for what waits to be added.
     static_assert(V == 2);
     __m256i both, found;
     asm("vbroadcasti128 %[table], %[both]\n\t"
@@ -83,8 +83,10 @@ inline void add_entries(const uint8_t* entries, const __m256i (&index)[V], __m25
   }
 }
 
-// Adds to `sums` the bits in which M rows of at most kBlock nibbles, `stride` bytes apart, differ from V vectors of columns;
-// each vector's sums are in the order in which its bytes are unpacked. Unrolled, so that every sum has a register.
+// Compares each of M rows with each of 32 * V columns, and adds the number of bits that differ to `sums`. All have `nibbles`
+// nibbles, at most kBlock; a row begins `stride` bytes behind the one before. Unpacking bytes into 16 bits changes their order:
+// the sums of 32 columns are those of columns 0 to 7, 16 to 23, 8 to 15 and 24 to 31. The loops are unrolled, because the
+// compiler keeps only then every sum in a register.
 template <int M, int V>
 inline void differing_nibbles(const uint8_t* a, int64_t stride, const uint8_t* w, int64_t nibbles, uint16_t (*sums)[kLanes]) {
   __m256i sum[M][V];
@@ -112,7 +114,8 @@ inline void differing_nibbles(const uint8_t* a, int64_t stride, const uint8_t* w
   }
 }
 #else
-// Bits in which M rows of `words` * 32 bits, `stride` bytes apart, differ from the columns of w.
+// Compares each of M rows with each of kLanes columns; out[row][column] is the number of bits that differ. All have `words`
+// words of 32 bits; a row begins `stride` bytes behind the one before, and w is what `lay_weights` wrote.
 template <int M>
 inline void differing_bits_of(const uint8_t* a, int64_t stride, const uint8_t* w, int64_t words, int32_t (*out)[kLanes]) {
 #if defined(FQT_AVX512)
@@ -165,19 +168,22 @@ inline void differing_bits_of(const uint8_t* a, int64_t stride, const uint8_t* w
 }
 #endif
 
-constexpr int64_t kMostRows = 64;  // of a strip
+// Rows that are compared together, and the bytes that they may have. AVX2 takes them in blocks, of which one is in the first
+// cache while all are in the second; the other loops read whole rows, which have to fit the first.
+constexpr int64_t kMostRows = 64;
 #if defined(FQT_AVX2)
-constexpr int64_t kStripBytes = 1 << 17;  // of its windows: of them a block at a time is in the first cache, the rest in the second
+constexpr int64_t kStripBytes = 1 << 17;
 #else
 constexpr int64_t kStripBytes = 1 << 14;
 #endif
 
-// out[row] = bits in which each of at most kMostRows rows of `words` * 32 bits, `stride` bytes apart, differs from the first
-// `lanes` columns of w.
+// Compares each row with each of the first `lanes` columns of w; out[row][column] is the number of bits that differ. There are
+// at most kMostRows rows. All have `words` words of 32 bits; a row is what `lay_window` wrote and begins `stride` bytes behind
+// the one before, and w is what `lay_weights` wrote.
 inline void differing_bits(const uint8_t* a, int64_t stride, int64_t rows, const uint8_t* w, int64_t words, int64_t lanes,
                            int32_t (*out)[kLanes]) {
 #if defined(FQT_AVX2)
-  // A block of columns stays in the first cache for all rows.
+  // For all rows one block of nibbles after the other, so that the block's columns stay in the first cache.
   const auto tile = lanes > 32 ? differing_nibbles<kRows, 2> : differing_nibbles<kRows, 1>;
   const auto single = lanes > 32 ? differing_nibbles<1, 2> : differing_nibbles<1, 1>;
   alignas(64) uint16_t sums[kMostRows][kLanes];
@@ -191,7 +197,7 @@ inline void differing_bits(const uint8_t* a, int64_t stride, int64_t rows, const
       for (; row + kRows <= rows; row += kRows) tile(a + row * stride + k, stride, w + k * kLanes, nibbles, sums + row);
       for (; row < rows; ++row) single(a + row * stride + k, stride, w + k * kLanes, nibbles, sums + row);
     }
-    constexpr int kUnpacked[4] = {0, 16, 8, 24};  // where eight columns in order were unpacked
+    constexpr int kUnpacked[4] = {0, 16, 8, 24};  // where the sums of columns 0 to 7, 8 to 15, ... begin
     for (int64_t row = 0; row < rows; ++row) {
       for (int i = 0; i < kLanes / 8; ++i) {
         const uint16_t* eight = sums[row] + i / 4 * 32 + kUnpacked[i % 4];

@@ -85,7 +85,8 @@ class SignOutputRun {
     });
   }
 
-  // The weights of some output channels, (word, lane) as `lay_weights` has them: by squares of words where rows are of whole words.
+  // Writes the weights of some output channels, (word, lane), as `lay_weights` has them. Where a channel's codes are whole words,
+  // squares of kSide channels by kSide words are transposed; the rest goes word by word.
   void pack_panel(const uint8_t* rows, int64_t lanes, uint8_t* to) {
     constexpr int64_t kSide = kWidth / 4;
     uint32_t square[kSide][kLanes] = {};
@@ -105,12 +106,14 @@ class SignOutputRun {
     }
   }
 
-  // Of some output channels, for each kind of pixel, the terms inside the image, corrected for those outside. ones: room for
-  // kLanes numbers a tap.
+  // Finds `terms` of some output channels: for each kind of pixel the number of terms inside the image, and for each tap
+  // outside twice the ones among its weights, which takes back what zeros there add. ones: working memory, (tap, kLanes).
   void count_terms(int64_t channel, int64_t lanes, int32_t* ones) {
     for (int64_t lane = 0; lane < lanes && padded; ++lane) {
       const uint8_t* row = c.w + (channel + lane) * taps * bytes;
-      for (int64_t tap = 0; tap < taps; ++tap) ones[tap * kLanes + lane] = static_cast<int32_t>(count_bits(row + tap * bytes, bytes));
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        ones[tap * kLanes + lane] = static_cast<int32_t>(count_bits(row + tap * bytes, bytes));
+      }
     }
     for (int64_t kind = 0; kind < kinds; ++kind) {
       const int64_t y = l.y.example[kind / l.x.kinds], x_at = l.x.example[kind % l.x.kinds];
